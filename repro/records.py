@@ -1,0 +1,275 @@
+"""The one module that writes, reads and locks. Every stage talks to the next through files written here.
+
+What holds after a crash at any instruction (tests/test_records.py fails every write in turn):
+- `write_*` leaves the old file or the new one, never a mixture: temporary file in the same folder,
+  write until all bytes are out, fsync, rename, fsync of the folder.
+- `append_jsonl` may leave one torn last line; `read_jsonl(torn_tail=True)` drops that line, says so, and
+  nothing else is ever dropped.
+- `seal` writes a folder's marker last, with size and sha256 of each file; `sealed` believes nothing else.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MARKER = "complete.json"
+
+
+class UserError(Exception):
+    """A mistake of the user's, or an input that cannot be used: one clear line, exit code 2, no traceback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """One prompt of the data set. `id` derives from the content; `subset` is e.g. helpful, harmless, tldr."""
+
+    id: str
+    subset: str
+    split: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One answer: to `query` under constitution `constitution` by the model of `iteration` (0 = initial).
+
+    `tokens` counts generated tokens without the end token; `finished` is False where the length cap cut it.
+    """
+
+    query: str
+    constitution: str
+    iteration: int
+    text: str
+    tokens: int
+    finished: bool
+
+
+def dumps(value, indent: int | None = None) -> str:
+    """Strict JSON with a stable byte form: sorted keys, no NaN, ASCII (so that no separator hides in a string)."""
+    separators = (",", ": ") if indent else (",", ":")
+    return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=True, indent=indent,
+                      separators=separators)
+
+
+def loads(text: str):
+    """Strict JSON: NaN and duplicate keys are errors (ValueError), as is nesting that overflows the parser."""
+    def no_constant(name):
+        raise ValueError(f"{name} is not a JSON number")
+
+    def no_duplicates(pairs):
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            keys = [k for k, _ in pairs]
+            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+        return out
+
+    try:
+        return json.loads(text, parse_constant=no_constant, object_pairs_hook=no_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def digest(value) -> str:
+    """sha256 (hex) of a JSON value's stable form: the hash of configs and stage inputs."""
+    return hashlib.sha256(dumps(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# ---- writing
+
+@contextmanager
+def _readable(path: Path, doing: str):
+    """Turn what the file system refuses into one line that names the file."""
+    try:
+        yield
+    except OSError as e:
+        hint = " (disk full)" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"cannot {doing} {path}: {e.strerror or e}{hint}") from e
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:  # os.write may write less than it was given and raise nothing
+        view = view[os.write(fd, view):]
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(path: Path) -> Path:
+    with _readable(path, "create folder"):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, atomically and durably."""
+    path = Path(path)
+    make_folder(path.parent)
+    tmp = path.with_name(f".{path.name}.tmp")
+    with _readable(path, "write"):
+        try:
+            fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                _write_all(fd, data)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(tmp, path)
+            _fsync_folder(path.parent)
+        except OSError:
+            tmp.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    write_text(path, "".join(dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Append rows durably, in one write. A crash may tear the last line only."""
+    data = "".join(dumps(row) + "\n" for row in rows).encode()
+    make_folder(Path(path).parent)
+    with _readable(path, "append to"):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            _write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+# ---- reading
+
+def read_text(path: Path) -> str:
+    """A file's text, or one line that says why not (missing, a folder, not UTF-8: with the line number)."""
+    with _readable(path, "read"):
+        data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}:{data[:e.start].count(b'\n') + 1}: not UTF-8 text "
+                        f"(byte 0x{data[e.start]:02x})") from None
+
+
+def read_json(path: Path):
+    text = read_text(path)
+    try:
+        return loads(text)
+    except ValueError as e:
+        raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: not valid JSON: {getattr(e, 'msg', e)}") from None
+
+
+def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[tuple[int, dict]]:
+    """(line number, object) for each line, split on newline bytes alone; any bad line is a UserError.
+
+    With `torn_tail`, a last line without its newline (a crash in `append_jsonl`) is cut off the file, and that
+    is said on stderr.
+    """
+    with _readable(path, "read"):
+        data = Path(path).read_bytes()
+    if torn_tail and data and not data.endswith(b"\n"):
+        whole = data[: data.rfind(b"\n") + 1]
+        print(f"{path}: 1 unfinished record dropped from the end", file=sys.stderr)
+        write_bytes(path, whole)
+        data = whole
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            if number <= data.count(b"\n"):
+                raise UserError(f"{path}:{number}: empty line; every line must hold one JSON object")
+            continue
+        try:
+            row = loads(line.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path}:{number}: not UTF-8 text (byte 0x{line[e.start]:02x})") from None
+        except ValueError as e:
+            raise UserError(f"{path}:{number}: not valid JSON: {getattr(e, 'msg', e)}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        rows.append((number, row))
+    return rows
+
+
+# ---- completeness
+
+def seal(folder: Path, key: str) -> None:
+    """Declare `folder` complete: the marker, written last, holds `key` and each file's size and sha256."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    write_json(folder / MARKER, {"key": key, "files": files})
+
+
+def sealed(folder: Path, key: str | None = None) -> bool:
+    """True if the folder is complete (for `key`, where given) and every file still has its size and sha256."""
+    folder = Path(folder)
+    if not (folder / MARKER).is_file():
+        return False
+    marker = read_json(folder / MARKER)
+    if key is not None and marker["key"] != key:
+        return False
+    for name, fact in marker["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != fact["bytes"] or file_sha256(path) != fact["sha256"]:
+            print(f"{path}: missing or altered since it was written; it will be made again", file=sys.stderr)
+            return False
+    return True
+
+
+# ---- one run, one process
+
+@contextmanager
+def locked(folder: Path):
+    """Hold the folder for this process. A second run gets a UserError that names the first.
+
+    POSIX record locks (`lockf`): free after any death of the owner and not inherited by forked workers, which
+    `flock` would be.
+    """
+    path = make_folder(Path(folder)) / ".lock"
+    with _readable(path, "lock"):
+        f = open(path, "a+")  # noqa: SIM115 - held for the whole block; closing it anywhere would drop the lock
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        f.seek(0)
+        owner = f.read().strip() or "another process"
+        f.close()
+        raise UserError(f"{folder} is in use by {owner}; wait for it, or choose another OUT") from None
+    try:
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        f.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        f.close()
