@@ -174,8 +174,8 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}:{data[:e.start].count(b'\n') + 1}: not UTF-8 text "
-                        f"(byte 0x{data[e.start]:02x})") from None
+        line = data.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{data[e.start]:02x})") from None
 
 
 def read_json(path: Path):
@@ -256,15 +256,19 @@ def locked(folder: Path):
     `flock` would be.
     """
     path = make_folder(Path(folder)) / ".lock"
-    with _readable(path, "lock"):
-        f = open(path, "a+")  # noqa: SIM115 - held for the whole block; closing it anywhere would drop the lock
-    try:
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        f.seek(0)
-        owner = f.read().strip() or "another process"
-        f.close()
-        raise UserError(f"{folder} is in use by {owner}; wait for it, or choose another OUT") from None
+    while True:
+        with _readable(path, "lock"):
+            f = open(path, "a+")
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            f.seek(0)
+            owner = f.read().strip() or "another process"
+            f.close()
+            raise UserError(f"{folder} is in use by {owner}; wait for it, or choose another OUT") from None
+        if path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino:
+            break
+        f.close()  # the last owner removed the file between our open and our lock
     try:
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
