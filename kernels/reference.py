@@ -1,0 +1,31 @@
+"""Eager PyTorch truth for each operation of the core: readable, any float dtype (float64 for tests), no tricks.
+
+Axes: B queries, C constitutions, R responses, N tokens, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target] per token, in float32 at least.
+
+    logits: [..., V] any float dtype; targets: [...] int64. Returns [...] float32 (float64 for float64 logits).
+    A 16-bit log-softmax would be noise here: the differences that SAMI trains on are 0.02 to 0.05 nats.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def symmetric_infonce(logprobs: Tensor) -> Tensor:
+    """Mean over B of the symmetric InfoNCE loss of each C x R matrix (arXiv 2404.14313, Eq. 2 and Figure 6).
+
+    logprobs: [B, C, R] with C = R; entry [b, j, k] scores response k under constitution j, and response j was
+    sampled under constitution j. Loss = half the cross-entropy of each row to the diagonal (which response
+    belongs to this constitution) plus half that of each column (which constitution to this response).
+    Its value at chance is log C; the bound of Eq. 2 is log C minus it.
+    """
+    rows = logprobs.log_softmax(dim=2).diagonal(dim1=1, dim2=2)
+    columns = logprobs.log_softmax(dim=1).diagonal(dim1=1, dim2=2)
+    return -(rows + columns).mean() / 2

