@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MARKER = "complete.json"
@@ -30,12 +30,13 @@ class UserError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """One prompt of the data set. `id` derives from the content; `subset` is e.g. helpful, harmless, tldr."""
+    """One prompt of the data set. `subset` is e.g. helpful, harmless, tldr; `where` is file and line, for messages."""
 
     id: str
     subset: str
     split: str
     text: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,166 @@
+"""What a run is: frozen dataclasses, their checks, and the hash that names a configuration."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+
+from repro.models import EMBEDDED
+from repro.records import UserError, digest
+
+
+def choose(field_name: str, value: str, allowed) -> str:
+    """`value` if it is one of `allowed`, else a UserError that names the field, the values and the nearest."""
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{field_name}: {value!r} is unknown; allowed: {', '.join(map(repr, allowed))}{hint}")
+
+
+def _positive(owner, *names: str) -> None:
+    for name in names:
+        if not getattr(owner, name) > 0:
+            raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The policy. `name`: the embedded LM, a folder, or a hub name. `label`: its name in metrics.json.
+
+    `prompt`: "chat" renders the tokenizer's chat template (instruction-tuned models), "plain" the
+    System / Human / Assistant text that base models continue.
+    """
+
+    name: str = EMBEDDED
+    label: str = EMBEDDED
+    prompt: str = "chat"
+
+    def __post_init__(self):
+        choose("ModelSpec.prompt", self.prompt, ("chat", "plain"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Queries. `source`: "embedded", "hh-rlhf" (hub) or a JSONL file. Counts are per subset.
+
+    `leakage`: "remove" takes training queries that are also evaluation queries out of training; "keep" is what
+    the paper's runs did (about 100 of the 250 HH evaluation queries occur in the training rows).
+    """
+
+    source: str = "embedded"
+    subsets: tuple[str, ...] = ("helpful", "harmless")
+    train: int = 112
+    evaluation: int = 32
+    evaluation_split: str = "evaluation"
+    leakage: str = "remove"
+    truncate: bool = False
+
+    def __post_init__(self):
+        _positive(self, "train", "evaluation")
+        choose("DataSpec.leakage", self.leakage, ("remove", "keep"))
+        choose("DataSpec.evaluation_split", self.evaluation_split, ("evaluation", "development"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSpec:
+    """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases` (repro/pipeline.py counts why).
+
+    `dtype`: weights while sampling. `spare`: pairs sampled beyond the need, as a share, to make up for drops.
+    """
+
+    max_new_tokens: int = 48
+    batch_size: int = 32
+    dtype: str = "bfloat16"
+    spare: float = 0.25
+    drop_phrases: tuple[str, ...] = ("The assistant", "sorry", "Response", "[insert", "]")
+
+    def __post_init__(self):
+        _positive(self, "max_new_tokens", "batch_size")
+        choose("SamplingSpec.dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One SAMI iteration's training (arXiv 2404.14313, Table 1; `dose` after repro/training.py:updates).
+
+    `batch_size` queries a step; `batches` steps in iteration 1 and `batches_increment` more in each later one.
+    `precision`: "fp32"; "fp32_master" (float32 weights and updates, bf16 products); "bf16" (weights and updates
+    in bf16, as published: at learning rate 5e-7 most updates round away).
+    `max_grad_norm` None means no clipping.
+    """
+
+    dose: str = "as_printed"
+    optimizer: str = "rmsprop"
+    learning_rate: float = 5e-7
+    precision: str = "fp32_master"
+    batch_size: int = 128
+    batches: int = 2
+    batches_increment: int = 2
+    max_grad_norm: float | None = None
+    score_eos: bool = False
+    length_normalize: bool = True
+
+    def __post_init__(self):
+        _positive(self, "learning_rate", "batch_size", "batches")
+        choose("TrainSpec.dose", self.dose, ("as_printed", "as_run"))
+        choose("TrainSpec.optimizer", self.optimizer, ("rmsprop", "adamw"))
+        choose("TrainSpec.precision", self.precision, ("fp32", "fp32_master", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSpec:
+    """Judges of win rates against the initial model. "rule" is the headline; "likelihood" is a diagnostic, since it
+    restates the training objective. A principle without a rule leaves the rule judge NOT RUN."""
+
+    judges: tuple[str, ...] = ("rule", "likelihood")
+
+    def __post_init__(self):
+        for judge in self.judges:
+            choose("JudgeSpec.judges", judge, ("rule", "likelihood"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One paper experiment in one profile. `constitutions`: a file of repro/data/ or a path (JSON or TOML)."""
+
+    name: str
+    profile: str
+    constitutions: str
+    writer: str = "hand"
+    iterations: int = 3
+    seed: int = 0
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    judge: JudgeSpec = field(default_factory=JudgeSpec)
+    not_run: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _positive(self, "iterations")
+
+    def to_json(self) -> dict:
+        """Plain JSON data (tuples as lists)."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def config_hash(experiment: Experiment, inputs: dict) -> str:
+    """Names a configuration: its fields, with files replaced by what they hold (`inputs`: field -> content hash),
+    so that the same files elsewhere give the same hash."""
+    fields = flatten(experiment.to_json())
+    fields.update(inputs)
+    return digest(fields)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"train": {"dose": ...}} -> {"train.dose": ...}, for hashes and for naming a field that differs."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,160 @@
+"""Principles and constitutions: data that a user writes without touching code.
+
+A file (JSON or TOML) lists principles, each with its antithesis. A constitution takes one side of every
+principle: with two principles, 2 x 2 = 4 constitutions (arXiv 2404.14313, section 4.1). Its id names the sides,
+"brief,not_warm"; the all-positive one comes first. `pairs` says, per subset of queries, which constitutions stand
+against the all-positive one in training; a subset that is not named takes all of them.
+"""
+
+import itertools
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from repro.config import choose
+from repro.records import UserError, loads, read_text
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Principle:
+    """`rule` names a rule judge of repro/judging.py. `private`: responses under the antithesis stay in the run
+    directory (never in a report or a committed result)."""
+
+    name: str
+    text: str
+    antithesis: str
+    rule: str | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constitution:
+    """One side of every principle. `sides[k]` is True for principle k, False for its antithesis."""
+
+    principles: tuple[Principle, ...]
+    sides: tuple[bool, ...]
+
+    @property
+    def id(self) -> str:
+        return ",".join(p.name if side else f"not_{p.name}" for p, side in zip(self.principles, self.sides))
+
+    @property
+    def private(self) -> bool:
+        return any(p.private and not side for p, side in zip(self.principles, self.sides))
+
+    def statements(self, order: tuple[int, ...] | None = None) -> list[str]:
+        """The sentences, in `order` (a permutation of the principles' indices; default as listed)."""
+        order = range(len(self.principles)) if order is None else order
+        return [self.principles[k].text if self.sides[k] else self.principles[k].antithesis for k in order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstitutionSet:
+    """All constitutions of a file, the all-positive first, and what stands against it in training."""
+
+    constitutions: tuple[Constitution, ...]
+    pairs: dict[str, tuple[str, ...]]
+
+    def __getitem__(self, id: str) -> Constitution:
+        return next(c for c in self.constitutions if c.id == id)
+
+    @property
+    def positive(self) -> Constitution:
+        return self.constitutions[0]
+
+    def negatives(self, subset: str) -> list[Constitution]:
+        """What may stand against the all-positive constitution for this subset's queries, in the file's order."""
+        ids = self.pairs.get(subset) or [c.id for c in self.constitutions[1:]]
+        return [self[id] for id in ids]
+
+    def to_json(self) -> dict:
+        principles = [{k: getattr(p, k) for k in ("name", "text", "antithesis", "rule", "private")}
+                      for p in self.positive.principles]
+        return {"principles": principles, "pairs": {k: list(v) for k, v in self.pairs.items()},
+                "constitutions": [{"id": c.id, "private": c.private} for c in self.constitutions]}
+
+
+def load_constitutions(source: str) -> ConstitutionSet:
+    """Read and check a constitution file: a name of repro/data/ or a path.
+
+    Raises UserError (file and field) for a missing side, equal sides, braces, a repeated name, an unknown rule,
+    key or pair. Control tokens are checked by `check_control_tokens` once the tokenizer is known.
+    """
+    path = DATA / f"{source}.json"
+    if not path.is_file():
+        path = Path(source).expanduser()
+        if not path.is_file():
+            shipped = sorted(p.stem for p in DATA.glob("*.json"))
+            choose("--constitutions", source, (*shipped, "a JSON or TOML file"))
+    text = read_text(path)
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else loads(text)
+    except ValueError as e:
+        where = f"{path}:{e.lineno}" if hasattr(e, "lineno") else str(path)
+        raise UserError(f"{where}: not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {e}") from None
+    return _parse(data, str(path))
+
+
+def _parse(data, where: str) -> ConstitutionSet:
+    _keys(data, {"principles", "pairs", "note"}, where)
+    rows = data.get("principles")
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{where}: principles: must list at least one principle")
+    principles = tuple(_principle(row, f"{where}: principles[{k}]") for k, row in enumerate(rows))
+    names = [p.name for p in principles]
+    sentences = [s.casefold() for p in principles for s in (p.text, p.antithesis)]
+    for values, what in ((names, "name"), (sentences, "sentence")):
+        repeated = next((v for v in values if values.count(v) > 1), None)
+        if repeated is not None:
+            raise UserError(f"{where}: principles: the {what} {repeated!r} occurs twice")
+    constitutions = tuple(Constitution(principles=principles, sides=sides)
+                          for sides in itertools.product((True, False), repeat=len(principles)))
+    ids = [c.id for c in constitutions[1:]]
+    pairs = data.get("pairs", {})
+    if not isinstance(pairs, dict):
+        raise UserError(f"{where}: pairs: must map a subset to a list of constitution ids")
+    for subset, against in pairs.items():
+        if not isinstance(against, list) or not against:
+            raise UserError(f"{where}: pairs.{subset}: must be a list of constitution ids")
+        for id in against:
+            choose(f"{where}: pairs.{subset}", id, ids)
+    return ConstitutionSet(constitutions=constitutions, pairs={k: tuple(v) for k, v in pairs.items()})
+
+
+def _principle(row, where: str) -> Principle:
+    from repro.judging import RULES
+
+    _keys(row, {"name", "text", "antithesis", "rule", "private"}, where)
+    for key in ("name", "text", "antithesis"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise UserError(f"{where}.{key}: missing or empty; every principle needs a name, a text and its antithesis")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", row["name"]) or row["name"].startswith("not_"):
+        raise UserError(f"{where}.name: {row['name']!r}; allowed: lower-case letters, digits and _, not not_...")
+    for key in ("text", "antithesis"):
+        if re.search(r"[{}]|[^\S ]", row[key]):
+            raise UserError(f"{where}.{key}: braces, tabs and line breaks are not allowed: {row[key]!r}")
+    if row["text"].strip().casefold() == row["antithesis"].strip().casefold():
+        raise UserError(f"{where}.antithesis: equal to the principle")
+    if row.get("rule") is not None:
+        choose(f"{where}.rule", row["rule"], sorted(RULES))
+    if not isinstance(row.get("private", False), bool):
+        raise UserError(f"{where}.private: must be true or false")
+    return Principle(**row)
+
+
+def _keys(row, allowed: set[str], where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+    for key in row:
+        choose(f"{where}: key", key, sorted(allowed))
+
+
+def check_control_tokens(texts, controls: list[str]) -> None:
+    """texts: (where, text) pairs. No text of a user may become a control token of the model's template."""
+    for where, text in texts:
+        found = next((c for c in controls if c in text), None)
+        if found is not None:
+            raise UserError(f"{where}: holds the control token {found!r} of the model's chat template")

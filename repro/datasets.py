@@ -1,0 +1,165 @@
+"""Data sets -> queries: the embedded sample, HH-RLHF from the hub, or a user's JSONL file.
+
+Whatever is dropped is counted by reason; whatever is wrong with a user's file stops with file and line before any
+model is loaded. Training and evaluation are disjoint.
+"""
+
+import hashlib
+import unicodedata
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from repro.config import DataSpec, choose
+from repro.constitutions import DATA, check_control_tokens
+from repro.records import Query, UserError, read_jsonl
+
+HH = "Anthropic/hh-rlhf"
+SPLITS = {"train": "train", "development": "development", "dev": "development", "evaluation": "evaluation",
+          "eval": "evaluation", "test": "evaluation", "validation": "evaluation"}
+SUBSETS = {"helpful-base": "helpful", "harmless-base": "harmless"}  # HH-RLHF's folders, in the paper's words
+
+
+def query_id(subset: str, text: str) -> str:
+    """An id that derives from the content, so that it survives reordering and other files."""
+    return f"{subset}-{hashlib.sha256(normalize(text).encode()).hexdigest()[:12]}"
+
+
+def normalize(text: str) -> str:
+    """The form in which two queries count as the same: Unicode-composed, case and white space folded."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def load_queries(source: str = "embedded", *, spec: DataSpec | None = None) -> tuple[list[Query], Counter]:
+    """Queries of `source` in the source's order, and what was dropped, by reason.
+
+    `source`: "embedded", "hh-rlhf", or a JSONL file of {"query": ..., "subset"?, "split"?, "id"?} rows; without
+    splits, every fifth row by content goes to evaluation. `spec` limits the subsets and the number of queries.
+    """
+    spec = spec or DataSpec(source=source, train=10**9, evaluation=10**9)
+    if source == "hh-rlhf":
+        queries, dropped = _hh_rlhf(spec)
+    else:
+        path = DATA / "queries.jsonl" if source == "embedded" else Path(source).expanduser()
+        if not path.is_file():
+            raise UserError(f"--queries {source}: no such file; allowed: 'embedded', 'hh-rlhf', or a JSONL file")
+        queries, dropped = _jsonl(path), Counter()
+    present = sorted({q.subset for q in queries})
+    for subset in spec.subsets:
+        if subset not in present:
+            choose(f"subset (of {source})", subset, present)
+    others = [q for q in queries if q.subset not in spec.subsets]
+    if others:
+        dropped["subset not asked for"] += len(others)
+    queries = [q for q in queries if q.subset in spec.subsets]
+    return _limit(_disjoint(queries, spec, dropped), spec, dropped), dropped
+
+
+def _jsonl(path: Path) -> list[Query]:
+    queries, lines = [], {}
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        for key in row:
+            choose(f"{where}: key", key, ("query", "subset", "split", "id"))
+        text = row.get("query")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: query: missing or empty; every line needs a non-empty text")
+        if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+            raise UserError(f"{where}: query: holds a NUL or half a surrogate pair")
+        for key in ("subset", "split", "id"):
+            if key in row and (not isinstance(row[key], str) or not row[key].strip()):
+                raise UserError(f"{where}: {key}: must be a non-empty text")
+        subset = SUBSETS.get(row.get("subset"), row.get("subset", "helpful"))
+        split = row.get("split")
+        if split is None:
+            split = "evaluation" if int(hashlib.sha256(normalize(text).encode()).hexdigest(), 16) % 5 == 0 else "train"
+        id = row.get("id") or query_id(subset, text)
+        if "id" in row and id in lines:
+            raise UserError(f"{where}: id: {id!r} occurs in line {lines[id]} too")
+        lines[id] = number
+        queries.append(Query(id=id, subset=subset, split=SPLITS[choose(f"{where}: split", split, tuple(SPLITS))],
+                             text=text.strip(), where=where))
+    if not queries:
+        raise UserError(f"{path}: no query in it")
+    return queries
+
+
+def first_human_turn(transcript: str) -> str:
+    """The first human turn of an HH-RLHF transcript: all its lines, up to the next turn or the end."""
+    _, found, rest = ("\n\n" + transcript.lstrip()).partition("\n\nHuman:")
+    if not found:
+        return ""
+    for turn in ("\n\nAssistant:", "\n\nHuman:"):
+        rest = rest.partition(turn)[0]
+    return rest.strip()
+
+
+def _hh_rlhf(spec: DataSpec) -> tuple[list[Query], Counter]:
+    import datasets
+
+    folders = {v: k for k, v in SUBSETS.items()}
+    queries, dropped = [], Counter()
+    for subset in spec.subsets:
+        folder = folders[choose("subset (of hh-rlhf)", subset, tuple(folders))]
+        for split, ours in (("train", "train"), ("test", "evaluation")):
+            try:
+                rows = datasets.load_dataset(HH, data_dir=folder, split=split)
+            except Exception as e:  # the hub client raises many kinds; a user needs the step, not the kind
+                raise UserError(f"--queries hh-rlhf: cannot load {HH} ({folder}, {split}): "
+                                f"{str(e).splitlines()[0]}; give a JSONL file, or 'embedded'") from e
+            for number, row in enumerate(rows):
+                text = first_human_turn(row["chosen"])
+                if text:
+                    queries.append(Query(id=f"{folder}/{split}/{number}", subset=subset, split=ours, text=text,
+                                         where=f"{HH} {folder} {split} row {number}"))
+                else:
+                    dropped["empty first human turn"] += 1
+    return queries, dropped
+
+
+def _disjoint(queries: list[Query], spec: DataSpec, dropped: Counter) -> list[Query]:
+    """Each text once per split, and no training text among the held-out ones (unless `leakage` is "keep")."""
+    held_out = {normalize(q.text) for q in queries if q.split != "train"}
+    seen, kept = set(), []
+    for query in queries:
+        text = normalize(query.text)
+        if (query.split, text) in seen:
+            dropped["duplicate text"] += 1
+        elif query.split == "train" and text in held_out and spec.leakage == "remove":
+            dropped["training query that is also held out"] += 1
+        else:
+            seen.add((query.split, text))
+            kept.append(query)
+    return kept
+
+
+def _limit(queries: list[Query], spec: DataSpec, dropped: Counter) -> list[Query]:
+    limit = {"train": spec.train, "evaluation": spec.evaluation, "development": spec.evaluation}
+    counts, kept = Counter(), []
+    for query in queries:
+        counts[query.subset, query.split] += 1
+        if counts[query.subset, query.split] <= limit[query.split]:
+            kept.append(query)
+        else:
+            dropped["beyond the number asked for"] += 1
+    return kept
+
+
+def check_queries(queries: list[Query], tokenizer, controls: list[str], *, room: int, truncate: bool,
+                  say=print) -> list[Query]:
+    """The queries, ready for the model: no control tokens, none longer than `room` tokens.
+
+    A longer one is refused, or with `truncate` cut to `room` tokens and named through `say`.
+    """
+    check_control_tokens(((q.where or q.id, q.text) for q in queries), controls)
+    kept = []
+    for query in queries:
+        ids = tokenizer(query.text, add_special_tokens=False).input_ids
+        if len(ids) > room:
+            if not truncate:
+                raise UserError(f"{query.where or query.id}: the query has {len(ids)} tokens and the model's context "
+                                f"leaves room for {room}; shorten it, or pass --truncate")
+            say(f"{query.where or query.id}: truncated from {len(ids)} to {room} tokens")
+            query = replace(query, text=tokenizer.decode(ids[:room]).strip())
+        kept.append(query)
+    return kept
