@@ -160,12 +160,12 @@ def win_rate_stratified(scores, longer, ties: str = "half") -> Estimate:
     return Estimate(value, sem, (value - Z95 * sem, value + Z95 * sem), len(wins))
 
 
-def win_rate_logistic(scores, length_difference, ties: str = "loss") -> Estimate:
+def win_rate_logistic(scores, length_difference, ties: str = "loss", ridge: float = 0.0) -> Estimate:
     """Win rate in percent at equal length, by logistic regression (appendix A.5, after AlpacaEval).
 
     `length_difference [N]` = tokens judged - tokens of the baseline. Maximum likelihood of
-    P(win) = sigmoid(a + b tanh(d / sd(d))), sd with ddof 0, no intercept removed, no penalty; the estimate is
-    sigmoid(a), the fit at d = 0. SEM by the delta method, interval on the logit scale. The paper prints no
+    P(win) = sigmoid(a + b tanh(d / sd(d))), sd with ddof 0, d not centred; the estimate is sigmoid(a), the fit
+    at d = 0. `ridge` subtracts ridge b^2 / 2 from the log-likelihood (default none). SEM by the delta method, interval on the logit scale. The paper prints no
     formula: this one is ours, and how far it is from the printed cells is reported with every comparison.
     """
     wins, d = _wins(scores, ties), _vector(length_difference, "length_difference")
@@ -177,10 +177,10 @@ def win_rate_logistic(scores, length_difference, ties: str = "loss") -> Estimate
     beta = np.zeros(2)
     for _ in range(50):  # Newton's method; a few steps suffice unless length separates wins from losses
         fitted = special.expit(design @ beta)
-        information = design.T @ (design * (fitted * (1 - fitted))[:, None])
+        information = design.T @ (design * (fitted * (1 - fitted))[:, None]) + np.diag([0.0, ridge])
         if np.linalg.cond(information) > 1e12:
             break
-        step = np.linalg.solve(information, design.T @ (wins - fitted))
+        step = np.linalg.solve(information, design.T @ (wins - fitted) - [0.0, ridge * beta[1]])
         beta = beta + step
         if np.abs(step).max() < 1e-10:
             value, se = float(special.expit(beta[0])), float(np.sqrt(np.linalg.inv(information)[0, 0]))

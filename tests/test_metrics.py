@@ -124,6 +124,13 @@ def test_win_rate_logistic_at_two_lengths():
         m.win_rate_logistic([1, 1, 0, 0], [5, 3, -5, -3])
 
 
+def test_win_rate_logistic_ridge():
+    # at shares 3/4 and 1/4 the intercept is 0 whatever the slope; with an endless ridge the slope goes and the
+    # intercept becomes the raw rate: 5 of 8
+    assert m.win_rate_logistic([1, 1, 1, 0, 0, 0, 0, 1], [4] * 4 + [-4] * 4, ridge=2.0).value == pytest.approx(50)
+    assert m.win_rate_logistic([1, 1, 1, 0, 1, 1, 0, 0], [4] * 4 + [-4] * 4, ridge=1e9).value == pytest.approx(62.5)
+
+
 def test_win_rate_logistic_ties():
     scores, d = [1, 0.5, 0, 0.5], [4, 4, -4, -4]
     # half: shares 3/4 and 1/4 -> logits ±log 3, intercept 0 -> 50; as losses: 1/2 and 0 -> no finite fit
