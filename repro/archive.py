@@ -1,7 +1,8 @@
-"""The authors' raw record as a source: one layout, `<repo>/<path>`, in a local folder or downloaded once.
+"""What the paper prints and the authors' raw record, as sources for `published`, `beyond` and `figures`.
 
-`results/published/manifest.json` pins every file by commit, size and sha256; no file is read that differs.
-The files themselves stay out of the repository.
+The record has one layout, `<repo>/<path>`, in a local folder or downloaded once. `results/published/manifest.json`
+pins every file by commit, size and sha256; no file is read that differs, and none of them is in the repository.
+`results/published/tables.json` holds the printed cells; the manifest says which file feeds which.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ from urllib.parse import quote
 import numpy as np
 from tqdm import tqdm
 
-from repro import records
+from repro import metrics, records
+from repro.metrics import Estimate
 from repro.records import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,3 +193,80 @@ class Archive:
         if not isinstance(texts, dict) or not all(isinstance(texts.get(str(i)), str) for i in range(ITEMS)):
             raise UserError(f"{self.path(entry)}: field response: expected {ITEMS} texts, keys 0, 1, ...")
         return [texts[str(i)].strip() for i in range(ITEMS)]
+
+
+# ---- the printed cells and what feeds them
+
+def load_cells(path: Path = PUBLISHED / "tables.json") -> list[dict]:
+    """The printed cells of Tables 2-9, checked: every field in range, no cell twice."""
+    document = records.read_json(path)
+    cells = document.get("cells") if isinstance(document, dict) else None
+    if not isinstance(cells, list) or not cells:
+        raise UserError(f"{path}: field cells: expected a list of cells")
+    allowed = {"estimator": ("raw", "stratified", "logistic"), "ties": ("half", "loss"), "iteration": range(4),
+               "table": range(2, 10), "p": (">.05", "<.05", "<.01", "<.001"), "decimals": (1, 2)}
+    seen = set()
+    for i, c in enumerate(cells):
+        where = f"{path}: cells[{i}]"
+        if not isinstance(c, dict):
+            raise UserError(f"{where}: expected an object")
+        for field in (*KEYS, *allowed, "published", "ci95", "t", "n", "judge"):
+            if field not in c:
+                raise UserError(f"{where}: field {field}: missing")
+        for field, values in allowed.items():
+            if c[field] not in values:
+                raise UserError(f"{where}: field {field}: allowed: {', '.join(map(str, values))}; "
+                                f"found {c[field]!r}")
+        if type(c["n"]) is not int or c["n"] < 2:
+            raise UserError(f"{where}: field n: expected a whole number above 1, found {c['n']!r}")
+        for field in ("published", "ci95", "t"):
+            for v in c[field] if field == "ci95" else [c[field]]:
+                low = -100 if field == "t" else 0
+                if type(v) not in (int, float) or not low <= v <= 100:
+                    raise UserError(f"{where}: field {field}: expected a number from {low} to 100, found {v!r}")
+        key = (c["table"], *(c[k] for k in KEYS))
+        if key in seen:
+            raise UserError(f"{where}: Table {c['table']} has this cell twice")
+        seen.add(key)
+    return cells
+
+
+def name(c: dict) -> str:
+    cot = {True: ", CoT", False: ", no CoT"}.get(c.get("cot"), "")
+    return f"{c['model']} ({c['writer']}{cot}), {c['subset']}, iteration {c['iteration']}, vs {c['baseline']}"
+
+
+def feed(cell: dict, archive: Archive) -> dict | None:
+    """The one file that feeds a cell; None where there is none (NOT RUN), refused where there are two."""
+    found = [e for e in archive.find("verdicts", **{k: cell[k] for k in KEYS})
+             if f"table{cell['table']}" in e.get("tables", [])]
+    if len(found) > 1:
+        raise UserError(f"manifest: Table {cell['table']}, {name(cell)} is fed by two files, {found[0]['path']} "
+                        f"and {found[1]['path']}; exactly one must name table{cell['table']}")
+    return found[0] if found else None
+
+
+def estimate(verdicts: np.ndarray, length: str, ties: str) -> Estimate:
+    """Win rate in percent of `[N, 3]` verdicts under one of the three length controls."""
+    scores, base, own = verdicts.T
+    if length == "logistic":
+        return metrics.win_rate_logistic(scores, own - base, ties)
+    return metrics.win_rate_stratified(scores, own > base, ties) if length == "stratified" else \
+        metrics.win_rate(scores, ties)
+
+
+def series(archive: Archive, metric: str, **keys) -> dict[int, Estimate]:
+    """iteration -> estimate of one plotted series: `mutual_information` in nats or `length_tokens` in tokens.
+
+    Lengths lie in the verdict files: the base model's beside iteration 1, where both were judged.
+    """
+    if metric == "mutual_information":
+        if keys["subset"] != "tldr":
+            keys = {k: v for k, v in keys.items() if k != "writer"}  # one writer there; the files name none
+        found = [e for e in archive.find("mutual_information", **keys) if e.get("figures")]
+        return {e["iteration"]: metrics.mean(archive.mutual_information(e)) for e in found}
+    found = [e for e in archive.find("verdicts", baseline=keys["model"], **keys) if e.get("tables")]
+    out = {e["iteration"]: metrics.mean(archive.verdicts(e)[:, 2]) for e in found}
+    if found:
+        out[0] = metrics.mean(archive.verdicts(found[0])[:, 1])
+    return dict(sorted(out.items()))

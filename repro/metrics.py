@@ -164,9 +164,10 @@ def win_rate_logistic(scores, length_difference, ties: str = "loss", ridge: floa
     """Win rate in percent at equal length, by logistic regression (appendix A.5, after AlpacaEval).
 
     `length_difference [N]` = tokens judged - tokens of the baseline. Maximum likelihood of
-    P(win) = sigmoid(a + b tanh(d / sd(d))), sd with ddof 0, d not centred; the estimate is sigmoid(a), the fit
-    at d = 0. `ridge` subtracts ridge b^2 / 2 from the log-likelihood (default none). SEM by the delta method, interval on the logit scale. The paper prints no
-    formula: this one is ours, and how far it is from the printed cells is reported with every comparison.
+    P(win) = sigmoid(a + b tanh(d / sd(d))), sd with ddof 0, d not centred; the estimate is sigmoid(a), the
+    fit at d = 0. `ridge` subtracts ridge b^2 / 2 from the log-likelihood (default none). SEM by the delta
+    method, interval on the logit scale. The paper prints no formula: this one is ours, and how far it is from
+    the printed cells is reported with every comparison.
     """
     wins, d = _wins(scores, ties), _vector(length_difference, "length_difference")
     if d.shape != wins.shape:
