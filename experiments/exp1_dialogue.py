@@ -1,0 +1,35 @@
+"""Experiment 1: dialogue on HH-RLHF (arXiv 2404.14313, section 4.1; Figures 2, 7, 8; Tables 2, 3).
+
+A base model learns to follow helpful / harmless constitutions written for it, with no preference labels.
+The paper: mistral-7b, 250 held-out queries per subset, three iterations; at iteration 3 the length-corrected win rate
+against the base model is 66 % (helpful) and 77 % (harmless); 8 x A100 80 GB. `paper` is that setting.
+`mini` keeps the structure (2 x 2 constitutions, three iterations that restart from the initial weights, two alternating
+halves of the queries, growing batches) with the embedded 135M model, embedded queries and two principles that it can
+follow; minutes on 2 CPU cores. Its numbers are its own, never the paper's.
+
+Run: make exp1 [PROFILE=mini|paper] [OUT=runs]
+"""
+
+from repro.config import DataSpec, Experiment, ModelSpec, SamplingSpec, TrainSpec
+
+MINI = Experiment(
+    name="exp1_dialogue",
+    profile="mini",
+    constitutions="dialogue_mini",
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=5e-6, batch_size=8),
+    data=DataSpec(source="embedded", train=112, evaluation=24),
+    not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4: needs an endpoint"),
+)
+
+PAPER = Experiment(
+    name="exp1_dialogue",
+    profile="paper",
+    constitutions="dialogue",
+    model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
+    data=DataSpec(source="hh-rlhf", train=10_000, evaluation=250),
+    sampling=SamplingSpec(max_new_tokens=350),
+    train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="bf16", batch_size=128),
+    not_run=("baseline mistral-7b-instruct", "judge gpt-4-0613: retired"),
+)
+
+EXPERIMENTS = {"mini": MINI, "paper": PAPER}
