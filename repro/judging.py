@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from repro.constitutions import Constitution
 
 BRIEF_WORDS = 25
-GREETINGS = ("hello", "hi", "hey", "greetings", "welcome", "good morning", "good afternoon", "good evening", "good day",
-             "dear")
+SIMPLE_LETTERS = 4.5
 
 
 def sentences(text: str) -> list[str]:
@@ -29,13 +28,13 @@ def brief(text: str) -> bool:
     return len(sentences(text)) == 1 and len(text.split()) <= BRIEF_WORDS
 
 
-def greeting(text: str) -> bool:
-    """Begins with a greeting word (quotation marks and other marks aside)."""
-    start = re.sub(r"^\W+", "", text.casefold())
-    return bool(re.match(rf"(?:{'|'.join(GREETINGS)})\b", start))
+def simple_words(text: str) -> bool:
+    """At least four words, with a mean length of at most 4.5 letters (English prose for adults has about 4.7)."""
+    words = re.findall(r"[^\W\d_]+", text)
+    return len(words) >= 4 and sum(map(len, words)) / len(words) <= SIMPLE_LETTERS
 
 
-RULES: dict[str, Callable[[str], bool]] = {"brief": brief, "greeting": greeting}
+RULES: dict[str, Callable[[str], bool]] = {"brief": brief, "simple_words": simple_words}
 
 
 def follows(text: str, constitution: Constitution) -> dict[str, bool]:

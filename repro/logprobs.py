@@ -1,66 +1,56 @@
 """Model and pairs -> the log-prob matrix [B, C, R].
 
-1. prompts[b][c] and responses[b][r] (text) -> token ids of prompt + response, tokenised jointly.
-2. Every sequence (b, c, r) goes through the model in full, in batches of similar length.
-3. log-softmax in float32 at the response's positions, summed or averaged -> [B, C, R] float32.
+1. prompts[b][c] and responses[b][r] (text) -> token ids of prompt + response, tokenised jointly (repro/prefix.py).
+2. "shared": one row per (query, constitution) computes its prompt once for all R responses; the head runs only where
+   a response token is predicted. "reference": C x R sequences in full, logits for every token: the oracle.
+3. log-softmax in float32, summed or averaged over each response's tokens -> [B, C, R] float32.
 
 Axes: B queries, C constitutions, R responses, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels import reference
+from repro.prefix import Scored, build_rows, row_length, tokenize_pair
 
-BATCH_TOKENS = 4096  # padded tokens in one forward: 4096 x 49152 float32 logits are 0.8 GB
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Token ids of one prompt + response and where the scored tokens begin."""
-
-    ids: list[int]
-    start: int
-
-
-def tokenize_pair(tokenizer, prompt: str, response: str, *, score_eos: bool) -> Scored:
-    """Joint tokenisation, as the paper's trainer has it: tokens beyond the prompt's own count are scored.
-
-    With `score_eos` the end token is appended and scored too. Raises ValueError where nothing is left to score.
-    """
-    start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-    ids = tokenizer(prompt + response, add_special_tokens=False).input_ids
-    if score_eos:
-        ids = ids + [tokenizer.eos_token_id]
-    if len(ids) <= start:
-        raise ValueError(f"response {response[:40]!r} adds no token to its prompt")
-    return Scored(ids, start)
+BATCH_TOKENS = 2048  # padded tokens in one forward
 
 
 def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
-                   length_normalize: bool, score_eos: bool, backend: str = "reference") -> Tensor:
+                   length_normalize: bool, score_eos: bool, backend: str = "shared") -> Tensor:
     """Log-probs of every response under every prompt of its query: float32 [B, C, R], with gradient.
 
     prompts: B lists of C rendered prompts; responses: B lists of R texts. `length_normalize` takes the mean over
     the scored tokens (what SAMI trains), else the sum (log p, Eq. 1). Computes in the model's dtype, log-softmax
-    in float32. `backend`: "reference" runs all C x R sequences in full with all logits.
-    Raises ValueError for ragged C or R, an empty response or an unknown backend.
+    in float32 (float64 for a float64 model, whose matrix is float64). `backend`: "shared" or "reference".
+    Raises ValueError for ragged C or R, an empty response, an unknown backend, or a model that "shared" does not
+    know to be exact on (see `_check_shared`).
     """
-    if backend != "reference":
-        raise ValueError(f"backend {backend!r}: allowed is 'reference'")
+    if backend not in ("shared", "reference"):
+        raise ValueError(f"backend {backend!r}: allowed are 'shared' and 'reference'")
     B, C, R = len(prompts), len(prompts[0]), len(responses[0])
     if len(responses) != B or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
         raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
-    pairs = [tokenize_pair(tokenizer, prompt, response, score_eos=score_eos)
-             for b in range(B) for prompt in prompts[b] for response in responses[b]]
-    values: list[Tensor | None] = [None] * len(pairs)
-    for batch in _batches([len(p.ids) for p in pairs]):
-        for index, value in zip(batch, _score(model, tokenizer, [pairs[i] for i in batch], length_normalize)):
+    groups = [[tokenize_pair(tokenizer, prompt, response, score_eos=score_eos) for response in responses[b]]
+              for b in range(B) for prompt in prompts[b]]
+    if backend == "shared":
+        _check_shared(model.config, max(len(p.ids) for g in groups for p in g))
+        score = _score_shared
+    else:
+        groups, score = [[pair] for group in groups for pair in group], _score_reference
+    values: list[Tensor | None] = [None] * len(groups)
+    for batch in _batches([row_length(g) for g in groups]):
+        totals = score(model, [groups[i] for i in batch], tokenizer.pad_token_id)
+        for index, value in zip(batch, totals.split([len(groups[i]) for i in batch])):
             values[index] = value
-    return torch.stack(values).float().view(B, C, R)
+    totals = torch.cat(values).view(B, C, R)
+    if not length_normalize:
+        return totals
+    counts = [len(p.ids) - p.start for g in groups for p in g]
+    return totals / totals.new_tensor(counts).view(B, C, R)
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:
@@ -74,10 +64,38 @@ def _batches(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _score(model, tokenizer, pairs: list[Scored], length_normalize: bool) -> Tensor:
-    """[n] log-probs of n pairs in one padded forward."""
+def _check_shared(config, longest: int) -> None:
+    """Refuse by name what the shared layout would get wrong without a sign."""
+    if getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(f"{config.model_type}: soft-capped logits; use backend='reference'")
+    if getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", 1) not in (None, 1):
+        raise ValueError(f"{config.model_type}: scaled logits; use backend='reference'")
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < longest:
+        raise ValueError(f"{config.model_type}: sliding window {window} is shorter than a pair ({longest} tokens); use "
+                         "backend='reference'")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"{config.model_type}: attention {config._attn_implementation!r} takes no mask of ours; load the "
+                         "model with attn_implementation='sdpa', or use backend='reference'")
+
+
+def _score_shared(model, groups: list[list[Scored]], pad: int) -> Tensor:
+    """Sum of log-probs per pair [n], pairs counted row by row; one row per group."""
+    rows = build_rows(groups, pad)
+    ids, positions, mask, source, target, pair = (t.to(model.device) for t in (
+        rows.ids, rows.positions, rows.mask, rows.source, rows.target, rows.pair))
+    bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, torch.finfo(model.dtype).min)
+    hidden = model.base_model(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=False)[0]
+    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[source])
+    logprobs = reference.token_logprobs(logits, target)
+    return logprobs.new_zeros(sum(map(len, groups))).index_add(0, pair, logprobs)
+
+
+def _score_reference(model, groups: list[list[Scored]], pad: int) -> Tensor:
+    """Sum of log-probs per pair [n]: each pair a row of its own, full logits."""
+    pairs = [pair for group in groups for pair in group]
     width = max(len(p.ids) for p in pairs)
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
+    ids = torch.full((len(pairs), width), pad)
     attend = torch.zeros(len(pairs), width, dtype=torch.long)
     scored = torch.zeros(len(pairs), width, dtype=torch.bool)
     for row, pair in enumerate(pairs):  # padded on the right: no token ever sees a pad
@@ -87,6 +105,4 @@ def _score(model, tokenizer, pairs: list[Scored], length_normalize: bool) -> Ten
     ids, attend, scored = (t.to(model.device) for t in (ids, attend, scored))
     logits = model(input_ids=ids, attention_mask=attend, use_cache=False).logits
     logprobs = reference.token_logprobs(logits[:, :-1], ids[:, 1:])
-    scored = scored[:, 1:]
-    total = (logprobs * scored).sum(1)
-    return total / scored.sum(1) if length_normalize else total
+    return (logprobs * scored[:, 1:]).sum(1)

@@ -7,7 +7,6 @@ same bytes (same machine, versions and thread count).
 
 import contextlib
 import gc
-import os
 import platform
 import random
 import resource
@@ -17,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +33,6 @@ from repro.records import (
     digest,
     file_sha256,
     locked,
-    make_folder,
     read_json,
     read_jsonl,
     seal,
@@ -91,6 +88,8 @@ class Run:
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
         write_json(self.folder / "constitutions.json", self.constitutions.to_json())
+        write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
+                                                    for q in (*self.training, *self.held_out)])
 
     def _bind(self, inputs: dict) -> None:
         fields = flatten(self.experiment.to_json()) | inputs
@@ -350,7 +349,8 @@ def _score_held_out(run: Run, iteration: int, texts: list[str], rows: list[dict]
     [C] for the all-positive constitution's response, for the likelihood judge. Scored with the generation prompts."""
     import torch
 
-    from repro.logprobs import logprob_matrix, tokenize_pair
+    from repro.logprobs import logprob_matrix
+    from repro.prefix import tokenize_pair
     from repro.training import matmul_precision, weights_dtype
 
     spec, C = run.experiment, len(run.constitutions.constitutions)
@@ -474,10 +474,10 @@ def report(run: Run) -> None:
     """figures/ and report.html, from the files of the run alone."""
     from repro.report import write_report
 
-    outputs = ["figures/exp1.png", "figures/exp1.pdf", "report.html"]
+    outputs = ["figures/iterations.png", "figures/iterations.pdf", "report.html"]
     if not run.stage("report", outputs, ["metrics"]):
         return
-    write_report(run.folder, run.held_out)
+    write_report(run.folder)
     run.finish("report", outputs, ["metrics"])
 
 
@@ -507,10 +507,3 @@ def _threads() -> int:
 def _peak_gib() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
-
-
-def total_seconds(record: dict) -> float:
-    return sum(stage["seconds"] for stage in record["stages"].values())
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's own threads warn after a fork

@@ -1,0 +1,46 @@
+# SAMI reproduction suite. Each target works as the first command on a fresh machine: it makes .venv itself.
+PYTHON ?= python3.11
+PROFILE ?= mini
+OUT ?= runs
+TORCH := 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+STAMP := .venv/.complete
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+# On Linux without a GPU: torch's CPU build, from a local wheel if pip finds one, else from PyTorch's own index.
+# Elsewhere pip's default build. Nothing is compiled.
+CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup exp1 test lint clean
+
+help:  ## List the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## Make the environment in .venv (every other target does this by itself)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or pass PYTHON=..."; exit 2; }
+	@echo "setting up .venv (about 1 GB, once)"
+	@$(PYTHON) -m venv --clear .venv
+ifeq ($(CPU_TORCH),yes)
+	@$(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) torch==$(TORCH)+cpu
+else
+	@$(PIP) torch==$(TORCH)
+endif
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+exp1: $(STAMP)  ## Experiment 1, dialogue: PROFILE=mini|paper, OUT=runs, ARGS='--seed 1 ...'
+	@exec $(BIN)/repro run exp1 --profile $(PROFILE) --out $(OUT) $(ARGS)
+
+test: $(STAMP)  ## The test suite
+	@exec $(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff
+	@exec $(BIN)/ruff check .
+
+clean:  ## Remove the environment (runs/ and the model cache stay)
+	rm -rf .venv

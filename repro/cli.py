@@ -1,0 +1,202 @@
+"""`repro run | publish`: the command line. The Makefile calls it; every setting beyond these flags is Python or a file.
+
+Exit codes: 0 done; 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import io
+import os
+import re
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from repro.config import Experiment, choose
+from repro.records import UserError, read_json
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run an experiment, or what is left of it."""
+
+    experiment: tyro.conf.Positional[str]
+    """exp1, ..., or a Python file that holds EXPERIMENTS, a dict of profile -> Experiment."""
+    profile: str = "mini"
+    """The setting: mini (minutes on a CPU) or paper (as published)."""
+    out: Path = Path("runs")
+    """The run's folder is OUT/<experiment>/<profile>."""
+    name: str | None = None
+    """Another name than the experiment's own, so that a variant keeps its own folder."""
+    seed: int | None = None
+    """Seed of the order of queries, pairs and principles."""
+    model: str | None = None
+    """The policy: smollm2-135m-instruct (embedded), a folder in Hugging Face format, or a hub name."""
+    queries: str | None = None
+    """embedded, hh-rlhf, or a JSONL file of {"query", "subset"?, "split"?, "id"?} rows."""
+    subsets: tuple[str, ...] | None = None
+    """Which subsets of the queries to use."""
+    train_queries: int | None = None
+    """Training queries per subset, at most."""
+    evaluation_queries: int | None = None
+    """Held-out queries per subset, at most."""
+    evaluation_split: str | None = None
+    """evaluation, or development while choosing settings."""
+    constitutions: str | None = None
+    """A shipped set (dialogue, dialogue_mini) or a JSON or TOML file of principles."""
+    truncate: bool = False
+    """Cut queries that are longer than the context, instead of refusing them."""
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Copy finished runs (one experiment, one seed each) to results/: numbers, figure and page only."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    results: Path = Path("results")
+    """Where to."""
+    numbers_only: bool = False
+    """Leave the responses out of the page: for queries that are not ours to print."""
+
+
+def load_experiment(name: str, profile: str) -> Experiment:
+    """The experiment of a shipped name or a user's Python file, in a profile."""
+    shipped = {p.stem: p for p in sorted(EXPERIMENTS.glob("exp*.py"))}
+    short = {stem.split("_")[0]: stem for stem in shipped}
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"experiment {name}: no such file")
+    else:
+        path = shipped[short.get(name) or choose("experiment", name, (*short, *shipped))]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    profiles = getattr(module, "EXPERIMENTS", None)
+    if not isinstance(profiles, dict) or not all(isinstance(e, Experiment) for e in profiles.values()):
+        raise UserError(f"{path}: EXPERIMENTS: must be a dict of profile -> Experiment")
+    return profiles[choose("--profile", profile, tuple(profiles))]
+
+
+def configure(args: Run) -> Experiment:
+    """The experiment with the flags laid over it."""
+    base = load_experiment(args.experiment, args.profile)
+
+    def over(spec, **changes):
+        return dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
+
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", args.name):
+        raise UserError(f"--name {args.name!r}: allowed are letters, digits and _ . -")
+    data = over(base.data, source=args.queries, subsets=args.subsets, train=args.train_queries,
+                evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
+                truncate=args.truncate or None)
+    label = None if args.model is None else Path(args.model).name
+    return over(base, name=args.name, seed=args.seed, constitutions=args.constitutions, data=data,
+                model=over(base.model, name=args.model, label=label))
+
+
+def summary(folder: Path) -> list[str]:
+    """The last lines of a run: where the page is, and what happened to MI, length and following."""
+    metrics = read_json(folder / "metrics.json")
+    record = read_json(folder / "run.json")
+    last = max(r["iteration"] for r in metrics)
+
+    def change(label, digits, **fixed):
+        found = {}
+        for row in metrics:
+            if row["iteration"] in (0, last) and all(row.get(k) == v for k, v in fixed.items()):
+                found.setdefault(row.get("principle") or row["subset"], {})[row["iteration"]] = row
+        parts = [f"{key} {a[0]['value']:.{digits}f} -> {a[last]['value']:.{digits}f} (±{a[last]['sem'] or 0:.{digits}f})"
+                 for key, a in found.items() if {0, last} <= a.keys()]
+        return f"{label}: " + ", ".join(parts) if parts else f"{label}: NOT RUN"
+
+    lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce"),
+             change("length, tokens", 1, metric="length_tokens")]
+    for subset in record["config"]["data"]["subsets"]:
+        principles = {r.get("principle") for r in metrics if r["metric"] == "following"}
+        positive = [p for p in principles if p and not p.startswith("not_")]
+        for p in sorted(positive):
+            lines.append(change(f"following on {subset} queries", 2, metric="following", principle=p, subset=subset))
+    seconds = sum(stage["seconds"] for stage in record["stages"].values())
+    peak = max(stage["peak_rss_gib"] for stage in record["stages"].values())
+    lines.append(f"{seconds / 60:.1f} minutes of work in all, peak memory {peak:.1f} GiB")
+    lines.append(f"report: {folder / 'report.html'}; iterations 0 -> {last}: " + lines[0])
+    return lines
+
+
+def run_command(args: Run) -> None:
+    from repro.pipeline import run
+
+    for line in summary(run(configure(args), args.out)):
+        print(line)
+
+
+def publish_command(args: Publish) -> None:
+    from repro.report import publish
+
+    if not args.runs:
+        raise UserError("publish: name at least one run folder")
+    print(f"published in {publish(list(args.runs), args.results, responses=not args.numbers_only)}")
+
+
+Command = (Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Publish, tyro.conf.subcommand("publish")])
+
+
+def parse(argv: list[str]):
+    """The command of `argv`. tyro explains a mistake in a box; here it becomes one line."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box), redirect_stdout(io.StringIO()) as out:
+            return tyro.cli(Command, prog="repro", args=argv, use_underscores=False)
+    except SystemExit as e:
+        if not e.code:
+            print(out.getvalue(), end="")
+            raise
+        raise UserError(_one_line(box.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """What is wrong, out of tyro's box: the unknown option with the nearest valid one, or the value that fails."""
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{5,}", " ", box).split())
+    if unknown := re.search(r"Unrecognized options: (\S+?),? ", words + " "):
+        known = sorted("--" + f.name.replace("_", "-") for f in dataclasses.fields(Run)) + ["run", "publish"]
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.4)
+        return f"unknown option or command {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; see repro --help")
+    return re.sub(r"(Value error |Missing value |Parsing error )", "", words.split("Argument helptext")[0]
+                  ).split(" For full helptext")[0]
+
+
+def _terminate(signum, frame):
+    raise SystemExit(128 + signum)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `repro` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's own threads warn after a fork
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        {Run: run_command, Publish: publish_command}[type(args)](args)
+    except UserError as e:
+        print(f"repro: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nrepro: stopped; run the same command to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except SystemExit as e:
+        if e.code == 143:
+            print("\nrepro: stopped; run the same command to go on", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""A run's files -> its figure (in the manner of the paper's Figure 2) and its page; and the committed copy of both.
+
+No torch, no network, nothing but the files of the run: a report can be made again at any time. Text of users and
+models is escaped. Responses under a private antithesis (not harmless) are never shown.
+"""
+
+import base64
+import html
+import io
+import math
+from pathlib import Path
+
+from repro.records import UserError, make_folder, read_json, read_jsonl, write_bytes, write_json, write_text
+
+SHOWN_QUERIES = 12
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
+MARKERS = ("o", "s", "^", "D")
+
+
+def select(metrics: list[dict], **fixed) -> list[dict]:
+    return [r for r in metrics if all(r.get(k) == v for k, v in fixed.items())]
+
+
+# ---- figure
+
+def draw(metrics: list[dict], constitutions: int, title: str):
+    """Four panels by iteration: MI, length, win rate against the initial model, following. Bars: ± SEM over queries.
+
+    With several seeds each is a line of its own.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "repro"})
+    subsets = list(dict.fromkeys(r["subset"] for r in metrics))
+    seeds = sorted({r["seed"] for r in metrics})
+    iterations = sorted({r["iteration"] for r in metrics})
+    principles = list(dict.fromkeys(
+        r["principle"] for r in select(metrics, metric="following") if not r["principle"].startswith("not_")))
+    judge = "rule" if select(metrics, metric="win_rate", judge="rule") else "likelihood"
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+
+    def lines(axis, colour, marker, style="-", label=None, anchor=None, scale=1.0, **fixed):
+        for n, seed in enumerate(seeds):
+            rows = sorted(select(metrics, seed=seed, **fixed), key=lambda r: r["iteration"])
+            x = [r["iteration"] + 0.05 * (n - (len(seeds) - 1) / 2) for r in rows]
+            y, bar = [scale * r["value"] for r in rows], [scale * (r["sem"] or 0) for r in rows]
+            if anchor is not None and rows:
+                x, y, bar = [iterations[0], *x], [anchor, *y], [0, *bar]
+            axis.errorbar(x, y, bar, color=colour, marker=marker, ms=4, lw=1.2, ls=style, capsize=2,
+                          alpha=1 if len(seeds) == 1 else 0.65, label=label if n == 0 and rows else None)
+
+    for k, subset in enumerate(subsets):
+        look = {"colour": COLOURS[k], "marker": MARKERS[k], "label": f"{subset} queries"}
+        lines(axes[0], **look, metric="mi", estimator="infonce", subset=subset)
+        lines(axes[1], **look, metric="length_tokens", subset=subset)
+        lines(axes[2], **look, anchor=50, metric="win_rate", judge=judge, ties="half", subset=subset)
+        for p, principle in enumerate(principles):
+            lines(axes[3], COLOURS[k], MARKERS[k], ("-", "--", ":", "-.")[p % 4], f"{principle}, {subset}", scale=100,
+                  metric="following", principle=principle, subset=subset)
+    limit = math.log(constitutions)
+    axes[0].axhline(limit, color="0.4", ls=":", lw=1)
+    axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", fontsize=8, color="0.3")
+    axes[0].set(title="Mutual information", ylabel="InfoNCE lower bound (nats)", ylim=(0, limit * 1.12))
+    axes[1].set(title="Length", ylabel="response length (tokens)")
+    axes[1].set_ylim(bottom=0)
+    axes[2].axhline(50, color="0.4", ls=":", lw=1)
+    axes[2].set(title=f"Win rate, {judge} judge", ylabel="against the initial model (%), ties half", ylim=(0, 100))
+    axes[3].set(title="Following, all-positive constitution", ylabel="responses that follow the principle (%)",
+                ylim=(0, 100))
+    for axis in axes:
+        axis.set_xticks(iterations)
+        axis.set_xlabel("iteration (0 = initial model)")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+    if principles:
+        axes[3].legend(loc="best", fontsize=7)
+    else:
+        axes[3].text(0.5, 0.5, "NOT RUN: the principles have no rule", ha="center", transform=axes[3].transAxes)
+    bars = "bars: ± SEM over queries" + (f"; {len(seeds)} seeds, one line each" if len(seeds) > 1 else "")
+    figure.suptitle(f"{title} ({bars})", fontsize=10)
+    return figure
+
+
+def save_figure(figure, folder: Path) -> None:
+    """folder/iterations.png and .pdf, byte-stable for the same numbers and matplotlib."""
+    import matplotlib.pyplot as plt
+
+    for kind in ("png", "pdf"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=150,
+                       metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+        write_bytes(folder / f"iterations.{kind}", buffer.getvalue())
+    plt.close(figure)
+
+
+# ---- page
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0; width: 100% }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .35em .6em; text-align: left; vertical-align: top }}
+td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
+.responses td {{ font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere }}
+.responses {{ table-layout: fixed }} .responses th:first-child {{ width: 6em }} img {{ max-width: 100% }}
+.note {{ color: #555 }}</style>
+<h1>{title}</h1>{body}</html>
+"""
+
+
+def _interval(row: dict, digits: int) -> str:
+    if row["ci95"] is None:
+        return f"{row['value']:.{digits}f}"
+    return f"{row['value']:.{digits}f} <span class=note>[{row['ci95'][0]:.{digits}f}, {row['ci95'][1]:.{digits}f}]</span>"
+
+
+LABELS = {"mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
+          "length_tokens": "length (tokens)", "following": "following", "win_rate": "win rate (%)",
+          "hack_constitution_overlap": "words taken from the constitution", "hack_query_overlap": "words taken from the query",
+          "hack_repetition": "repeated trigrams"}
+
+
+def _table(metrics: list[dict], seed: int) -> str:
+    rows, mine = [], select(metrics, seed=seed)
+    keys = list(dict.fromkeys((r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r.get("principle"))
+                              for r in sorted(mine, key=lambda r: list(LABELS).index(r["metric"]))))
+    iterations = sorted({r["iteration"] for r in mine})
+    for metric, subset, estimator, judge, ties, principle in keys:
+        found = {r["iteration"]: r for r in mine if (metric, subset, estimator, judge, ties, principle) == (
+            r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r.get("principle"))}
+        what = ", ".join(filter(None, (estimator, judge and f"{judge} judge", ties and f"ties {ties}", principle)))
+        digits = 1 if metric in ("length_tokens", "win_rate") else 3
+        cells = "".join(f"<td class=n>{_interval(found[i], digits) if i in found else ''}</td>" for i in iterations)
+        n = next(iter(found.values()))["n"]
+        rows.append(f"<tr><td>{LABELS[metric]}{': ' + html.escape(what) if what else ''}</td><td>{html.escape(subset)}"
+                    f"</td>{cells}<td class=n>{n}</td></tr>")
+    head = "".join(f"<th>iteration {i}</th>" for i in iterations)
+    return f"<table><tr><th>value [95 % interval]</th><th>queries</th>{head}<th>n</th></tr>{''.join(rows)}</table>"
+
+
+def _responses(folder: Path, record: dict) -> str:
+    """Side by side for the first everyday held-out queries: rows are iterations, columns constitutions."""
+    constitutions = read_json(folder / "constitutions.json")
+    shown = [c["id"] for c in constitutions["constitutions"] if not c["private"]]
+    everyday = record["config"]["data"]["subsets"][0]
+    queries = [row for _, row in read_jsonl(folder / "queries.jsonl")
+               if row["split"] == record["config"]["data"]["evaluation_split"] and row["subset"] == everyday]
+    texts = {}
+    for iteration in range(record["config"]["iterations"] + 1):
+        for _, row in read_jsonl(folder / f"responses/evaluation-{iteration}.jsonl"):
+            mark = "" if row["finished"] else " […]"
+            texts[row["query"], row["constitution"], iteration] = row["text"] + mark
+    parts = []
+    for query in queries[:SHOWN_QUERIES]:
+        head = "".join(f"<th>{html.escape(id)}</th>" for id in shown)
+        rows = "".join(
+            f"<tr><td>{'initial' if i == 0 else f'iteration {i}'}</td>"
+            + "".join(f"<td>{html.escape(texts[query['id'], id, i])}</td>" for id in shown) + "</tr>"
+            for i in range(record["config"]["iterations"] + 1))
+        parts.append(f"<h3>{html.escape(query['text'])}</h3><table class=responses><tr><th></th>{head}</tr>{rows}</table>")
+    left_out = len(constitutions["constitutions"]) - len(shown)
+    note = f" {left_out} constitutions are left out: their responses stay in the run directory." if left_out else ""
+    return (f"<h2>What each iteration answers</h2><p class=note>Held-out {html.escape(everyday)} queries, greedy, at most "
+            f"{record['config']['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}</p>"
+            + "".join(parts))
+
+
+def _facts(records: list[dict]) -> str:
+    record = records[0]
+    config, train = record["config"], record["config"]["train"]
+    seconds = ", ".join(f"seed {r['config']['seed']}: {sum(s['seconds'] for s in r['stages'].values()) / 60:.1f} min"
+                        for r in records)
+    lines = [
+        f"Model {config['model']['label']}; constitutions {config['constitutions']} ({config['writer']}-written); "
+        f"queries {Path(config['data']['source']).name}.",
+        f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
+        f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "
+        f"{train['batches_increment']} more in each later one, {train['precision']}.",
+        f"Measured on {record['device']}, {record['threads']} threads, torch {record['packages']['torch']}; {seconds}; "
+        f"config {record['config_hash'][:12]}, commit {(record['commit'] or 'unknown')[:12]}.",
+        "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + "."]
+    if config["profile"] == "mini":
+        lines.insert(0, "A mini run: its own model, principles and queries. None of these numbers is the paper's.")
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+
+
+def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path, *, responses: bool) -> None:
+    """The page of one run, or of the same experiment under several seeds (responses of the first)."""
+    records = [read_json(folder / "run.json") for folder in folders]
+    config = records[0]["config"]
+    title = f"{config['name']}, profile {config['profile']}"
+    data = base64.b64encode(image.read_bytes()).decode()
+    body = [_facts(records), f'<p><img alt="MI, length, win rate and following by iteration" '
+            f'src="data:image/png;base64,{data}"></p>']
+    for record in records:
+        seed = record["config"]["seed"]
+        body.append(f"<h2>Every value, seed {seed}</h2>" + _table(metrics, seed))
+    if responses:
+        body.append(_responses(folders[0], records[0]))
+    write_text(path, PAGE.format(title=html.escape(title), body="".join(body)))
+
+
+def write_report(folder: Path) -> None:
+    """figures/iterations.png and .pdf, and report.html, of one run."""
+    metrics, record = read_json(folder / "metrics.json"), read_json(folder / "run.json")
+    count = len(read_json(folder / "constitutions.json")["constitutions"])
+    config = record["config"]
+    figure = draw(metrics, count, f"{config['name']}, {config['profile']}: {config['model']['label']}, not the paper's run"
+                  if config["profile"] == "mini" else f"{config['name']}: {config['model']['label']}")
+    save_figure(figure, folder / "figures")
+    write_page(folder / "report.html", [folder], metrics, folder / "figures/iterations.png", responses=True)
+
+
+def publish(folders: list[Path], results: Path, *, responses: bool = True) -> Path:
+    """Copy runs of one experiment (one seed each) to results/<experiment>/<profile>: numbers, figure, page.
+
+    `responses` False leaves the responses out of the page: for queries that are not ours to print.
+    Raises UserError where runs differ in more than their seed, or one is unfinished.
+    """
+    records, metrics = [], []
+    for folder in folders:
+        if not (folder / "metrics.json").is_file():
+            raise UserError(f"{folder}: no metrics.json; only a finished run can be published")
+        records.append(read_json(folder / "run.json"))
+        metrics += read_json(folder / "metrics.json")
+    first = records[0]["config"]
+    for folder, record in zip(folders, records):
+        if record["config"] | {"seed": None} != first | {"seed": None} or record["inputs"] != records[0]["inputs"]:
+            raise UserError(f"{folder}: its config differs from {folders[0]}'s in more than the seed")
+    if len({r["config"]["seed"] for r in records}) < len(records):
+        raise UserError("the runs to publish must have different seeds")
+    out = make_folder(results / first["name"] / first["profile"])
+    count = len(read_json(folders[0] / "constitutions.json")["constitutions"])
+    figure = draw(metrics, count, f"{first['name']}, {first['profile']}: {first['model']['label']}"
+                  + (", not the paper's run" if first["profile"] == "mini" else ""))
+    save_figure(figure, out / "figures")
+    write_json(out / "metrics.json", metrics)
+    write_json(out / "constitutions.json", read_json(folders[0] / "constitutions.json"))
+    for record in records:
+        write_json(out / f"run-seed-{record['config']['seed']}.json", record)
+    write_page(out / "report.html", folders, metrics, out / "figures/iterations.png", responses=responses)
+    return out
