@@ -32,3 +32,122 @@ def test_golden_numbers(backend, case):
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
         assert (grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+# ---- the shared path against the reference, both judged by the reference in float64
+
+FAMILIES = ["llama", "llama_tied", "mistral", "mixtral", "qwen2"]
+
+
+def tiny_family(family: str):
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    torch.manual_seed(1)
+    size = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+                pad_token_id=0)
+    config, model = {
+        "llama": (LlamaConfig(**size), LlamaForCausalLM),
+        "llama_tied": (LlamaConfig(**size, tie_word_embeddings=True), LlamaForCausalLM),
+        "mistral": (MistralConfig(**size, sliding_window=None), MistralForCausalLM),
+        "mixtral": (MixtralConfig(**size, num_local_experts=3, num_experts_per_tok=2,
+                                  experts_implementation="eager"), MixtralForCausalLM),
+        "qwen2": (Qwen2Config(**size), Qwen2ForCausalLM),
+    }[family]
+    return model(config).eval()
+
+
+PROMPTS = [["Follow: be brief. Query: why is the sky blue?\n", "Follow: be long. Query: why is the sky blue?\n",
+            "Follow: rhyme.\n"],
+           ["Be kind: hello there\n", "Be short: hello there\n", "Be anything at all, as you like it: hello there\n"]]
+RESPONSES = [["Air scatters blue light most.", "x"], ["Hello, how are you?", "Hello, who are you?"]]
+
+
+def matrix(model, tokenizer, backend, **options):
+    settings = {"length_normalize": True, "score_eos": False} | options
+    return logprob_matrix(model, tokenizer, PROMPTS, RESPONSES, backend=backend, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("score_eos", [False, True])
+@pytest.mark.parametrize("length_normalize", [False, True])
+def test_shared_is_as_exact_as_the_reference(family, score_eos, length_normalize, monkeypatch):
+    """C = 3, R = 2, ragged, a one-token response, responses with a common start, and several batches: the error of
+    values and gradients is at most twice the float32 reference's own, and a floor for where that is zero."""
+    from conftest import byte_tokenizer
+
+    monkeypatch.setattr("repro.logprobs.BATCH_TOKENS", 300)
+    tokenizer = byte_tokenizer()
+    upstream = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def compute(dtype, backend):
+        model = tiny_family(family).to(dtype)
+        values = matrix(model, tokenizer, backend, score_eos=score_eos, length_normalize=length_normalize)
+        (values.double() * upstream).sum().backward()
+        return values.detach().double(), {n: p.grad.double() for n, p in model.named_parameters()}
+
+    truth, truth_grads = compute(torch.float64, "reference")
+    reference, reference_grads = compute(torch.float32, "reference")
+    shared, shared_grads = compute(torch.float32, "shared")
+    floor = 1e-6 * truth.abs().max()
+    assert (shared - truth).abs().max() <= 2 * (reference - truth).abs().max() + floor
+    for name, grad in truth_grads.items():
+        floor = 1e-6 * grad.norm()
+        assert (shared_grads[name] - grad).norm() <= 2 * (reference_grads[name] - grad).norm() + floor, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "shared"])
+def test_score_eos_and_length_normalize_each_change_the_result(tiny, backend):
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    with torch.no_grad():
+        base = matrix(model, tokenizer, backend)
+        assert not torch.allclose(base, matrix(model, tokenizer, backend, score_eos=True))
+        sums = matrix(model, tokenizer, backend, length_normalize=False)
+    counts = torch.tensor([[len(r) for r in row] for row in RESPONSES])[:, None, :]  # one token a byte
+    torch.testing.assert_close(sums / counts, base)
+
+
+def test_what_is_shared_ends_before_what_is_scored():
+    from repro.prefix import Scored, row_length, shared_length
+
+    same_start = [Scored([1, 2, 3, 7, 8], 3), Scored([1, 2, 3, 7, 9], 3)]
+    assert shared_length(same_start) == 3  # not 4: the common first response token is scored once per response
+    retokenised = [Scored([1, 2, 3, 8], 3), Scored([1, 2, 5, 9], 3)]
+    assert shared_length(retokenised) == 2 and row_length(retokenised) == 2 + 2 + 2
+
+
+def test_identical_responses_give_equal_columns(tiny):
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    with torch.no_grad():
+        values = logprob_matrix(model, tokenizer, [["a\n", "bb\n"]], [["same", "same"]], length_normalize=True,
+                                score_eos=False)
+    torch.testing.assert_close(values[..., 0], values[..., 1])
+
+
+@pytest.mark.parametrize("change, name", [
+    ({"final_logit_softcapping": 30.0}, "soft-capped"), ({"logit_scale": 0.1}, "scaled"), ({"sliding_window": 5}, "window"),
+    ({"_attn_implementation": "flex_attention"}, "takes no mask")])
+def test_what_the_shared_path_would_get_wrong_is_refused_by_name(tiny, change, name):
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    with pytest.raises(ValueError, match=name):
+        matrix(model, tokenizer, "shared")
+
+
+@pytest.mark.parametrize("prompts, responses, backend", [
+    ([["a", "b"], ["a"]], [["x"], ["y"]], "shared"), ([["a"]], [["x"], ["y"]], "shared"), ([["a"]], [[""]], "shared"),
+    ([["a"]], [["x"]], "fast")])
+def test_ragged_or_empty_input_is_refused(tiny, prompts, responses, backend):
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    with pytest.raises(ValueError):
+        logprob_matrix(model, tokenizer, prompts, responses, length_normalize=True, score_eos=False, backend=backend)

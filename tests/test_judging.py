@@ -1,0 +1,65 @@
+"""Rule judges, with texts that try to fool them; the likelihood judge; the hack watch."""
+
+import math
+
+import pytest
+
+from repro.constitutions import load_constitutions
+from repro.judging import RULES, brief, follows, likelihood_score, overlap, repetition, rule_score, sentences, simple_words
+
+MINI = load_constitutions("dialogue_mini")
+
+
+@pytest.mark.parametrize("text, count", [
+    ("One.", 1), ("One. Two.", 2), ('He said "Go." Then left.', 2), ("No end", 1), ("1. First\n2. Second", 2), ("", 0), ("...", 0),
+    ("It costs 3.50 in all.", 1), ("A\n\nB", 2), ("Well... yes!", 2)])
+def test_sentences(text, count):
+    assert len(sentences(text)) == count
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("Use warm water and soap.", True), ("Use warm water. Then rinse.", False), ("word " * 26, False), ("word " * 25, True),
+    ("", False), ("first\nsecond", False), ("!!!", False)])
+def test_brief(text, verdict):
+    assert brief(text) is verdict
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("Use warm soap and let it dry in the sun.", True), ("Photosynthetic organisms assimilate atmospheric carbon dioxide.", False),
+    ("a a a", False), ("", False), ("1 2 3 4 5", False), ("Go to bed at ten.", True)])
+def test_simple_words(text, verdict):
+    assert simple_words(text) is verdict
+
+
+def test_every_rule_is_total():
+    for rule in RULES.values():
+        for text in ("", " ", "\n", "\u202e", "日本語", "a" * 10_000, "<script>", "1.", "\0"):
+            assert rule(text) in (True, False)
+
+
+def test_follows_takes_the_constitutions_side():
+    short, long = "Use warm soap now.", "Utilise appropriate detergents. " * 5
+    positive, negative = MINI.constitutions[0], MINI.constitutions[-1]
+    assert follows(short, positive) == {"brief": True, "simple": True}
+    assert follows(short, negative) == {"brief": False, "simple": False}
+    assert follows(long, negative) == {"brief": True, "simple": True}
+    assert not any(follows("", c)[p] for c in MINI.constitutions for p in ("brief", "simple"))
+    assert [rule_score(short, long, positive), rule_score(long, short, positive), rule_score(short, short, positive)] == [1, 0, 0.5]
+
+
+def test_likelihood_score_is_the_posterior_of_the_judged_constitution():
+    """Softmax by hand: [0, -1] gives 0.731 to the first, [-3, -3] gives 0.5; the level of the log-probs is no matter."""
+    assert likelihood_score([0, -1], [-3, -3]) == 1
+    assert likelihood_score([-3, -3], [0, -1]) == 0
+    assert likelihood_score([-5, -6], [-1, -2]) == 0.5
+    assert likelihood_score([-1000.0, -2000.0], [0.0, 0.0]) == 1
+    assert math.isclose(1 / (1 + math.exp(-1)), 0.731, abs_tol=1e-3)
+
+
+def test_hack_watch():
+    assert overlap("Answer in one short sentence!", "Answer in one short sentence.") == 1
+    assert overlap("Rinse the drum with vinegar", "Answer in one short sentence.") == 0
+    assert overlap("the of and", "the of and") == 0
+    assert overlap("Short vinegar", "short words") == 0.5
+    assert repetition("I am very happy. I am very happy.") == pytest.approx(2 / 6)
+    assert repetition("one two") == 0

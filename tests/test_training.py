@@ -1,0 +1,116 @@
+"""Doses, steps, precision, and the golden loss trace."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+
+from repro import models
+from repro.config import TrainSpec
+from repro.records import UserError
+from repro.training import TrainingPair, Update, train, updates
+
+TRACE = Path(__file__).parent / "golden_trace.txt"
+
+
+def test_as_printed_is_table_1():
+    spec = TrainSpec(dose="as_printed")
+    assert [updates(spec, k) for k in (1, 2, 3)] == [[Update(128, 1.0)] * n for n in (2, 4, 6)]
+    llama = TrainSpec(batches=4, batches_increment=4)
+    assert [len(updates(llama, k)) for k in (1, 2, 3)] == [4, 8, 12]
+
+
+def test_as_run_is_what_the_logs_show():
+    """Effective batch 8, first step at rate 0: so 1, 3, 5 updates that change anything."""
+    for iteration, changing in ((1, 1), (2, 3), (3, 5)):
+        plan = updates(TrainSpec(dose="as_run"), iteration)
+        assert {u.queries for u in plan} == {8} and plan[0].rate == 0
+        assert sum(u.rate > 0 for u in plan) == changing
+    assert [u.rate for u in updates(TrainSpec(dose="as_run"), 2)] == [0, 1, 13 / 14, 12 / 14]
+
+
+def pairs(n):
+    return [TrainingPair(query=f"q{k}", prompts=(f"Be short. Question {k}?\n", f"Be long. Question {k}?\n"),
+                         responses=(f"yes {k}", f"yes, and then much more of {k}")) for k in range(n)]
+
+
+def trained(tiny, spec, n=8, iteration=1, pairs=pairs):
+    model = models.load_model(str(tiny), dtype="bfloat16" if spec.precision == "bf16" else "float32")
+    return model, train(model, byte_tokenizer(), pairs(n), spec, iteration)
+
+
+SPEC = TrainSpec(dose="as_printed", batch_size=2, learning_rate=2e-4, precision="fp32")
+
+
+def test_golden_loss_trace(tiny):
+    """Six RMSprop steps on the tiny model. A refactor must reproduce them; a change of the method updates the file."""
+    _, trace = trained(tiny, SPEC, 12, iteration=3)
+    expected = [float(line) for line in TRACE.read_text().split()]
+    assert [row["loss"] for row in trace] == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0]
+
+
+def test_a_step_is_the_mean_gradient_of_its_batch(tiny):
+    """One plain step by hand: RMSprop's first update of the mean loss over the batch."""
+    from repro.logprobs import logprob_matrix
+    from repro.losses import symmetric_infonce
+
+    spec = TrainSpec(batch_size=3, batches=1, learning_rate=1e-3, precision="fp32")
+    model, _ = trained(tiny, spec, 3)
+    ours = models.load_model(str(tiny))
+    batch = pairs(3)
+    matrices = logprob_matrix(ours, byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch],
+                              length_normalize=True, score_eos=False, backend="reference")
+    symmetric_infonce(matrices).backward()
+    with torch.no_grad():
+        for (name, p), q in zip(ours.named_parameters(), model.parameters()):
+            step = p.grad / ((0.01 * p.grad**2).sqrt() + 1e-8)
+            # where a gradient is rounding noise, RMSprop's step is +-10 either way
+            solid = p.grad.abs() > 1e-4 * p.grad.abs().max()
+            torch.testing.assert_close(q[solid], (p - 1e-3 * step)[solid], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_as_run_leaves_the_first_step_without_effect(tiny):
+    spec = TrainSpec(dose="as_run", batch_size=2, batches=1, learning_rate=1e-2, precision="fp32")
+    model, trace = trained(tiny, spec, 2)
+    before = models.load_model(str(tiny)).state_dict()
+    assert [row["rate"] for row in trace] == [0.0]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_bf16_rounds_small_updates_away_and_fp32_master_does_not(tiny):
+    """At learning rate 5e-7 most of bf16's updates are lost: a real hyper-parameter of SAMI."""
+    def moved(precision):
+        spec = TrainSpec(batch_size=2, batches=2, learning_rate=5e-7, precision=precision, optimizer="adamw")
+        model, _ = trained(tiny, spec, 4)
+        before = models.load_model(str(tiny), dtype="bfloat16" if precision == "bf16" else "float32").state_dict()
+        after = model.state_dict()
+        return sum((before[k] != v).sum().item() for k, v in after.items()) / sum(v.numel() for v in after.values())
+
+    assert moved("bf16") < 0.1 < 0.9 < moved("fp32_master")
+
+
+def test_the_products_setting_is_put_back(tiny):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    trained(tiny, copy.replace(SPEC, precision="fp32_master") if hasattr(copy, "replace") else
+            TrainSpec(batch_size=2, precision="fp32_master"), 4)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny):
+    model = models.load_model(str(tiny))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ord("y")] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    saved = []
+    with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite"):
+        train(model, byte_tokenizer(), pairs(4), SPEC, 1, save_batch=lambda ids: saved.extend(ids) or "batch.json")
+    assert saved == ["q0", "q1"]
+    assert all(torch.equal(torch.nan_to_num(before[k]), torch.nan_to_num(v)) for k, v in model.state_dict().items())
+
+
+def test_too_few_pairs_is_said(tiny):
+    with pytest.raises(UserError, match="iteration 2: 3 training pairs left of 8 needed"):
+        trained(tiny, SPEC, 3, iteration=2)
