@@ -1,8 +1,8 @@
 """What the paper prints and the authors' raw record, as sources for `published`, `beyond` and `figures`.
 
 The record has one layout, `<repo>/<path>`, in a local folder or downloaded once. The manifest in
-`results/published/` pins every file by commit, size and sha256; no file that differs is read, and none is in the
-repository.
+`results/published/` pins every file by commit, size and sha256; no file that differs is read, and none is in
+the repository.
 `tables.json` beside it holds the printed cells; the manifest says which file feeds which.
 """
 

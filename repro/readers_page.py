@@ -64,7 +64,7 @@ the digit; this one can.
 """ + "".join(f"| {label} | {len(rows)} | " + " | ".join(str(count(rows, s)) for s in (
         "PASS", "ERRATUM", "NOT REPRODUCED", "FAIL", "NOT RUN")) + " |\n" for label, rows in (
             ("Tables 4-9, to the printed decimal", raw),
-            (f"Tables 2-3, within {TOLERANCE:g} point, by our fit of an unpublished code", fitted))) + f"""
+            (f"Tables 2-3, within {TOLERANCE:g} point, by our fit of an unpublished code", fitted))) + """
 PASS: the record gives what is printed. ERRATUM: it gives something else, and where the printed value comes
 from is known. NOT REPRODUCED: our fit misses the tolerance. FAIL: no explanation. NOT RUN: no file.
 
