@@ -121,6 +121,7 @@ def _fetch(url: str, path: Path, entry: dict, stall_s: float, bar: tqdm) -> None
                         if got > entry["bytes"]:  # not the pinned file: do not fill the disk with it
                             break
     except urllib.error.HTTPError as e:
+        e.close()
         raise UserError(f"cannot fetch {url}: HTTP {e.code} {e.reason}") from None
     except (TimeoutError, urllib.error.URLError, http.client.HTTPException, ConnectionError) as e:
         reason = getattr(e, "reason", e)

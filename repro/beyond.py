@@ -13,8 +13,8 @@ from repro.archive import ITEMS, KEYS, Archive, estimate, feed
 
 TOLERANCE = 1.0  # percentage points, for Tables 2-3 alone
 TOLERANCE_REASON = (
-    "the code of the correction is not public; one point is about a third of the standard error of these win "
-    "rates (2.7 to 3.2 points at n = 250), so two fits that agree to a point say the same about the models"
+    "the code of the correction is not public; one point is about a third of the printed standard "
+    "errors (2.7 to 3.2 points at n = 250), so two fits that agree to a point say the same about the models"
 )
 FIT = ("P(win) = sigmoid(a + b tanh(d / sd(d))) with d = tokens judged - tokens of baseline and ties as "
        "losses, taken at d = 0")

@@ -191,7 +191,8 @@ def _ours(figure: str, number: int, panel: dict, runs: Sequence[Path]) -> list[d
                     raise UserError(f"{path}: record {i}: field {field}: expected a number, "
                                     f"found {r.get(field)!r}")
             if _fits(r, panel, metric):
-                name = f"ours: {r.get('model')}" + (f", judge {r.get('judge')}" if metric == "win_rate" else "")
+                judge = f", judge {r.get('judge')}" if metric == "win_rate" else ""
+                name = f"ours: {r.get('model')}{judge}"
                 if len(set(subsets)) > 1:
                     name += f", {r['subset'].replace('_', '-')}"
                 rows.append({k: r.get(k) for k in COLUMNS} | {
@@ -266,7 +267,7 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
 
 def _draw(figure: str, rows: list[dict]) -> Figure:
     panels, lines = PANELS[figure], len(PANELS[figure]) // 2
-    drawing = Figure(figsize=(6.6, 2.35 * lines + 0.85))
+    drawing = Figure(figsize=(6.6, 1))
     axes = drawing.subplots(lines, 2, squeeze=False).ravel()
     for i, (ax, panel) in enumerate(zip(axes, panels)):
         _panel(ax, panel, [r for r in rows if r["panel"] == i])
@@ -277,9 +278,11 @@ def _draw(figure: str, rows: list[dict]) -> Figure:
     if any(differs(r) for r in rows):
         handles["printed value, where it differs from the record"] = Line2D(
             [], [], color=GREY, marker="o", markerfacecolor="white", markersize=6, linestyle="none")
+    columns = 2 if len(handles) == 4 or max(map(len, handles)) > 30 else 3
     drawing.suptitle(TITLES[figure], fontsize=9)
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center",
-                   ncols=2 if len(handles) == 4 else 3)
+                   ncols=columns)
+    drawing.set_figheight(2.35 * lines + 0.5 + 0.17 * -(-len(handles) // columns))
     return drawing
 
 
