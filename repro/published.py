@@ -158,9 +158,10 @@ def verify(archive: Path | None, out: Path, *, strict: bool = False, responses: 
     for part in ("arithmetic", "claims"):
         for r in result[part]:
             if r["status"] != "PASS":
-                what = f"Table {r['table']}, {name(r)}: deviation of [low, high, t] {r['deviation']}"
                 if part == "claims":
                     what = f"{r['where']}: printed {r['printed']}, record {r['recomputed']}"
+                else:
+                    what = f"Table {r['table']}, {name(r)}: deviation of [low, high, t] {r['deviation']}"
                 print(f"{part}: {what}  {r['status']}")
     for part in ("cells", "arithmetic", "claims"):
         states = [r["status"] for r in result[part]]
@@ -174,6 +175,13 @@ def verify(archive: Path | None, out: Path, *, strict: bool = False, responses: 
 
 RECORD_FIELDS = ("metric", "subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator",
                  "ties", "length", "seed", "value", "sem", "ci95", "n")
+
+
+def _apart(r: dict, c: dict) -> list[str]:
+    """What keeps a record of ours from being compared with a published cell, as words."""
+    want = {k: c[k] for k in ("subset", "iteration", "model", "writer", "cot", "baseline", "judge", "ties")}
+    want["length"] = c["estimator"]
+    return [f"{k} {r[k]} (paper: {v})" for k, v in want.items() if r[k] != v]
 
 
 def verify_run(run: Path, *, strict: bool = False) -> int:
@@ -196,12 +204,11 @@ def verify_run(run: Path, *, strict: bool = False) -> int:
     rates = [r for r in rows if r["metric"] == "win_rate" and r.get("principle") is None]
     subsets = {r["subset"] for r in rows}
     states = []
-    for c in (c for c in cells if c["subset"] in subsets):
-        want = {k: c[k] for k in ("model", "writer", "cot", "baseline", "judge", "ties")}
-        want["length"] = c["estimator"]
-        near = [({k for k in want if r[k] != want[k]}, r) for r in rates
-                if (r["subset"], r["iteration"]) == (c["subset"], c["iteration"])]
-        same = [r for off, r in near if not off]
+    own = [[r for r in rates if not _apart(r, c)] for c in cells]
+    spare = [r for r in rates if not any(r in rows for rows in own)]
+    for c, same in zip(cells, own):
+        if c["subset"] not in subsets:
+            continue
         for r in same:
             half = metrics.Z95 * np.hypot(*(metrics.normal_interval(x, n)[0] for x, n in
                                             ((r["value"], r["n"]), (c["published"], c["n"]))))
@@ -211,10 +218,9 @@ def verify_run(run: Path, *, strict: bool = False) -> int:
                   f"{r['value']:.2f} (n {r['n']}, seed {r['seed']}), difference {d:+.2f} "
                   f"[{d - half:.2f}, {d + half:.2f}]  {states[-1]}")
         if not same:
-            off, r = min(near, key=lambda x: len(x[0]), default=(None, None))
-            states.append("NOT RUN" if off is None else "NOT COMPARABLE")
-            why = "no record of this subset and iteration" if off is None else \
-                "; ".join(f"{k} {r[k]} (paper: {want[k]})" for k in want if k in off)
+            near = [_apart(r, c) for r in spare if all(r[k] == c[k] for k in ("subset", "iteration"))]
+            states.append("NOT COMPARABLE" if near else "NOT RUN")
+            why = "; ".join(min(near, key=len, default=["no record"]))
             print(f"Table {c['table']}  {name(c)}: {why}  {states[-1]}")
     print(f"{run}: " + (", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states)))
                         or "no cell of the paper has a subset of this run"))
