@@ -22,9 +22,10 @@ from repro.beyond import CONSTITUTIONS, TOLERANCE
 from repro.metrics import Estimate
 from repro.records import UserError
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+GREY = "#666666"
 COLOURS, MARKERS = (BLUE, ORANGE), ("o", "s")
-OUR_COLOURS, OUR_MARKERS = (GREEN, PURPLE), ("D", "^")
+OUR_COLOURS, OUR_MARKERS = (GREEN, PURPLE, SKY, AMBER), ("D", "^", "v", "P")  # two subsets by two judges
 STYLE = {
     "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 7.5, "legend.fontsize": 7.5,
     "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
@@ -39,7 +40,7 @@ LABELS = {"mutual_information": "plotted MI, mean of logs (nats)",
 INSTRUCT, WEAK, STRONG = "mistral-7b-instruct", "mistral-7b-instruct", "claude-opus"
 
 
-# ---- helpers that the report of a run uses too
+# ---- what the report of a run uses too
 
 @contextmanager
 def style():
@@ -198,7 +199,7 @@ def _ours(figure: str, number: int, panel: dict, runs: Sequence[Path]) -> list[d
                 rows.append({k: r.get(k) for k in COLUMNS} | {
                     "figure": figure, "panel": number, "series": name, "metric": panel["metric"],
                     "estimator": panel["estimator"], "ties": panel.get("ties"), "printed": None,
-                    "source": f"run {Path(run).name}, seed {r.get('seed')}"})
+                    "source": f"run {'/'.join(Path(run).parts[-2:])}, seed {r.get('seed')}"})
     return rows
 
 
@@ -220,7 +221,8 @@ def differs(row: dict) -> bool:
 def _panel(ax, panel: dict, rows: list[dict]) -> None:
     if panel["metric"] == "win_rate":
         ax.axhline(50, color=GREY, linewidth=0.8, linestyle=":", label="chance")
-        ax.set(ylim=(0, 100), ylabel=f"win rate vs {panel['baseline']} (%)")
+        initial = " (ours: vs initial model)" if any(r["source"].startswith("run ") for r in rows) else ""
+        ax.set(ylim=(0, 100), ylabel=f"win rate vs {panel['baseline']}{initial} (%)")
     else:
         ax.set(ylabel=LABELS[panel["metric"]])
     lines = dict.fromkeys((r["series"], r["source"]) for r in rows
@@ -232,8 +234,8 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
         anchor = () if mine else ("chance",)
         here = [r for r in rows if r["series"] == name and r["source"] in (source, *anchor)]
         i = (ours if mine else names).index(name)
-        colour, marker = ((OUR_COLOURS, OUR_MARKERS) if mine else (COLOURS, MARKERS))
-        colour, marker = colour[i % 2], marker[i % 2]
+        colours, markers = (OUR_COLOURS, OUR_MARKERS) if mine else (COLOURS, MARKERS)
+        colour, marker = colours[i % len(colours)], markers[i % len(markers)]
         shift = 0.05 * (i - 0.5) + (0.03 if mine else 0)  # keeps error bars of equal values apart
         here = sorted(here, key=lambda r: r["iteration"])
         errorbar(ax, [r["iteration"] + shift for r in here],

@@ -162,7 +162,8 @@ def _claims(claims: list[dict]) -> str:
         what = f", iteration {c['iteration']}" if "iteration" in c else f": {c['metric'].replace('_', ' ')}"
         values = [] if c["recomputed"] is None else np.atleast_1d(c["recomputed"])
         got = ", ".join(f"{v:.2f}" for v in values) or "-"
-        rows.append([c["where"], f"{c['model']}, {c['subset'].replace('_', '-')}{what}"
+        writer = f" ({c['writer']})" if c["subset"] == "tldr" else ""
+        rows.append([c["where"], f"{c['model']}{writer}, {c['subset'].replace('_', '-')}{what}"
                      + (f", vs {c['baseline']}" if "baseline" in c else ""), c["printed"], got,
                      c["estimator"] + (f", ties {c['ties']}" if "ties" in c else ""),
                      c["status"] + (f" ({c['note']})" if c["note"] else "")])
