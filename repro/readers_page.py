@@ -4,6 +4,7 @@ import numpy as np
 
 from repro.archive import ITEMS, KEYS
 from repro.beyond import TOLERANCE
+from repro.metrics import normal_interval
 
 
 def _grid(header: list[str], rows: list[list]) -> str:
@@ -25,9 +26,13 @@ def _key(row: dict) -> tuple:
     return tuple(row[k] for k in ("table", *KEYS))
 
 
+def _subset(row: dict) -> str:
+    cot = {True: " with CoT", False: " without CoT"}.get(row.get("cot"), "")
+    return row["subset"].replace("_", "-") + cot
+
+
 def _series(row: dict) -> str:
-    cot = {True: " with CoT", False: " without CoT"}.get(row["cot"], "")
-    return f"{row['model']}, {row['subset'].replace('_', '-')}{cot}"
+    return f"{row['model']}, {_subset(row)}"
 
 
 def _cell(row: dict) -> str:
@@ -36,10 +41,10 @@ def _cell(row: dict) -> str:
 
 def page(result: dict) -> str:
     """The readers' page (Markdown) from what `published.verify` found; its numbers are taken from there."""
-    parts = [_summary(result), _tables(result), _rules(result), _fit_page(result["record"]["logistic_fit"]),
-             _claims(result["claims"]), _place_and_ties(result["record"]), _length_and_mi(result["record"]),
-             _power_page(result["record"], len(result["cells"]))]
-    return "\n".join(parts)
+    record, cells = result["record"], result["cells"]
+    return "\n".join([_summary(result), _tables(result), _rules(result), _fit_page(record["logistic_fit"]),
+                      _claims(result["claims"], cells), _place_and_ties(record), _length_and_mi(record),
+                      _power_page(record, len(cells))])
 
 
 def _summary(result: dict) -> str:
@@ -75,8 +80,8 @@ from is known. NOT REPRODUCED: our fit misses the tolerance. FAIL: no explanatio
               c["status"], c["why"] or "-"] for c in odd]) + f"""
 The interval p ± 1.96 sqrt(p (1 - p) / n), t = (p - 50) / SEM and the class of the p-value follow from the
 printed win rate and n alone in {count(sums, 'PASS')} of {len(sums)} rows, to rounding. {len(off)} rows, all
-of Table 8, are off by up to {worst:.2f}; their p-values stay in the printed class.
-{count(sums, 'FAIL')} rows fail.
+of Table 8, are off by up to {worst:.2f}; their p-values stay in the printed class. {count(sums, 'FAIL')}
+rows fail.
 """
 
 
@@ -156,20 +161,28 @@ away.
 """
 
 
-def _claims(claims: list[dict]) -> str:
-    rows = []
+def _claims(claims: list[dict], cells: list[dict]) -> str:
+    rows, unlike = [], []
     for c in claims:
         what = f", iteration {c['iteration']}" if "iteration" in c else f": {c['metric'].replace('_', ' ')}"
         values = [] if c["recomputed"] is None else np.atleast_1d(c["recomputed"])
         got = ", ".join(f"{v:.2f}" for v in values) or "-"
         writer = f" ({c['writer']})" if c["subset"] == "tldr" else ""
-        rows.append([c["where"], f"{c['model']}{writer}, {c['subset'].replace('_', '-')}{what}"
+        cell = next((x for x in cells if all(x[k] == c.get(k) for k in KEYS if k != "experiment")), None)
+        printed = f"{cell['published']:.2f} ({cell['estimator']}, {cell['ties']})" if cell else "-"
+        if cell and c["printed"].startswith(">") and normal_interval(cell["published"], cell["n"])[1][0] <= 50:
+            unlike.append(f"{_cell(cell)}: {cell['published']:.2f}, {cell['status']}")
+        rows.append([c["where"], f"{c['model']}{writer}, {_subset(c)}{what}"
                      + (f", vs {c['baseline']}" if "baseline" in c else ""), c["printed"], got,
                      c["estimator"] + (f", ties {c['ties']}" if "ties" in c else ""),
-                     c["status"] + (f" ({c['note']})" if c["note"] else "")])
-    header = ["where", "what", "printed", "record", "rule", "status"]
-    return "## What abstract and text say\n\nA number passes if the record rounds or truncates to it.\n\n" + \
-        _grid(header, rows)
+                     printed, c["status"] + (f" ({c['note']})" if c["note"] else "")])
+    return f"""## What abstract and text say
+
+A number passes if the record rounds or truncates to it. The last column but one shows what the tables print
+for the same comparison under their own rule: in experiment 1 the text is stratified, the tables are logistic.
+The text puts some comparisons above chance whose interval in the tables is not ({'; '.join(unlike) or 'none'}).
+
+""" + _grid(["where", "what", "printed", "record", "rule", "cell in the tables", "status"], rows)
 
 
 def _place_and_ties(record: dict) -> str:
@@ -194,8 +207,7 @@ The order was random, so the bias moves a cell by less than a point; judging bot
 
 ### Ties
 
-{sum(t['ties'] for t in ties)} of {ITEMS * len(ties)} scores are 0.5, which stands for a tie or an unparsed
-answer.
+{sum(t['ties'] for t in ties)} of {ITEMS * len(ties)} scores are 0.5, for a tie or an unparsed answer.
 Experiment 1's responses were withheld on purpose, so that its ties stay unexplained. """
     if not known:
         return text + "Which are identical texts was NOT RUN: the responses were not fetched.\n"
@@ -228,9 +240,8 @@ plotted number is never below InfoNCE, has no ceiling and grows with the length 
 of log-probs, and no lower bound on the information. Which files Figure 9 shows is inferred.
 
 """ + _grid(["series", "iteration", "mean", "median", "max", "log C", "items above log C", "items below 0"],
-            [[f"{x['model']} ({x['writer'] or 'claude-opus'}), {x['subset'].replace('_', '-')}"
-              + {True: ", CoT", False: ", no CoT"}.get(x["cot"], ""), x["iteration"], f"{x['mean']:.3f}",
-              f"{x['median']:.2f}", f"{x['max']:.1f}", f"{x['log_c']:.2f}",
+            [[f"{x['model']} ({x['writer'] or 'claude-opus'}), {_subset(x)}", x["iteration"],
+              f"{x['mean']:.3f}", f"{x['median']:.2f}", f"{x['max']:.1f}", f"{x['log_c']:.2f}",
               f"{100 * x['share_above_log_c']:.0f} %", f"{100 * x['share_negative']:.0f} %"]
              for x in record["mi"]])
 
