@@ -170,8 +170,10 @@ def _claims(claims: list[dict], cells: list[dict]) -> str:
         writer = f" ({c['writer']})" if c["subset"] == "tldr" else ""
         cell = next((x for x in cells if all(x[k] == c.get(k) for k in KEYS if k != "experiment")), None)
         printed = f"{cell['published']:.2f} ({cell['estimator']}, {cell['ties']})" if cell else "-"
-        if cell and c["printed"].startswith(">") and normal_interval(cell["published"], cell["n"])[1][0] <= 50:
-            unlike.append(f"{_cell(cell)}: {cell['published']:.2f}, {cell['status']}")
+        above = c["printed"].startswith(">")
+        if cell and above and normal_interval(cell["published"], cell["n"])[1][0] <= 50:
+            note = " (erratum)" if cell["status"] == "ERRATUM" else ""
+            unlike.append(f"{_cell(cell)}: {cell['published']:.2f}{note}")
         rows.append([c["where"], f"{c['model']}{writer}, {_subset(c)}{what}"
                      + (f", vs {c['baseline']}" if "baseline" in c else ""), c["printed"], got,
                      c["estimator"] + (f", ties {c['ties']}" if "ties" in c else ""),
@@ -179,8 +181,9 @@ def _claims(claims: list[dict], cells: list[dict]) -> str:
     return f"""## What abstract and text say
 
 A number passes if the record rounds or truncates to it. The last column but one shows what the tables print
-for the same comparison under their own rule: in experiment 1 the text is stratified, the tables are logistic.
-The text puts some comparisons above chance whose interval in the tables is not ({'; '.join(unlike) or 'none'}).
+for the same comparison under their own rule: in experiment 1 the text is stratified, the tables are
+logistic. The text puts some comparisons above chance whose printed interval is not above 50:
+{'; '.join(unlike) or 'none'}.
 
 """ + _grid(["where", "what", "printed", "record", "rule", "cell in the tables", "status"], rows)
 

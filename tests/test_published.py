@@ -420,3 +420,52 @@ def test_download_of_the_real_record(tmp_path, monkeypatch):
         server.http.shutdown()
         server.http.server_close()
     assert len(server.asked) == 101
+
+
+# ---- what the record says beyond the paper
+
+def test_position_bias_is_found_and_is_of_the_right_sign(small):
+    archive, facts, run, out = small
+    first = np.random.RandomState(1).randint(2, size=250) == 1  # the tuned model's response came first
+
+    def prefer_first(v):
+        for row, tuned_first in zip(v, first):
+            row[0] = int(tuned_first)
+    made.edit(archive / made.REPO / "e.json", prefer_first)
+    made.rehash(archive, facts)
+    run()
+    position = records.read_json(out / "verify.json")["record"]["position"]
+    assert position["inferred"] is True and position["exp1"]["gap_first_minus_second"] == 100
+    assert abs(position["exp2"]["gap_first_minus_second"]) < 15 and position["exp1"]["sd_of_gap_under_200_other_orders"] < 10
+
+
+def test_ties_that_are_identical_texts(small):
+    archive, facts, run, out = small
+    # a.json, the first cell: rows 0-61 wins, row 62 the tie; the texts agree (white space aside) in rows 61 and 62
+    own = {"response": {str(i): f"text {i}" for i in range(250)}}
+    base = {"response": {str(i): f"text {i} \n" if i in (61, 62) else "other" for i in range(250)}}
+    for name, text, model in (("own.json", own, "mistral-7b"), ("base.json", base, "mistral-7b-instruct")):
+        (archive / made.REPO / name).write_text(json.dumps(text))
+        made.edit(facts / "manifest.json", lambda m: m["files"].append(
+            {"repo": made.REPO, "commit": made.COMMIT, "path": name, "kind": "responses", "subset": "tldr",  # noqa: B023
+             "model": model, "writer": "mistral-7b-instruct", "iteration": 0}))  # noqa: B023
+    made.rehash(archive, facts)
+    assert run() == 0
+    first = records.read_json(out / "verify.json")["record"]["ties"][0]
+    assert (first["ties"], first["identical"], first["both"]) == (1, 2, 1)
+    own["response"].pop("7")
+    (archive / made.REPO / "own.json").write_text(json.dumps(own))
+    made.rehash(archive, facts)
+    with pytest.raises(UserError, match="own.json: field response: expected 250 texts"):
+        run()
+
+
+def test_common_rule_by_hand(small):
+    _, _, run, out = small
+    run()
+    e = records.read_json(out / "verify.json")["common_rule"][4]  # 150 wins, 35 ties, 65 losses
+    assert (e["wins"], e["ties_count"], e["losses"], e["longer"], e["smaller_stratum"]) == (150, 35, 65, 125, 125)
+    assert e["raw_half"]["value"] == 67.0 and e["raw_loss"]["value"] == 60.0
+    assert e["stratified_half"]["value"] == pytest.approx(67.0) and e["logistic_half"]["value"] == pytest.approx(67.0, abs=0.01)
+    low, high = e["raw_half"]["bootstrap_ci95"]
+    assert 60 < low < 64 and 70 < high < 74
