@@ -1,8 +1,9 @@
 """What the paper prints and the authors' raw record, as sources for `published`, `beyond` and `figures`.
 
-The record has one layout, `<repo>/<path>`, in a local folder or downloaded once. `results/published/manifest.json`
-pins every file by commit, size and sha256; no file is read that differs, and none of them is in the repository.
-`results/published/tables.json` holds the printed cells; the manifest says which file feeds which.
+The record has one layout, `<repo>/<path>`, in a local folder or downloaded once. The manifest in
+`results/published/` pins every file by commit, size and sha256; no file that differs is read, and none is in
+the repository.
+`tables.json` beside it holds the printed cells; the manifest says which file feeds which.
 """
 
 import hashlib
@@ -120,6 +121,7 @@ def _fetch(url: str, path: Path, entry: dict, stall_s: float, bar: tqdm) -> None
                         if got > entry["bytes"]:  # not the pinned file: do not fill the disk with it
                             break
     except urllib.error.HTTPError as e:
+        e.close()
         raise UserError(f"cannot fetch {url}: HTTP {e.code} {e.reason}") from None
     except (TimeoutError, urllib.error.URLError, http.client.HTTPException, ConnectionError) as e:
         reason = getattr(e, "reason", e)
@@ -203,8 +205,9 @@ def load_cells(path: Path = PUBLISHED / "tables.json") -> list[dict]:
     cells = document.get("cells") if isinstance(document, dict) else None
     if not isinstance(cells, list) or not cells:
         raise UserError(f"{path}: field cells: expected a list of cells")
-    allowed = {"estimator": ("raw", "stratified", "logistic"), "ties": ("half", "loss"), "iteration": range(4),
-               "table": range(2, 10), "p": (">.05", "<.05", "<.01", "<.001"), "decimals": (1, 2)}
+    allowed = {"estimator": ("raw", "stratified", "logistic"), "ties": ("half", "loss"),
+               "iteration": range(4), "table": range(2, 10), "decimals": (1, 2),
+               "p": (">.05", "<.05", "<.01", "<.001")}
     seen = set()
     for i, c in enumerate(cells):
         where = f"{path}: cells[{i}]"
@@ -223,7 +226,7 @@ def load_cells(path: Path = PUBLISHED / "tables.json") -> list[dict]:
             for v in c[field] if field == "ci95" else [c[field]]:
                 low = -100 if field == "t" else 0
                 if type(v) not in (int, float) or not low <= v <= 100:
-                    raise UserError(f"{where}: field {field}: expected a number from {low} to 100, found {v!r}")
+                    raise UserError(f"{where}: field {field}: expected {low} to 100, found {v!r}")
         key = (c["table"], *(c[k] for k in KEYS))
         if key in seen:
             raise UserError(f"{where}: Table {c['table']} has this cell twice")
@@ -241,8 +244,8 @@ def feed(cell: dict, archive: Archive) -> dict | None:
     found = [e for e in archive.find("verdicts", **{k: cell[k] for k in KEYS})
              if f"table{cell['table']}" in e.get("tables", [])]
     if len(found) > 1:
-        raise UserError(f"manifest: Table {cell['table']}, {name(cell)} is fed by two files, {found[0]['path']} "
-                        f"and {found[1]['path']}; exactly one must name table{cell['table']}")
+        raise UserError(f"manifest.json: field tables: Table {cell['table']}, {name(cell)} is fed by two "
+                        f"files, {found[0]['path']} and {found[1]['path']}; refused")
     return found[0] if found else None
 
 

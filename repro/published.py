@@ -26,6 +26,7 @@ from repro.archive import (
     name,
     series,
 )
+from repro.readers_page import page
 from repro.records import UserError
 
 __all__ = ["archive_root", "verify", "verify_run"]
@@ -39,7 +40,7 @@ def _as_printed(value: float, c: dict) -> bool:
 
 
 def check_arithmetic(cells: list[dict]) -> list[dict]:
-    """Interval, t and p from the printed win rate and n. The win rate's own rounding widens what may differ."""
+    """Interval, t and p from the printed win rate and n, within what the printed rounding allows."""
     out = []
     for c in cells:
         unit = 0.5 * 10 ** -c["decimals"]
@@ -55,12 +56,13 @@ def check_arithmetic(cells: list[dict]) -> list[dict]:
         status = "PASS" if inside and label == c["p"] else "DIFFERS" if listed else "FAIL"
         out.append({k: c[k] for k in ("table", *KEYS, "published", "n")} | {
             "printed": {"ci95": c["ci95"], "t": c["t"], "p": c["p"]}, "p": p, "p_label": label,
-            "recomputed": {"ci95": list(around[1][1]), "t": ts[1]}, "deviation": deviations, "status": status})
+            "recomputed": {"ci95": list(around[1][1]), "t": ts[1]}, "deviation": deviations,
+            "status": status})
     return out
 
 
 def check_cells(cells: list[dict], archive: Archive) -> list[dict]:
-    """Each cell from its file. A known erratum must still be wrong, and still be explained, in the same way."""
+    """Each cell from its file. A listed erratum must still be wrong, and explained, in the way it was."""
     out = []
     for c in cells:
         entry = feed(c, archive)
@@ -84,7 +86,7 @@ def check_cells(cells: list[dict], archive: Archive) -> list[dict]:
 
 
 def _explained(c: dict, value: float, cells: list[dict], archive: Archive) -> bool:
-    """True if the record gives the erratum's value and the printed value is where the erratum says it is from."""
+    """True if the record gives the erratum's value, and the printed one is where the erratum says."""
     erratum = c.get("erratum")
     if not erratum or not _as_printed(value, c | {"published": erratum["record"]}):
         return False
@@ -97,7 +99,7 @@ def _explained(c: dict, value: float, cells: list[dict], archive: Archive) -> bo
 
 
 def check_claims(claims: list[dict], archive: Archive) -> list[dict]:
-    """Each quoted number, rounded or truncated as printed; each trend from the first to the last iteration."""
+    """Each quoted number, rounded or truncated; each trend from the first to the last iteration."""
     out = []
     for c in claims:
         row = c | {"recomputed": None, "status": "NOT RUN", "note": None}
@@ -123,7 +125,8 @@ def check_claims(claims: list[dict], archive: Archive) -> list[dict]:
             else:
                 scaled, printed = value * 10**digits, float(c["printed"]) * 10**digits
                 rounded, truncated = (abs(f(scaled + 1e-9) - printed) < 1e-6 for f in (np.round, np.floor))
-                ok, row["note"] = rounded or truncated, "rounded" if rounded else "truncated" if truncated else None
+                ok = rounded or truncated
+                row["note"] = "rounded" if rounded else "truncated" if truncated else None
             row |= {"recomputed": value, "sem": got[0].sem, "status": "PASS" if ok else "FAIL"}
         out.append(row)
     return out
@@ -135,7 +138,7 @@ def verify(archive: Path | None, out: Path, *, strict: bool = False, responses: 
            base_url: str | None = None, published: Path = PUBLISHED) -> int:
     """Print the table, write `out/verify.json` and `out/README.md`; 1 on a FAIL (strict: on NOT RUN too).
 
-    `responses` downloads the texts too (21 MB), where no local copy has them: they tell which ties are identical.
+    `responses` downloads the texts too (20 MB) where no local copy has them; they show identical pairs.
     """
     began = time.perf_counter()
     cells, entries = load_cells(published / "tables.json"), load_manifest(published / "manifest.json")
@@ -150,31 +153,41 @@ def verify(archive: Path | None, out: Path, *, strict: bool = False, responses: 
               "record": beyond.record(cells, record)}
     for c in result["cells"]:
         got = "-" if c["recomputed"] is None else f"{c['recomputed']:.2f}"
-        print(f"Table {c['table']}  {name(c):<78} printed {c['published']:>5.2f}  record {got:>5}  {c['status']}")
+        print(f"Table {c['table']}  {name(c):<78} printed {c['published']:>5.2f}  record {got:>5}  "
+              f"{c['status']}")
     for part in ("arithmetic", "claims"):
         for r in result[part]:
-            if r["status"] not in ("PASS",):
-                what = f"Table {r['table']}, {name(r)}: deviation of [low, high, t] {r['deviation']}" \
-                    if part == "arithmetic" else f"{r['where']}: printed {r['printed']}, record {r['recomputed']}"
+            if r["status"] != "PASS":
+                if part == "claims":
+                    what = f"{r['where']}: printed {r['printed']}, record {r['recomputed']}"
+                else:
+                    what = f"Table {r['table']}, {name(r)}: deviation of [low, high, t] {r['deviation']}"
                 print(f"{part}: {what}  {r['status']}")
     for part in ("cells", "arithmetic", "claims"):
         states = [r["status"] for r in result[part]]
         print(f"{part}: " + ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states))))
     records.write_json(out / "verify.json", result)
-    records.write_text(out / "README.md", beyond.page(result))
+    records.write_text(out / "README.md", page(result))
     print(f"{out / 'README.md'} tells it in words ({time.perf_counter() - began:.1f} s)")
     states = [r["status"] for part in ("cells", "arithmetic", "claims") for r in result[part]]
     return int("FAIL" in states or (strict and "NOT RUN" in states))
 
 
-RECORD_FIELDS = ("metric", "subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator", "ties",
-                 "length", "seed", "value", "sem", "ci95", "n")
+RECORD_FIELDS = ("metric", "subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator",
+                 "ties", "length", "seed", "value", "sem", "ci95", "n")
+
+
+def _apart(r: dict, c: dict) -> list[str]:
+    """What keeps a record of ours from being compared with a published cell, as words."""
+    want = {k: c[k] for k in ("subset", "iteration", "model", "writer", "cot", "baseline", "judge", "ties")}
+    want["length"] = c["estimator"]
+    return [f"{k} {r[k]} (paper: {v})" for k, v in want.items() if r[k] != v]
 
 
 def verify_run(run: Path, *, strict: bool = False) -> int:
-    """Compare RUN/metrics.json with the published cells; 1 if one DIFFERS (strict: or has no comparable record).
+    """Compare RUN/metrics.json with the published cells; 1 if one DIFFERS (strict: or could not be compared).
 
-    A cell and a record are comparable only if model, writer, baseline, judge, tie rule and length control agree.
+    Comparable are only cells and records of one model, writer, baseline, judge, tie rule and length control.
     """
     path, cells = Path(run) / "metrics.json", load_cells()
     rows = records.read_json(path)
@@ -185,32 +198,32 @@ def verify_run(run: Path, *, strict: bool = False) -> int:
         if missing:
             raise UserError(f"{path}: record {i}: field {missing[0]}: missing")
         if r["metric"] == "win_rate" and not (type(r["value"]) in (int, float) and 0 <= r["value"] <= 100):
-            raise UserError(f"{path}: record {i}: field value: expected percent, 0 to 100, found {r['value']!r}")
+            raise UserError(f"{path}: record {i}: field value: expected 0 to 100, found {r['value']!r}")
         if r["metric"] == "win_rate" and not (type(r["n"]) is int and r["n"] > 0):
             raise UserError(f"{path}: record {i}: field n: expected a whole number above 0, found {r['n']!r}")
     rates = [r for r in rows if r["metric"] == "win_rate" and r.get("principle") is None]
     subsets = {r["subset"] for r in rows}
     states = []
-    for c in (c for c in cells if c["subset"] in subsets):
-        want = {k: c[k] for k in ("model", "writer", "cot", "baseline", "judge", "ties")} | {"length": c["estimator"]}
-        near = [({k for k in want if r[k] != want[k]}, r) for r in rates
-                if (r["subset"], r["iteration"]) == (c["subset"], c["iteration"])]
-        same = [r for off, r in near if not off]
+    own = [[r for r in rates if not _apart(r, c)] for c in cells]
+    spare = [r for r in rates if not any(r in rows for rows in own)]
+    for c, same in zip(cells, own):
+        if c["subset"] not in subsets:
+            continue
         for r in same:
             half = metrics.Z95 * np.hypot(*(metrics.normal_interval(x, n)[0] for x, n in
                                             ((r["value"], r["n"]), (c["published"], c["n"]))))
             d = r["value"] - c["published"]
             states.append("PASS" if abs(d) <= half else "DIFFERS")
-            print(f"Table {c['table']}  {name(c)}: published {c['published']:.2f} (n {c['n']}), run {r['value']:.2f} "
-                  f"(n {r['n']}, seed {r['seed']}), difference {d:+.2f} [{d - half:.2f}, {d + half:.2f}]  {states[-1]}")
+            print(f"Table {c['table']}  {name(c)}: published {c['published']:.2f} (n {c['n']}), run "
+                  f"{r['value']:.2f} (n {r['n']}, seed {r['seed']}), difference {d:+.2f} "
+                  f"[{d - half:.2f}, {d + half:.2f}]  {states[-1]}")
         if not same:
-            off, r = min(near, key=lambda x: len(x[0]), default=(None, None))
-            states.append("NOT RUN" if off is None else "NOT COMPARABLE")
-            why = "no record of this subset and iteration" if off is None else \
-                "; ".join(f"{k} {r[k]} (paper: {want[k]})" for k in want if k in off)
+            near = [_apart(r, c) for r in spare if all(r[k] == c[k] for k in ("subset", "iteration"))]
+            states.append("NOT COMPARABLE" if near else "NOT RUN")
+            why = "; ".join(min(near, key=len, default=["no record"]))
             print(f"Table {c['table']}  {name(c)}: {why}  {states[-1]}")
-    print(f"{run}: " + (", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states))) or "no cell of the "
-          "paper has a subset of this run: nothing was compared"))
+    print(f"{run}: " + (", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states)))
+                        or "no cell of the paper has a subset of this run"))
     if not {"PASS", "DIFFERS"} & set(states):
-        print("no record is comparable with a published cell: this run neither confirms nor contradicts the paper")
+        print("nothing was compared: this run neither confirms nor contradicts the paper")
     return int("DIFFERS" in states or (strict and set(states) != {"PASS"}))

@@ -1,0 +1,471 @@
+"""The published record and its verification: right on what is right, red on every planted error, clear on bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import made_archive as made
+import numpy as np
+import pytest
+
+from repro import archive as source
+from repro import metrics, published, records
+from repro.records import UserError
+
+REAL = source.LOCAL
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the authors' record is not at {REAL}")
+
+
+@pytest.fixture
+def small(tmp_path):
+    archive, facts = made.make(tmp_path)
+
+    def run(**more):
+        return published.verify(archive, tmp_path / "out", published=facts, **more)
+
+    return archive, facts, run, tmp_path / "out"
+
+
+def cells(out: Path) -> dict:
+    return {(c["table"], c["model"], c["subset"]): c for c in records.read_json(out / "verify.json")["cells"]}
+
+
+# ---- the small archive
+
+def test_small_archive_is_green(small, capsys):
+    _, _, run, out = small
+    assert run() == 0
+    got = cells(out)
+    assert {k: c["status"] for k, c in got.items()} == {
+        (5, "mistral-7b", "tldr"): "PASS", (5, "mixtral-8x7b", "tldr"): "ERRATUM",
+        (9, "llama3-70b", "held_out"): "PASS", (9, "llama3-70b", "learned"): "ERRATUM",
+        (2, "mistral-7b", "helpful"): "PASS"}
+    assert got[9, "llama3-70b", "learned"]["recomputed"] == 54.0  # (126 + 18 / 2) / 250
+    assert got[5, "mixtral-8x7b", "tldr"]["published"] == 24.8
+    printed = capsys.readouterr().out
+    assert "2 ERRATUM, 3 PASS" in printed and "claims: 3 PASS" in printed and "arithmetic: 5 PASS" in printed
+    page = (out / "README.md").read_text()
+    assert "repeated cell" in page and "earlier series" in page and "NOT RUN: the responses" in page
+    assert run() == 0 and (out / "README.md").read_text() == page
+
+
+def test_contract_of_verify_json(small):
+    _, _, run, out = small
+    run()
+    result = records.read_json(out / "verify.json")
+    assert set(result) == {"cells", "arithmetic", "claims", "common_rule", "record"}
+    assert isinstance(result["record"], dict)
+    for c in result["cells"]:
+        assert set(c) >= {"table", "experiment", "subset", "model", "writer", "cot", "iteration", "baseline",
+                          "published", "recomputed", "estimator", "ties", "status"}
+        assert type(c["table"]) is int
+
+
+def flip(archive, name, row=0):
+    made.edit(archive / made.REPO / name, lambda v: v[row].__setitem__(0, 1 - v[row][0]))
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.json", "c.json", "d.json"])
+def test_one_flipped_verdict_turns_it_red(small, name):
+    archive, facts, run, out = small
+    flip(archive, name)
+    with pytest.raises(UserError, match=f"{name}.*altered.*refused"):
+        run()
+    assert not out.exists()
+    made.rehash(archive, facts)  # even if the manifest is altered to match
+    assert run() == 1
+
+
+def test_erratum_needs_its_explanation(small):
+    archive, facts, run, _ = small
+    flip(archive, "earlier.json")
+    made.rehash(archive, facts)
+    assert run() == 1
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_one_altered_published_cell_turns_it_red(small, index):
+    _, facts, run, _ = small
+    made.edit(facts / "tables.json", lambda t: t["cells"][index].__setitem__("published", 47.2))
+    assert run() == 1
+
+
+def test_a_listed_interval_has_a_limit(small):
+    _, facts, run, _ = small
+    made.edit(facts / "tables.json", lambda t: t["cells"][2].update(ci95=[50.0, 62.4], interval_differs="listed"))
+    assert run() == 0
+    made.edit(facts / "tables.json", lambda t: t["cells"][2].update(ci95=[49.0, 63.4]))
+    assert run() == 1
+
+
+def test_one_altered_manifest_entry_turns_it_red(small):
+    _, facts, run, _ = small
+    files = json.loads((facts / "manifest.json").read_text())["files"]
+    made.edit(facts / "manifest.json", lambda m: m["files"][0].update(sha256="0" * 64))
+    with pytest.raises(UserError, match="sha256"):
+        run()
+    swapped = {"path": files[3]["path"], "sha256": files[3]["sha256"], "bytes": files[3]["bytes"]}
+    made.edit(facts / "manifest.json", lambda m: (m["files"][2].update(swapped), m["files"].pop(3)))
+    with pytest.raises(UserError, match="sha256"):
+        run()
+    made.edit(facts / "manifest.json", lambda m: m["files"][0].update(sha256=files[0]["sha256"]))
+    assert run() == 1  # the wrong file feeds a cell, and another cell has none
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("win_rate", lambda scores, ties="half": metrics.mean(100 * np.asarray(scores))),  # ties always half
+    ("win_rate_stratified", lambda scores, longer, ties="half": metrics.mean(100 * np.floor(scores))),
+    ("win_rate_logistic", lambda scores, d, ties="loss", ridge=0.0: metrics.mean(100 * np.asarray(scores))),
+    ("normal_interval", lambda percent, n: (5.0, (percent - 9.8, percent + 9.8), (percent - 50) / 5)),
+    ("mean", lambda values: metrics.Estimate(0.0, 0.1, (0.0, 0.0), 250)),
+])
+def test_one_wrong_estimator_turns_it_red(small, monkeypatch, name, wrong):
+    _, _, run, _ = small
+    assert run() == 0
+    monkeypatch.setattr(metrics, name, wrong)
+    assert run() == 1
+
+
+def test_a_cell_fed_by_no_file_is_not_run(small, capsys):
+    _, facts, run, out = small
+    made.edit(facts / "manifest.json", lambda m: m["files"].pop(2))
+    assert run() == 0 and cells(out)[9, "llama3-70b", "held_out"]["status"] == "NOT RUN"
+    assert "NOT RUN" in capsys.readouterr().out
+    assert run(strict=True) == 1
+
+
+BAD_INPUT = {
+    "two entries, one path": ("manifest.json", lambda v: v["files"].append(v["files"][0]), "path: .* is already"),
+    "fed by two": ("manifest.json", lambda v: v["files"][5].update(
+        {k: v["files"][0].get(k) for k in source.KEYS}, tables=["table5"]), "fed by two files"),
+    "path escapes": ("manifest.json", lambda v: v["files"][0].update(path="../x"), "field path"),
+    "unknown kind": ("manifest.json", lambda v: v["files"][0].update(kind="video"), "field kind: allowed"),
+    "no sha256": ("manifest.json", lambda v: v["files"][0].pop("sha256"), "field sha256"),
+    "not a list": ("manifest.json", lambda v: v.update(files=3), "field files"),
+    "above 100": ("tables.json", lambda v: v["cells"][0].update(published=124.8), "field published: expected 0 to 100"),
+    "n": ("tables.json", lambda v: v["cells"][0].update(n=0), "field n"),
+    "ties": ("tables.json", lambda v: v["cells"][0].update(ties="drop"), "field ties: allowed: half, loss"),
+    "no t": ("tables.json", lambda v: v["cells"][0].pop("t"), "field t: missing"),
+    "a cell twice": ("tables.json", lambda v: v["cells"].append(v["cells"][0]), "this cell twice"),
+    "249 rows": ("a.json", lambda v: v.pop(), "a.json: expected 250 rows, found 249"),
+    "score": ("a.json", lambda v: v[7].__setitem__(0, 0.3), "a.json: row 7: field score: allowed: 0, 0.5 and 1"),
+    "short row": ("a.json", lambda v: v[7].pop(), "row 7: expected"),
+    "length": ("a.json", lambda v: v[7].__setitem__(1, -1), "row 7: field tokens"),
+    "mi": ("mi.json", lambda v: v.__setitem__(3, "x"), "mi.json: row 3: expected a number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line(small, case):
+    archive, facts, run, out = small
+    name, change, message = BAD_INPUT[case]
+    made.edit(facts / name if (facts / name).exists() else archive / made.REPO / name, change)
+    if name not in ("manifest.json", "tables.json"):
+        made.rehash(archive, facts)
+    with pytest.raises(UserError, match=message) as e:
+        run()
+    assert "\n" not in str(e.value) and name.split(".")[0] in str(e.value) and not out.exists()
+
+
+def test_missing_and_truncated_files(small, tmp_path):
+    archive, _, run, out = small
+    path = archive / made.REPO / "c.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(UserError, match="c.json: .* bytes, not .*truncated"):
+        run()
+    path.unlink()
+    with pytest.raises(UserError, match="cannot read .*c.json"):
+        run()
+    with pytest.raises(UserError, match="--archive .*nowhere: no such folder"):
+        published.verify(tmp_path / "nowhere", out)
+
+
+# ---- the download
+
+class Server:
+    """Serves the made archive on 127.0.0.1 as its origin would; `fault` maps a file name to a behaviour."""
+
+    def __init__(self, root: Path):
+        self.fault, self.asked, server = {}, [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                owner, repo, _, *rest = self.path.strip("/").split("/")
+                path = root / owner / repo / "/".join(rest)
+                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+                server.asked.append((path.name, start))
+                fault = server.fault.get(path.name)
+                if fault == "404" or not path.is_file():
+                    return self.send_error(404)
+                data = path.read_bytes()
+                if fault == "wrong":
+                    data = bytes(len(data))
+                if fault == "no range":
+                    start = 0
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                if fault in ("cut", "stall"):
+                    self.wfile.write(data[start:100])
+                    self.wfile.flush()
+                    time.sleep(1.0 if fault == "stall" else 0)
+                    return None
+                return self.wfile.write(data[start:])
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    archive, facts = made.make(tmp_path)
+    monkeypatch.setattr(source, "LOCAL", tmp_path / "absent")
+    monkeypatch.setenv("SAMI_CACHE", str(tmp_path / "cache"))
+    server = Server(archive)
+    entries = source.load_manifest(facts / "manifest.json")
+
+    def fetch(**more):
+        return source.archive_root(None, base_url=server.url, stall_s=0.4, entries=entries, **more)
+
+    yield server, fetch, facts, tmp_path
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_download_from_nothing_to_green(served, capsys):
+    server, _, facts, tmp_path = served
+    assert published.verify(None, tmp_path / "out", published=facts, base_url=server.url) == 0
+    assert "fetching 7 files" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    asked = len(server.asked)
+    assert published.verify(None, tmp_path / "out", published=facts, base_url=server.url) == 0
+    assert len(server.asked) == asked == 7  # offline after that
+
+
+def test_download_resumes_after_a_cut(served):
+    server, fetch, _, _ = served
+    server.fault["c.json"] = "cut"
+    with pytest.raises(UserError, match=r"c.json: .*run again to resume"):
+        fetch()
+    server.fault.clear()
+    fetch()
+    assert ("c.json", 100) in server.asked
+    assert server.asked.count(("a.json", 0)) == 1  # what was whole is not fetched again
+
+
+def test_download_from_a_server_that_cannot_resume(served):
+    server, fetch, _, _ = served
+    server.fault["c.json"] = "cut"
+    with pytest.raises(UserError):
+        fetch()
+    server.fault["c.json"] = "no range"
+    fetch()
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("404", r"c.json: HTTP 404"), ("wrong", r"c.json: not the pinned file: sha256 .* refused"),
+    ("stall", r"c.json: no data for 0.4 s \(stalled\); run again to resume")])
+def test_download_faults_are_one_clear_line(served, fault, message):
+    server, fetch, _, tmp_path = served
+    server.fault["c.json"] = fault
+    with pytest.raises(UserError, match=message) as e:
+        fetch()
+    assert "\n" not in str(e.value) and not list((tmp_path / "cache").rglob("c.json"))
+    server.fault.clear()
+    fetch()
+
+
+def test_an_altered_cache_is_fetched_again(served):
+    server, fetch, _, _ = served
+    root = fetch()
+    flip(root, "c.json")
+    fetch()
+    assert server.asked.count(("c.json", 0)) == 2
+
+
+def test_nobody_there(served):
+    _, _, facts, _ = served
+    with pytest.raises(UserError, match="cannot fetch http://127.0.0.1:1/"):
+        source.archive_root(None, base_url="http://127.0.0.1:1", entries=source.load_manifest(facts / "manifest.json"))
+
+
+# ---- a run against the paper
+
+def record(**more) -> dict:
+    keys = (*published.RECORD_FIELDS, "principle")
+    return dict.fromkeys(keys) | {"metric": "win_rate", "subset": "tldr", "iteration": 1, "model": "mixtral-8x7b",
+                                  "writer": "claude-opus", "baseline": "mixtral-8x7b", "judge": "gpt-4-0613",
+                                  "ties": "loss", "length": "raw", "seed": 0, "value": 50.0, "n": 250} | more
+
+
+def run_of(tmp_path, *rows) -> Path:
+    records.write_json(tmp_path / "metrics.json", list(rows))
+    return tmp_path
+
+
+def test_run_pass_and_differs(tmp_path, capsys):
+    # Table 6, mixtral-8x7b, iteration 1 is 50.80: 50 is near, 70 is not (half-width of the difference about 8.4)
+    assert published.verify_run(run_of(tmp_path, record())) == 0
+    out = capsys.readouterr().out
+    assert "difference -0.80 [-9.5" in out and "1 PASS" in out and "27 NOT RUN" in out
+    assert published.verify_run(run_of(tmp_path, record()), strict=True) == 1
+    assert published.verify_run(run_of(tmp_path, record(value=70.0))) == 1
+    assert "1 DIFFERS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("off", [{"model": "smollm2-135m"}, {"judge": "rules"}, {"ties": "half"}, {"length": "stratified"}])
+def test_run_not_comparable_is_said(tmp_path, capsys, off):
+    assert published.verify_run(run_of(tmp_path, record(**off))) == 0
+    out = capsys.readouterr().out
+    (key, value), = off.items()
+    assert f"{key} {value} (paper: " in out and "NOT COMPARABLE" in out and "nothing was compared" in out
+    assert "PASS" not in out
+    assert published.verify_run(run_of(tmp_path, record(**off)), strict=True) == 1
+
+
+def test_run_of_another_kind_is_not_green(tmp_path, capsys):
+    assert published.verify_run(run_of(tmp_path)) == 0
+    assert "nothing was compared" in capsys.readouterr().out
+    assert published.verify_run(run_of(tmp_path), strict=True) == 1
+    assert published.verify_run(run_of(tmp_path, record(principle="concise"))) == 0
+    assert "nothing was compared" in capsys.readouterr().out
+
+
+def test_run_bad_input(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*metrics.json"):
+        published.verify_run(tmp_path)
+    for bad, message in ((record(value=123), "record 0: field value"), (record(n=0), "record 0: field n"),
+                         ({"metric": "win_rate"}, "field subset: missing"), (3, "field metric: missing")):
+        with pytest.raises(UserError, match=message):
+            published.verify_run(run_of(tmp_path, bad))
+    records.write_json(tmp_path / "metrics.json", {})
+    with pytest.raises(UserError, match="expected a list"):
+        published.verify_run(tmp_path)
+
+
+# ---- the facts and the real record
+
+def test_facts_are_complete():
+    cells, entries = source.load_cells(), source.load_manifest()
+    assert len(cells) == 54 and [sum(c["table"] == t for c in cells) for t in range(2, 10)] == [6, 8, 6, 8, 6, 8, 6, 6]
+    archive = source.Archive(Path("."), entries)
+    assert len({source.feed(c, archive)["path"] for c in cells}) == 54
+    assert all(e["repo"] in ("janphilippfranken/sami", "janphilippfranken/typo") for e in entries)
+    assert {len(e["commit"]) for e in entries} == {40} and {len(e["sha256"]) for e in entries} == {64}
+
+
+def test_no_torch_and_no_machine_paths():
+    code = ("import sys, repro.published, repro.figures\n"
+            "assert not {'torch', 'transformers'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_real
+def test_the_real_record(tmp_path):
+    assert published.verify(None, tmp_path) == 0
+    result = records.read_json(tmp_path / "verify.json")
+    by_status = {}
+    for c in result["cells"]:
+        by_status.setdefault((c["estimator"], c["status"]), []).append(c)
+    assert {k: len(v) for k, v in by_status.items()} == {
+        ("raw", "PASS"): 38, ("raw", "ERRATUM"): 2, ("logistic", "PASS"): 13, ("logistic", "NOT REPRODUCED"): 1}
+    assert [(c["table"], c["model"], c["subset"], c["iteration"]) for c in by_status["raw", "ERRATUM"]] == [
+        (5, "mixtral-8x7b", "tldr", 0), (9, "llama3-70b", "learned", 1)]
+    assert {c["status"] for c in result["claims"]} == {"PASS"}
+    assert sum(r["status"] == "DIFFERS" for r in result["arithmetic"]) == 6
+    committed = source.ROOT / "results" / "verify" / "README.md"
+    assert (tmp_path / "README.md").read_text() == committed.read_text(), "run `repro verify` and commit its page"
+
+
+@needs_real
+@pytest.mark.parametrize("table, changed", [(2, 8), (4, 1), (9, 1)])
+def test_a_planted_verdict_in_the_real_record(tmp_path, table, changed):
+    """One verdict is enough in Tables 4-9; in Tables 2-3 it moves a cell by less than the stated tolerance."""
+    facts, copy = tmp_path / "published", tmp_path / "archive"
+    shutil.copytree(source.PUBLISHED, facts)
+    shutil.copytree(REAL, copy, ignore=shutil.ignore_patterns("responses", "*queries.jsonl"))
+    cell = next(c for c in source.load_cells() if c["table"] == table)
+    entry = source.feed(cell, source.Archive(copy, source.load_manifest()))
+    path = copy / entry["repo"] / entry["path"]
+
+    def change(v):
+        for row in [r for r in v if r[0] == 0][:changed]:
+            row[0] = 1
+    made.edit(path, change)
+    with pytest.raises(UserError, match="altered"):
+        published.verify(copy, tmp_path / "out", published=facts)
+    made.edit(facts / "manifest.json", lambda m: next(e for e in m["files"] if e["path"] == entry["path"]).update(
+        bytes=path.stat().st_size, sha256=records.file_sha256(path)))
+    assert published.verify(copy, tmp_path / "out", published=facts) == 1
+
+
+@needs_real
+def test_download_of_the_real_record(tmp_path, monkeypatch):
+    server = Server(REAL)
+    monkeypatch.setattr(source, "LOCAL", tmp_path / "absent")
+    monkeypatch.setenv("SAMI_CACHE", str(tmp_path / "cache"))
+    try:
+        assert published.verify(None, tmp_path / "out", base_url=server.url) == 0
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+    assert len(server.asked) == 101
+
+
+# ---- what the record says beyond the paper
+
+def test_position_bias_is_found_and_is_of_the_right_sign(small):
+    archive, facts, run, out = small
+    first = np.random.RandomState(1).randint(2, size=250) == 1  # the tuned model's response came first
+
+    def prefer_first(v):
+        for row, tuned_first in zip(v, first):
+            row[0] = int(tuned_first)
+    made.edit(archive / made.REPO / "e.json", prefer_first)
+    made.rehash(archive, facts)
+    run()
+    position = records.read_json(out / "verify.json")["record"]["position"]
+    assert position["inferred"] is True and position["exp1"]["gap_first_minus_second"] == 100
+    assert abs(position["exp2"]["gap_first_minus_second"]) < 15 and position["exp1"]["sd_of_gap_under_200_other_orders"] < 10
+
+
+def test_ties_that_are_identical_texts(small):
+    archive, facts, run, out = small
+    # a.json, the first cell: rows 0-61 wins, row 62 the tie; the texts agree (white space aside) in rows 61 and 62
+    own = {"response": {str(i): f"text {i}" for i in range(250)}}
+    base = {"response": {str(i): f"text {i} \n" if i in (61, 62) else "other" for i in range(250)}}
+    for name, text, model in (("own.json", own, "mistral-7b"), ("base.json", base, "mistral-7b-instruct")):
+        (archive / made.REPO / name).write_text(json.dumps(text))
+        made.edit(facts / "manifest.json", lambda m: m["files"].append(
+            {"repo": made.REPO, "commit": made.COMMIT, "path": name, "kind": "responses", "subset": "tldr",  # noqa: B023
+             "model": model, "writer": "mistral-7b-instruct", "iteration": 0}))  # noqa: B023
+    made.rehash(archive, facts)
+    assert run() == 0
+    first = records.read_json(out / "verify.json")["record"]["ties"][0]
+    assert (first["ties"], first["identical"], first["both"]) == (1, 2, 1)
+    own["response"].pop("7")
+    (archive / made.REPO / "own.json").write_text(json.dumps(own))
+    made.rehash(archive, facts)
+    with pytest.raises(UserError, match="own.json: field response: expected 250 texts"):
+        run()
+
+
+def test_common_rule_by_hand(small):
+    _, _, run, out = small
+    run()
+    e = records.read_json(out / "verify.json")["common_rule"][4]  # 150 wins, 35 ties, 65 losses
+    assert (e["wins"], e["ties_count"], e["losses"], e["longer"], e["smaller_stratum"]) == (150, 35, 65, 125, 125)
+    assert e["raw_half"]["value"] == 67.0 and e["raw_loss"]["value"] == 60.0
+    assert e["stratified_half"]["value"] == pytest.approx(67.0) and e["logistic_half"]["value"] == pytest.approx(67.0, abs=0.01)
+    low, high = e["raw_half"]["bootstrap_ci95"]
+    assert 60 < low < 64 and 70 < high < 74
