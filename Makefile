@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 test lint clean
+.PHONY: help setup exp1 verify figures test lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +35,12 @@ endif
 
 exp1: $(STAMP)  ## Experiment 1, dialogue: PROFILE=mini|paper, OUT=runs, ARGS='--seed 1 ...'
 	@exec $(BIN)/repro run exp1 --profile $(PROFILE) --out $(OUT) $(ARGS)
+
+verify: $(STAMP)  ## The paper's tables recomputed from the authors' record -> results/verify
+	@exec $(BIN)/repro verify $(ARGS)
+
+figures: $(STAMP)  ## The paper's figures redrawn from it -> results/figures
+	@exec $(BIN)/repro figures $(ARGS)
 
 test: $(STAMP)  ## The test suite
 	@exec $(BIN)/python -m pytest

@@ -1,12 +1,14 @@
-"""`repro run | publish`: the command line. The Makefile calls it; every setting beyond these flags is Python or a file.
+"""`repro run | publish | verify | figures`: the command line. The Makefile calls it; every setting beyond these flags is Python or a file.
 
-Exit codes: 0 done; 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
+Exit codes: 0 done; 1 a check failed (verify); 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
 """
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import io
+import operator
 import os
 import re
 import signal
@@ -66,6 +68,34 @@ class Publish:
     """Where to."""
     numbers_only: bool = False
     """Leave the responses out of the page: for queries that are not ours to print."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Recompute the paper's tables from the authors' record; or hold a run's records against the printed cells."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """A run folder (or a published one); without it the paper itself is verified."""
+    archive: Path | None = None
+    """The authors' record as <repo>/<path>; by default ../shared/archive, else a pinned download."""
+    out: Path = Path("results/verify")
+    """Where verify.json and the page for readers go."""
+    strict: bool = False
+    """Exit with 1 for NOT RUN too (with a run: unless every cell is PASS)."""
+    responses: bool = False
+    """Download the archived responses too (20 MB), which tell identical texts among the ties."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Redraw the paper's figures from the authors' record."""
+
+    archive: Path | None = None
+    """The authors' record as <repo>/<path>; by default ../shared/archive, else a pinned download."""
+    out: Path = Path("results/figures")
+    """Where the .pdf, .png and .csv files go."""
+    run: tuple[Path, ...] = ()
+    """Folders of our own runs to draw in the same panels."""
 
 
 def load_experiment(name: str, profile: str) -> Experiment:
@@ -148,7 +178,24 @@ def publish_command(args: Publish) -> None:
     print(f"published in {publish(list(args.runs), args.results, responses=not args.numbers_only)}")
 
 
-Command = (Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Publish, tyro.conf.subcommand("publish")])
+def verify_command(args: Verify) -> int:
+    from repro import published
+
+    if args.run is not None:
+        return published.verify_run(args.run, strict=args.strict)
+    return published.verify(args.archive, args.out, strict=args.strict, responses=args.responses)
+
+
+def figures_command(args: Figures) -> None:
+    from repro.figures import draw
+
+    written = draw(args.archive, args.out, list(args.run))
+    print(f"{len(written)} files in {args.out}")
+
+
+COMMANDS = {Run: run_command, Publish: publish_command, Verify: verify_command, Figures: figures_command}
+Command = functools.reduce(operator.or_, (
+    Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in COMMANDS))
 
 
 def parse(argv: list[str]):
@@ -168,7 +215,8 @@ def _one_line(box: str) -> str:
     """What is wrong, out of tyro's box: the unknown option with the nearest valid one, or the value that fails."""
     words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{5,}", " ", box).split())
     if unknown := re.search(r"Unrecognized options: (\S+?),? ", words + " "):
-        known = sorted("--" + f.name.replace("_", "-") for f in dataclasses.fields(Run)) + ["run", "publish"]
+        known = sorted({"--" + f.name.replace("_", "-") for kind in COMMANDS for f in dataclasses.fields(kind)}
+                       | {kind.__name__.lower() for kind in COMMANDS})
         near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.4)
         return f"unknown option or command {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; see repro --help")
     return re.sub(r"(Value error |Missing value |Parsing error )", "", words.split("Argument helptext")[0]
@@ -185,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's own threads warn after a fork
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        {Run: run_command, Publish: publish_command}[type(args)](args)
+        raise SystemExit(COMMANDS[type(args)](args) or 0)
     except UserError as e:
         print(f"repro: {e}", file=sys.stderr)
         raise SystemExit(2) from None
