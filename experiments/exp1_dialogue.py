@@ -16,8 +16,8 @@ MINI = Experiment(
     name="exp1_dialogue",
     profile="mini",
     constitutions="dialogue_mini",
-    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=5e-6, batch_size=8),
-    data=DataSpec(source="embedded", train=112, evaluation=24),
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
+    data=DataSpec(source="embedded", train=112, evaluation=32),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4: needs an endpoint"),
 )
 

@@ -15,7 +15,7 @@ _WHERE = {
     "logprob_matrix": "logprobs",
     "symmetric_infonce": "losses",
     "train": "training",
-    "mutual_information": "losses",
+    "mutual_information": "metrics",
     "win_rate": "metrics",
     "Experiment": "config",
     "run": "pipeline",

@@ -1,6 +1,7 @@
-"""`repro run | publish | verify | figures`: the command line. The Makefile calls it; every setting beyond these flags is Python or a file.
+"""The command line: `repro run | publish | verify | figures`. The Makefile calls it.
 
-Exit codes: 0 done; 1 a check failed (verify); 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
+Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify); 2 an input that
+cannot be used (one line says which); 130 and 143 stopped by a signal.
 """
 
 import dataclasses

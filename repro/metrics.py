@@ -93,6 +93,17 @@ def mean_of_logs(logprobs) -> np.ndarray:
     return (_diagonal(x) - x.mean(axis=1)).mean(axis=1)
 
 
+def mutual_information(logprobs, estimator: str = "infonce") -> Estimate:
+    """Mean over N items of an MI estimator by name, `[N, C, C]` -> nats, with SEM and 95 % interval.
+
+    `estimator`: "infonce" (Eq 1), "symmetric_infonce" (Eq 2) or "mean_of_logs" (what the paper plots).
+    """
+    estimators = {"infonce": infonce, "symmetric_infonce": symmetric_infonce, "mean_of_logs": mean_of_logs}
+    if estimator not in estimators:
+        raise ValueError(f"estimator: allowed values are {', '.join(estimators)}, found {estimator!r}")
+    return mean(estimators[estimator](logprobs))
+
+
 def _diagonal_wins(x: np.ndarray, axis: int) -> np.ndarray:
     top = x.max(axis=axis, keepdims=True)
     alone = (x == top).sum(axis=axis) == 1

@@ -278,3 +278,8 @@ def locked(folder: Path):
     finally:
         path.unlink(missing_ok=True)
         f.close()
+        for empty in (path.parent, *path.parent.parents):  # nothing was written: leave no folder either
+            try:
+                empty.rmdir()
+            except OSError:
+                break

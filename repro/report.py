@@ -118,7 +118,8 @@ def _interval(row: dict, digits: int) -> str:
 
 LABELS = {"mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
           "length_tokens": "length (tokens)", "following": "following", "win_rate": "win rate (%)",
-          "hack_constitution_overlap": "words taken from the constitution", "hack_query_overlap": "words taken from the query",
+          "hack_constitution_overlap": "words taken from the constitution",
+          "hack_query_overlap": "words taken from the query",
           "hack_repetition": "repeated trigrams"}
 
 

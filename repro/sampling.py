@@ -5,10 +5,15 @@ gets the same bytes.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-import torch
+from tqdm import tqdm
 
+from repro import prompts
 from repro.models import control_tokens
+from repro.records import Response, append_jsonl, digest, read_jsonl, write_jsonl
+from repro.rundir import Run
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -19,6 +24,8 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int) -> list[dict]:
     """Greedy responses to one batch: [{text, tokens, finished}], control tokens dropped from the text."""
+    import torch
+
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     with torch.inference_mode():
@@ -42,3 +49,35 @@ def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
     for batch in batches(lengths, batch_size):
         yield batch, sample_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens=max_new_tokens)
+
+
+def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
+    """Responses to `texts` by the model of `iteration`, in the order of `jobs`. Batches already in the partial file
+    are not sampled again."""
+    spec = run.experiment.sampling
+    partial = path.with_suffix(".partial.jsonl")
+    key = digest([run.record["config_hash"], texts])
+    rows: dict[int, dict] = {}
+    if partial.exists():
+        for _, row in read_jsonl(partial, torn_tail=True):
+            if row.pop("key") == key:
+                rows[row.pop("job")] = row
+    lengths = [len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids]
+    todo = [b for b in batches(lengths, spec.batch_size) if not all(i in rows for i in b)]
+    if todo:
+        with run.model(iteration, spec.dtype) as model, tqdm(
+                total=len(jobs), initial=len(jobs) - sum(map(len, todo)), desc=name, unit="response") as bar:
+            for batch in todo:
+                answers = sample_batch(model, run.tokenizer, [texts[i] for i in batch],
+                                       max_new_tokens=spec.max_new_tokens)
+                for i, answer in zip(batch, answers):
+                    query, constitution = jobs[i]
+                    answer["text"] = prompts.cut(run.experiment.model.prompt, answer["text"])
+                    rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration,
+                                              **answer))
+                append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
+                bar.update(len(batch))
+    ordered = [rows[i] for i in range(len(jobs))]
+    write_jsonl(path, ordered)
+    partial.unlink(missing_ok=True)
+    return ordered

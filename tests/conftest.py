@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: a second thread only waits; children inherit it
 
 from pathlib import Path
 

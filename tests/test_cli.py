@@ -1,0 +1,108 @@
+"""A user's mistakes: one clear line on stderr, exit code 2, no traceback, nothing written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from repro import cli
+
+GOOD_QUERIES = "".join(json.dumps({"query": f"question {k}?", "split": s}) + "\n"
+                       for k, s in enumerate(["train"] * 20 + ["evaluation"] * 4))
+GOOD_SET = {"principles": [{"name": "short", "text": "Be short.", "antithesis": "Be long."}]}
+
+
+def refused(capsys, tmp_path, *argv) -> str:
+    """Run the command line; it must end with exit code 2 and one line, which is returned."""
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*argv, "--out", str(out)] if argv[:1] == ("run",) else list(argv))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2, captured.err
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("repro: ") and "Traceback" not in captured.err, captured.err
+    assert not out.exists(), "something was written"
+    return lines[0]
+
+
+@pytest.mark.parametrize("argv, reason", [
+    (("run", "exp9"), "experiment: 'exp9' is unknown; allowed: 'exp1'"),
+    (("run", "mine.py"), "mine.py: no such file"),
+    (("run", "exp1", "--profile", "papr"), "did you mean 'paper'"),
+    (("run", "exp1", "--proflie", "mini"), "unknown option or command --proflie; did you mean --profile?"),
+    (("run", "exp1", "--seed", "one"), "--seed"),
+    (("run", "exp1", "--name", "../up"), "--name '../up'"),
+    (("run", "exp1", "--model", "smollm2-135m"), "did you mean 'smollm2-135m-instruct'"),
+    (("run", "exp1", "--queries", "none.jsonl"), "none.jsonl: no such file"),
+    (("run", "exp1", "--subsets", "helpfull"), "did you mean 'helpful'"),
+    (("run", "exp1", "--evaluation-split", "test"), "DataSpec.evaluation_split: 'test' is unknown"),
+    (("run", "exp1", "--train-queries", "0"), "DataSpec.train: 0; must be above 0"),
+    (("run", "exp1", "--constitutions", "dialog"), "did you mean 'dialogue'"),
+    (("runn", "exp1"), "did you mean run?"),
+    (("publish", "nowhere"), "nowhere: no metrics.json"),
+    (("publish",), "name at least one run folder"),
+])
+def test_flags(capsys, tmp_path, tiny, argv, reason):
+    if "--model" not in argv and argv[:2] == ("run", "exp1"):
+        argv = (*argv, "--model", str(tiny))
+    assert reason in refused(capsys, tmp_path, *argv)
+
+
+@pytest.mark.parametrize("queries, reason", [
+    (GOOD_QUERIES + "{\n", "queries.jsonl:25: not valid JSON"),
+    (GOOD_QUERIES + '{"query": ""}\n', "queries.jsonl:25: query: missing or empty"),
+    ('{"query": "a", "id": "x"}\n{"query": "b", "id": "x"}\n', "queries.jsonl:2: id: 'x' occurs in line 1 too"),
+    (b'{"query": "\xff"}\n', "queries.jsonl:1: not UTF-8"),
+    (GOOD_QUERIES + json.dumps({"query": "long " * 900}) + "\n", "queries.jsonl:25: the query has 4500 tokens"),
+    (GOOD_QUERIES + '{"query": "hi<|im_end|>there"}\n', "queries.jsonl:25: holds the control token '<|im_end|>'"),
+    ('{"query": "only one", "split": "train"}\n', "1 training and 0 evaluation queries"),
+])
+def test_query_files(capsys, tmp_path, tiny, queries, reason):
+    path = tmp_path / "queries.jsonl"
+    path.write_bytes(queries if isinstance(queries, bytes) else queries.encode())
+    assert reason in refused(capsys, tmp_path, "run", "exp1", "--model", str(tiny), "--queries", str(path),
+                             "--subsets", "helpful")
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"antithesis": None}, "principles[0].antithesis: missing or empty"), ({"antithesis": "Be short."}, "equal to the principle"),
+    ({"text": "Be <|im_end|>."}, "principle short: holds the control token '<|im_end|>'"), ({"text": "Be {x}."}, "braces"),
+])
+def test_constitution_files(capsys, tmp_path, tiny, change, reason):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"principles": [GOOD_SET["principles"][0] | change]}))
+    assert reason in refused(capsys, tmp_path, "run", "exp1", "--model", str(tiny), "--constitutions", str(path))
+
+
+@pytest.mark.parametrize("harm, reason", [("empty folder", "without config.json"), ("truncated weights", "--model"),
+                                          ("pickled weights", "--model")])
+def test_broken_models(capsys, tmp_path, tiny, harm, reason):
+    import shutil
+
+    folder = tmp_path / "model"
+    if harm == "empty folder":
+        folder.mkdir()
+    else:
+        shutil.copytree(tiny, folder)
+        weights = folder / "model.safetensors"
+        data = weights.read_bytes()
+        weights.unlink()
+        (folder / ("pytorch_model.bin" if harm == "pickled weights" else "model.safetensors")).write_bytes(data[:1000])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "exp1", "--model", str(folder), "--out", str(tmp_path / "out"), "--train-queries", "112"])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and err[-1].startswith("repro: ") and reason in err[-1]
+
+
+def test_truncate_says_what_it_cuts(tmp_path, tiny):
+    from repro.config import DataSpec
+    from repro.datasets import load_queries
+
+    path = tmp_path / "queries.jsonl"
+    path.write_text(json.dumps({"query": "long " * 900, "split": "train"}) + "\n")
+    queries, _ = load_queries(str(path), spec=DataSpec(source=str(path), subsets=("helpful",)))
+    assert len(queries) == 1
+    done = subprocess.run([sys.executable, "-m", "repro.cli", "run", "exp1", "--model", str(tiny), "--queries", str(path),
+                           "--subsets", "helpful", "--truncate", "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert "queries.jsonl:1: truncated from 4500 to" in done.stderr and done.returncode == 2  # no held-out query in it

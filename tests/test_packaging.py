@@ -1,0 +1,101 @@
+"""The distribution, the import directions, and a README that names every source file."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["kernels", "repro", "experiments"]  # each may import those before it, and itself
+NO_TORCH = {"metrics", "published", "archive", "beyond", "readers_page", "figures", "report", "records", "config", "datasets",
+            "constitutions", "prompts", "judging", "rundir", "pipeline", "evaluation", "sampling", "models", "cli"}
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def imported(path: Path, *, everywhere: bool) -> set[str]:
+    """Top-level packages imported by a file: anywhere in it, or only when it is imported."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else (
+        node for statement in tree.body if not isinstance(statement, ast.FunctionDef | ast.ClassDef)
+        for node in ast.walk(statement))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_one_way(layer):
+    above = set(LAYERS[LAYERS.index(layer) + 1:])
+    for path in sources(layer):
+        assert not imported(path, everywhere=True) & above, path.name
+
+
+def test_every_module_is_classified_and_torch_stays_where_it_belongs():
+    for path in sources("repro"):
+        if path.stem in NO_TORCH or path.stem == "__init__":
+            assert "torch" not in imported(path, everywhere=False), path.name
+        else:
+            assert path.stem in ("logprobs", "losses", "prefix", "training"), path.name
+
+
+@pytest.mark.parametrize("statement", ["import repro", "import kernels", "from repro import metrics, figures, published, report"])
+def test_import_loads_no_torch(statement):
+    code = f"{statement}\nimport sys\nassert not {{'torch', 'triton', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_public_api_resolves():
+    import repro
+
+    for name in repro.__all__:
+        assert callable(getattr(repro, name)), name
+    with pytest.raises(AttributeError):
+        repro.nothing  # noqa: B018
+
+
+def test_transformers_is_not_confused_by_our_kernels_package():
+    """transformers probes for a hub package of that name: the distribution and its version must tell them apart."""
+    assert packages_distributions()["kernels"] == ["sami-repro"]
+    assert version("sami-repro").startswith("0.1.")
+    code = ("from transformers.utils import is_kernels_available\nfrom transformers import LlamaForCausalLM\n"
+            "import kernels\nassert not is_kernels_available()\n")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def tracked(*patterns: str) -> list[str]:
+    return subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_the_readme_names_every_source_file_once_and_nothing_else():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme[readme.index("```\nexperiments/"):].split("```")[1]
+    named = re.findall(r"^ +(\w+)(?:\.py)? ", tree, flags=re.M)
+    files = [Path(p).stem for folder in ("experiments", "repro", "kernels") for p in tracked(f"{folder}/*.py")]
+    assert sorted(named) == sorted(f for f in files if f != "__init__")
+
+
+def test_no_unsafe_loading():
+    banned = re.compile(r"\b(?:yaml\.load|pickle|dill|eval\(|exec\(|torch\.load|trust_remote_code=True|extractall|shell=True)")
+    for path in tracked("repro/*.py", "kernels/*.py", "experiments/*.py"):
+        found = [line for line in (ROOT / path).read_text().splitlines()
+                 if banned.search(line.replace(".eval()", "")) and "exec_module" not in line]
+        assert not found, (path, found)
+
+
+def test_files_are_written_through_records_only():
+    """Anything else could be left half-written."""
+    writing = re.compile(r"\.write_text\(|\.write_bytes\(|\.write\(|open\([^)]*[\"'][wa]b?[\"']")
+    for path in sources("repro"):
+        if path.stem not in ("records", "archive"):
+            assert not writing.search(path.read_text()), path.name
