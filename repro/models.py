@@ -143,9 +143,11 @@ def resolve_model(name: str) -> str:
 
 def _hub_errors(name, load):
     """Run `load`; what the hub or a file refuses becomes one line with the step that is missing."""
+    from safetensors import SafetensorError
+
     try:
         return load()
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         text = str(e)
         if "gated" in text or "401" in text or "403" in text:
             step = f"the model is gated: accept its licence on its hub page, then run `hf auth login` ({name})"

@@ -54,7 +54,7 @@ def test_flags(capsys, tmp_path, tiny, argv, reason):
     (GOOD_QUERIES + '{"query": ""}\n', "queries.jsonl:25: query: missing or empty"),
     ('{"query": "a", "id": "x"}\n{"query": "b", "id": "x"}\n', "queries.jsonl:2: id: 'x' occurs in line 1 too"),
     (b'{"query": "\xff"}\n', "queries.jsonl:1: not UTF-8"),
-    (GOOD_QUERIES + json.dumps({"query": "long " * 900}) + "\n", "queries.jsonl:25: the query has 4500 tokens"),
+    (GOOD_QUERIES + json.dumps({"query": "long " * 900}) + "\n", "queries.jsonl:25: the query has 4499 tokens"),
     (GOOD_QUERIES + '{"query": "hi<|im_end|>there"}\n', "queries.jsonl:25: holds the control token '<|im_end|>'"),
     ('{"query": "only one", "split": "train"}\n', "1 training and 0 evaluation queries"),
 ])
@@ -105,4 +105,4 @@ def test_truncate_says_what_it_cuts(tmp_path, tiny):
     assert len(queries) == 1
     done = subprocess.run([sys.executable, "-m", "repro.cli", "run", "exp1", "--model", str(tiny), "--queries", str(path),
                            "--subsets", "helpful", "--truncate", "--out", str(tmp_path / "out")], capture_output=True, text=True)
-    assert "queries.jsonl:1: truncated from 4500 to" in done.stderr and done.returncode == 2  # no held-out query in it
+    assert "queries.jsonl:1: truncated from 4499 to" in done.stderr and done.returncode == 2  # no held-out query in it
