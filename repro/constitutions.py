@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repro.config import choose
+from repro.judging import RULES
 from repro.records import UserError, loads, read_text
 
 DATA = Path(__file__).parent / "data"
@@ -125,8 +126,6 @@ def _parse(data, where: str) -> ConstitutionSet:
 
 
 def _principle(row, where: str) -> Principle:
-    from repro.judging import RULES
-
     _keys(row, {"name", "text", "antithesis", "rule", "private"}, where)
     for key in ("name", "text", "antithesis"):
         if not isinstance(row.get(key), str) or not row[key].strip():

@@ -9,8 +9,11 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from math import exp, log
+from typing import TYPE_CHECKING
 
-from repro.constitutions import Constitution
+if TYPE_CHECKING:  # constitutions checks rule names against RULES below
+    from repro.constitutions import Constitution
 
 BRIEF_WORDS = 25
 SIMPLE_LETTERS = 4.5
@@ -37,14 +40,14 @@ def simple_words(text: str) -> bool:
 RULES: dict[str, Callable[[str], bool]] = {"brief": brief, "simple_words": simple_words}
 
 
-def follows(text: str, constitution: Constitution) -> dict[str, bool]:
+def follows(text: str, constitution: "Constitution") -> dict[str, bool]:
     """Principle name -> whether the text follows the constitution's side of it; principles without a rule are left
     out. An antithesis is followed where the principle is not. An empty text follows nothing."""
     return {p.name: bool(text.strip()) and RULES[p.rule](text) == side
             for p, side in zip(constitution.principles, constitution.sides) if p.rule}
 
 
-def rule_score(text: str, baseline: str, constitution: Constitution) -> float:
+def rule_score(text: str, baseline: str, constitution: "Constitution") -> float:
     """1 where `text` follows more of the constitution than `baseline`, 0 where fewer, 0.5 where as many."""
     ours, theirs = sum(follows(text, constitution).values()), sum(follows(baseline, constitution).values())
     return 0.5 + 0.5 * ((ours > theirs) - (ours < theirs))
@@ -57,8 +60,6 @@ def likelihood_score(ours: Sequence[float], theirs: Sequence[float]) -> float:
     posteriors tie at 0.5.
     """
     def posterior(column):  # log of the softmax's first entry
-        from math import exp, log
-
         top = max(column)
         return column[0] - top - log(sum(exp(x - top) for x in column))
 
