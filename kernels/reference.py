@@ -29,3 +29,12 @@ def symmetric_infonce(logprobs: Tensor) -> Tensor:
     rows = logprobs.log_softmax(dim=2).diagonal(dim1=1, dim2=2)
     columns = logprobs.log_softmax(dim=1).diagonal(dim1=1, dim2=2)
     return -(rows + columns).mean() / 2
+
+
+def linear_nll(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+               softcap: float | None = None) -> Tensor:
+    """Per-token NLL [N] from full logits: hidden [N, D], weight [V, D], target [N] (see kernels/linear_nll.py)."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return -token_logprobs(logits, target)

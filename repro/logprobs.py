@@ -2,7 +2,8 @@
 
 1. prompts[b][c] and responses[b][r] (text) -> token ids of prompt + response, tokenised jointly (repro/prefix.py).
 2. "shared": one row per (query, constitution) computes its prompt once for all R responses; the head runs only where
-   a response token is predicted. "reference": C x R sequences in full, logits for every token: the oracle.
+   a response token is predicted (kernels/linear_nll.py). "reference": C x R sequences in full, logits for every token,
+   the oracle.
 3. log-softmax in float32, summed or averaged over each response's tokens -> [B, C, R] float32.
 
 Axes: B queries, C constitutions, R responses, T tokens, V vocabulary.
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.linear_nll import linear_nll
 from repro.prefix import Scored, build_rows, row_length, tokenize_pair
 
 BATCH_TOKENS = 2048  # padded tokens in one forward
+SHARED_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text")
 
 
 def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
@@ -37,7 +40,7 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
     groups = [[tokenize_pair(tokenizer, prompt, response, score_eos=score_eos) for response in responses[b]]
               for b in range(B) for prompt in prompts[b]]
     if backend == "shared":
-        _check_shared(model.config, max(len(p.ids) for g in groups for p in g))
+        _check_shared(model, max(len(p.ids) for g in groups for p in g))
         score = _score_shared
     else:
         groups, score = [[pair] for group in groups for pair in group], _score_reference
@@ -64,19 +67,25 @@ def _batches(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _check_shared(config, longest: int) -> None:
-    """Refuse by name what the shared layout would get wrong without a sign."""
-    if getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None):
-        raise ValueError(f"{config.model_type}: soft-capped logits; use backend='reference'")
+def _check_shared(model, longest: int) -> None:
+    """Refuse by name what the shared layout would get wrong without a sign; `longest` is a pair's tokens."""
+    config, hint = model.config, "use backend='reference'"
+    if config.model_type not in SHARED_FAMILIES:
+        raise ValueError(f"{config.model_type}: not a family that the shared path is tested on "
+                         f"({', '.join(SHARED_FAMILIES)}); {hint}")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(f"{config.model_type}: soft-capped attention; {hint}")
     if getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", 1) not in (None, 1):
-        raise ValueError(f"{config.model_type}: scaled logits; use backend='reference'")
+        raise ValueError(f"{config.model_type}: scaled logits; {hint}")
+    if model.training and getattr(config, "attention_dropout", 0):
+        raise ValueError(f"{config.model_type}: attention_dropout {config.attention_dropout} draws one mask for all "
+                         f"responses of a shared prompt; set it to 0, or {hint}")
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < longest:
-        raise ValueError(f"{config.model_type}: sliding window {window} is shorter than a pair ({longest} tokens); use "
-                         "backend='reference'")
+        raise ValueError(f"{config.model_type}: sliding window {window} is shorter than a pair ({longest} tokens); {hint}")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(f"{config.model_type}: attention {config._attn_implementation!r} takes no mask of ours; load the "
-                         "model with attn_implementation='sdpa', or use backend='reference'")
+                         f"model with attn_implementation='sdpa', or {hint}")
 
 
 def _score_shared(model, groups: list[list[Scored]], pad: int) -> Tensor:
@@ -86,9 +95,10 @@ def _score_shared(model, groups: list[list[Scored]], pad: int) -> Tensor:
         rows.ids, rows.positions, rows.mask, rows.source, rows.target, rows.pair))
     bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, torch.finfo(model.dtype).min)
     hidden = model.base_model(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=False)[0]
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[source])
-    logprobs = reference.token_logprobs(logits, target)
-    return logprobs.new_zeros(sum(map(len, groups))).index_add(0, pair, logprobs)
+    head = model.get_output_embeddings()
+    nll = linear_nll(hidden.flatten(0, 1)[source].to(head.weight.dtype), head.weight, target, bias=head.bias,
+                     softcap=getattr(model.config, "final_logit_softcapping", None))
+    return nll.new_zeros(sum(map(len, groups))).index_add(0, pair, -nll)
 
 
 def _score_reference(model, groups: list[list[Scored]], pad: int) -> Tensor:

@@ -36,34 +36,27 @@ def test_golden_numbers(backend, case):
 
 # ---- the shared path against the reference, both judged by the reference in float64
 
-FAMILIES = ["llama", "llama_tied", "mistral", "mixtral", "qwen2"]
+FAMILIES = ["llama", "llama_tied", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text"]
 
 
 def tiny_family(family: str):
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        MistralConfig,
-        MistralForCausalLM,
-        MixtralConfig,
-        MixtralForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-    )
+    import transformers
 
     torch.manual_seed(1)
     size = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
                 pad_token_id=0)
-    config, model = {
-        "llama": (LlamaConfig(**size), LlamaForCausalLM),
-        "llama_tied": (LlamaConfig(**size, tie_word_embeddings=True), LlamaForCausalLM),
-        "mistral": (MistralConfig(**size, sliding_window=None), MistralForCausalLM),
-        "mixtral": (MixtralConfig(**size, num_local_experts=3, num_experts_per_tok=2,
-                                  experts_implementation="eager"), MixtralForCausalLM),
-        "qwen2": (Qwen2Config(**size), Qwen2ForCausalLM),
+    prefix, special = {
+        "llama": ("Llama", {"tie_word_embeddings": False}), "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+        "mistral": ("Mistral", {"sliding_window": None}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 8}),
+        "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}),
+        "gemma": ("Gemma", {"head_dim": 8}),
+        # window above the pairs' length; final_logit_softcapping as Gemma 2 has it
+        "gemma3_text": ("Gemma3", {"head_dim": 8, "sliding_window": 512, "final_logit_softcapping": 5.0}),
     }[family]
-    return model(config).eval()
+    name = "Gemma3Text" if family == "gemma3_text" else prefix
+    config = getattr(transformers, f"{name}Config")(**size, **special)
+    return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
 
 
 PROMPTS = [["Follow: be brief. Query: why is the sky blue?\n", "Follow: be long. Query: why is the sky blue?\n",
@@ -134,14 +127,46 @@ def test_identical_responses_give_equal_columns(tiny):
 
 
 @pytest.mark.parametrize("change, name", [
-    ({"final_logit_softcapping": 30.0}, "soft-capped"), ({"logit_scale": 0.1}, "scaled"), ({"sliding_window": 5}, "window"),
-    ({"_attn_implementation": "flex_attention"}, "takes no mask")])
+    ({"attn_logit_softcapping": 30.0}, "soft-capped attention"), ({"logit_scale": 0.1}, "scaled logits"),
+    ({"sliding_window": 5}, "sliding window 5 is shorter"), ({"_attn_implementation": "flex_attention"}, "takes no mask"),
+    ({"model_type": "gpt2"}, "gpt2: not a family"), ({"attention_dropout": 0.1}, "attention_dropout 0.1")])
 def test_what_the_shared_path_would_get_wrong_is_refused_by_name(tiny, change, name):
     model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
     for key, value in change.items():
         setattr(model.config, key, value)
+    model.train()
     with pytest.raises(ValueError, match=name):
         matrix(model, tokenizer, "shared")
+
+
+def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
+    """No [all tokens, V] tensor on the shared path, and exactly the matrix products that the layout needs."""
+    from test_linear_nll import Largest
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from repro.prefix import row_length, tokenize_pair
+
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    config = model.config
+    with Largest(config.vocab_size) as guard:
+        matrix(model, tokenizer, "shared")
+    groups = [[tokenize_pair(tokenizer, p, r, score_eos=False) for r in RESPONSES[b]] for b in range(2) for p in PROMPTS[b]]
+    scored = sum(len(pair.ids) - pair.start for g in groups for pair in g)
+    assert guard.rows == scored
+    with Largest(config.vocab_size) as guard:
+        matrix(model, tokenizer, "reference")
+    assert guard.rows > 3 * scored  # the guard sees what it must forbid
+
+    model.set_attn_implementation("eager")
+    one = groups[0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logprob_matrix(model, tokenizer, [PROMPTS[0][:1]], [RESPONSES[0]], length_normalize=True, score_eos=False)
+    T, D, heads, kv = row_length(one), config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    head_dim = D // heads
+    linear = D * (heads + 2 * kv) * head_dim + heads * head_dim * D + 3 * D * config.intermediate_size
+    attention = 2 * T * heads * head_dim  # scores and values, the full T x T square: the mask saves nothing here
+    head = sum(len(p.ids) - p.start for p in one) * D * config.vocab_size
+    assert counter.get_total_flops() == 2 * (T * config.num_hidden_layers * (linear + attention) + head)
 
 
 @pytest.mark.parametrize("prompts, responses, backend", [
