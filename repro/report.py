@@ -68,9 +68,9 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     axes[1].set(title="Length", ylabel="response length (tokens)")
     axes[1].set_ylim(bottom=0)
     axes[2].axhline(50, color="0.4", ls=":", lw=1)
-    axes[2].set(title=f"Win rate, {judge} judge", ylabel="against the initial model (%), ties half", ylim=(0, 100))
+    axes[2].set(title=f"Win rate, {judge} judge", ylabel="against the initial model (%), ties half", ylim=(0, 103))
     axes[3].set(title="Following, all-positive constitution", ylabel="responses that follow the principle (%)",
-                ylim=(0, 100))
+                ylim=(0, 103))
     for axis in axes:
         axis.set_xticks(iterations)
         axis.set_xlabel("iteration (0 = initial model)")
