@@ -74,8 +74,12 @@ def judge(run: Run) -> None:
             continue
         for i in iterations:
             for ours, theirs, a, b in zip(responses[i], responses[0], logprobs[i], logprobs[0]):
-                score = (judging.rule_score(ours["text"], theirs["text"], constitution) if judge == "rule" else
-                         judging.likelihood_score(_normalized(a), _normalized(b)))
+                if ours["text"] == theirs["text"]:
+                    score = 0.5  # identical texts tie: their scores differ by rounding alone
+                elif judge == "rule":
+                    score = judging.rule_score(ours["text"], theirs["text"], constitution)
+                else:
+                    score = judging.likelihood_score(_normalized(a), _normalized(b))
                 rows.append({"judge": judge, "query": ours["query"], "subset": a["subset"], "iteration": i,
                              "baseline": 0, "score": score,
                              "outcome": {1.0: "win", 0.5: "tie", 0.0: "loss"}[score],
@@ -136,10 +140,26 @@ def records(run: Run) -> Iterator[dict]:
                 yield _record(metric, metrics.mean([sum(w[metric] for w in g) / C for g in watch]), fixed)
             for judge in spec.judge.judges:
                 rows = [j for j in judgments if (j["judge"], j["iteration"], j["subset"]) == (judge, iteration, subset)]
-                if rows:
-                    for ties in ("half", "loss"):
-                        yield _record("win_rate", metrics.win_rate([j["score"] for j in rows], ties=ties), fixed,
-                                      baseline=spec.model.label, judge=judge, ties=ties, length="raw")
+                for ties, length, estimate in _win_rates(rows):
+                    yield _record("win_rate", estimate, fixed, baseline=spec.model.label, judge=judge, ties=ties,
+                                  length=length)
+
+
+def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
+    """(ties, length, win rate) under each tie rule and length control that these judgments define."""
+    if not rows:
+        return
+    scores = [row["score"] for row in rows]
+    difference = [float(row["tokens"] - row["baseline_tokens"]) for row in rows]
+    for ties in ("half", "loss"):
+        yield ties, "raw", metrics.win_rate(scores, ties=ties)
+        longer = [d > 0 for d in difference]
+        if min(sum(longer), len(longer) - sum(longer)) >= 2:  # a stratum of one has no interval
+            yield ties, "stratified", metrics.win_rate_stratified(scores, longer, ties=ties)
+        try:
+            yield ties, "logistic", metrics.win_rate_logistic(scores, difference, ties=ties)
+        except ValueError:
+            pass  # equal lengths throughout, or wins that length separates: no finite fit
 
 
 def _record(metric: str, estimate: metrics.Estimate, fixed: dict, **extra) -> dict:

@@ -57,7 +57,8 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         look = {"colour": COLOURS[k], "marker": MARKERS[k], "label": f"{subset} queries"}
         lines(axes[0], **look, metric="mi", estimator="infonce", subset=subset)
         lines(axes[1], **look, metric="length_tokens", subset=subset)
-        lines(axes[2], **look, anchor=50, metric="win_rate", judge=judge, ties="half", subset=subset)
+        lines(axes[2], **look, anchor=50, metric="win_rate", judge=judge, ties="half", length="raw",
+              subset=subset)
         for p, principle in enumerate(principles):
             lines(axes[3], COLOURS[k], MARKERS[k], ("-", "--", ":", "-.")[p % 4], f"{principle}, {subset}", scale=100,
                   metric="following", principle=principle, subset=subset)
@@ -125,13 +126,13 @@ LABELS = {"mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "
 
 def _table(metrics: list[dict], seed: int) -> str:
     rows, mine = [], select(metrics, seed=seed)
-    keys = list(dict.fromkeys((r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r.get("principle"))
+    keys = list(dict.fromkeys((r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r["length"], r.get("principle"))
                               for r in sorted(mine, key=lambda r: list(LABELS).index(r["metric"]))))
     iterations = sorted({r["iteration"] for r in mine})
-    for metric, subset, estimator, judge, ties, principle in keys:
-        found = {r["iteration"]: r for r in mine if (metric, subset, estimator, judge, ties, principle) == (
-            r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r.get("principle"))}
-        what = ", ".join(filter(None, (estimator, judge and f"{judge} judge", ties and f"ties {ties}", principle)))
+    for metric, subset, estimator, judge, ties, length, principle in keys:
+        found = {r["iteration"]: r for r in mine if (metric, subset, estimator, judge, ties, length, principle) == (
+            r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r["length"], r.get("principle"))}
+        what = ", ".join(filter(None, (estimator, judge and f"{judge} judge", ties and f"ties {ties}", length, principle)))
         digits = 1 if metric in ("length_tokens", "win_rate") else 3
         cells = "".join(f"<td class=n>{_interval(found[i], digits) if i in found else ''}</td>" for i in iterations)
         n = next(iter(found.values()))["n"]
