@@ -3,6 +3,7 @@
 A base model learns to follow helpful / harmless constitutions written for it, with no preference labels.
 The paper: mistral-7b, 250 held-out queries per subset, three iterations; at iteration 3 the length-corrected win rate
 against the base model is 66 % (helpful) and 77 % (harmless); 8 x A100 80 GB. `paper` is that setting.
+Table 1 prints bf16; the authors' code kept float32 weights for mistral-7b, and so does `paper` (`fp32_master`).
 `mini` keeps the structure (2 x 2 constitutions, three iterations that restart from the initial weights, two alternating
 halves of the queries, growing batches) with the embedded 135M model, embedded queries and two principles that it can
 follow; minutes on 2 CPU cores. Its numbers are its own, never the paper's.
@@ -28,7 +29,7 @@ PAPER = Experiment(
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
     data=DataSpec(source="hh-rlhf", train=10_000, evaluation=250),
     sampling=SamplingSpec(max_new_tokens=350),
-    train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="bf16", batch_size=128),
+    train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
     not_run=("baseline mistral-7b-instruct", "judge gpt-4-0613: retired"),
 )
 

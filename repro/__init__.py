@@ -16,6 +16,7 @@ _WHERE = {
     "symmetric_infonce": "losses",
     "train": "training",
     "mutual_information": "metrics",
+    "judge_pairwise": "judging",
     "win_rate": "metrics",
     "Experiment": "config",
     "run": "pipeline",

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Annotated
 import tyro
 
 from repro.config import Experiment, choose
-from repro.records import UserError, read_json
+from repro.datasets import load_queries
+from repro.records import UserError, first_line, read_json
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -43,10 +45,12 @@ class Run:
     """Seed of the order of queries, pairs and principles."""
     model: str | None = None
     """The policy: smollm2-135m-instruct (embedded), a folder in Hugging Face format, or a hub name."""
+    prompt: str | None = None
+    """chat: the tokenizer's chat template; plain: the text that base models continue."""
     queries: str | None = None
     """embedded, hh-rlhf, or a JSONL file of {"query", "subset"?, "split"?, "id"?} rows."""
     subsets: tuple[str, ...] | None = None
-    """Which subsets of the queries to use."""
+    """Which subsets of the queries to use; of a JSONL file, by default all."""
     train_queries: int | None = None
     """Training queries per subset, at most."""
     evaluation_queries: int | None = None
@@ -111,7 +115,14 @@ def load_experiment(name: str, profile: str) -> Experiment:
         path = shipped[short.get(name) or choose("experiment", name, (*short, *shipped))]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except Exception as e:  # the user's own Python: name the line, not our stack
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        line = getattr(e, "lineno", None) or (lines[-1] if lines else 1)
+        raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
     profiles = getattr(module, "EXPERIMENTS", None)
     if not isinstance(profiles, dict) or not all(isinstance(e, Experiment) for e in profiles.values()):
         raise UserError(f"{path}: EXPERIMENTS: must be a dict of profile -> Experiment")
@@ -127,12 +138,15 @@ def configure(args: Run) -> Experiment:
 
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", args.name):
         raise UserError(f"--name {args.name!r}: allowed are letters, digits and _ . -")
-    data = over(base.data, source=args.queries, subsets=args.subsets, train=args.train_queries,
+    subsets = args.subsets
+    if subsets is None and args.queries not in (None, "embedded", "hh-rlhf"):
+        subsets = tuple(dict.fromkeys(q.subset for q in load_queries(args.queries)[0]))
+    data = over(base.data, source=args.queries, subsets=subsets, train=args.train_queries,
                 evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
                 truncate=args.truncate or None)
     label = None if args.model is None else Path(args.model).name
     return over(base, name=args.name, seed=args.seed, constitutions=args.constitutions, data=data,
-                model=over(base.model, name=args.model, label=label))
+                model=over(base.model, name=args.model, label=label, prompt=args.prompt))
 
 
 def summary(folder: Path) -> list[str]:

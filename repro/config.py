@@ -79,13 +79,26 @@ class SamplingSpec:
         choose("SamplingSpec.dtype", self.dtype, ("float32", "bfloat16"))
 
 
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step: how many queries give its gradient, and its share of the learning rate."""
+
+    queries: int
+    rate: float
+
+
+AS_RUN_QUERIES = 8     # queries whose gradient reached an update in the paper's runs (see `TrainSpec.updates`)
+AS_RUN_SCHEDULE = 15   # length in steps of their linear learning-rate schedule
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """One SAMI iteration's training (arXiv 2404.14313, Table 1; `dose` after repro/training.py:updates).
+    """One SAMI iteration's training (arXiv 2404.14313, Table 1; `dose`: see `updates`).
 
     `batch_size` queries a step; `batches` steps in iteration 1 and `batches_increment` more in each later one.
     `precision`: "fp32"; "fp32_master" (float32 weights and updates, bf16 products); "bf16" (weights and updates
-    in bf16, as published: at learning rate 5e-7 most updates round away).
+    in bf16, as Table 1 prints and the authors' code did for mixtral and llama; for mistral-7b it kept float32
+    weights: at learning rate 5e-7 most bf16 updates round away).
     `max_grad_norm` None means no clipping.
     """
 
@@ -99,6 +112,24 @@ class TrainSpec:
     max_grad_norm: float | None = None
     score_eos: bool = False
     length_normalize: bool = True
+
+    def updates(self, iteration: int) -> list["Update"]:
+        """The optimizer steps of an iteration (1, 2, ...).
+
+        "as_printed": Table 1; each step averages `batch_size` queries at a constant rate; 2, 4, 6 steps.
+        "as_run": what the authors' trainer did (their code and logs). Gradients were zeroed before every micro-step,
+        so only the last micro-batch of each batch, 8 queries, reached the step; the rate warmed up over one step and
+        decayed linearly over 15, so the first step had rate 0; gradients were clipped (repro/training.py).
+        """
+        steps = self.batches + (iteration - 1) * self.batches_increment
+        if self.dose == "as_printed":
+            return [Update(self.batch_size, 1.0)] * steps
+        queries = min(AS_RUN_QUERIES, self.batch_size)
+        return [Update(queries, 0.0 if k == 0 else max(0.0, (AS_RUN_SCHEDULE - k) / (AS_RUN_SCHEDULE - 1)))
+                for k in range(steps)]
+
+    def queries_needed(self, iteration: int) -> int:
+        return sum(u.queries for u in self.updates(iteration))
 
     def __post_init__(self):
         _positive(self, "learning_rate", "batch_size", "batches")

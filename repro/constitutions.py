@@ -133,8 +133,8 @@ def _principle(row, where: str) -> Principle:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", row["name"]) or row["name"].startswith("not_"):
         raise UserError(f"{where}.name: {row['name']!r}; allowed: lower-case letters, digits and _, not not_...")
     for key in ("text", "antithesis"):
-        if re.search(r"[{}]|[^\S ]", row[key]):
-            raise UserError(f"{where}.{key}: braces, tabs and line breaks are not allowed: {row[key]!r}")
+        if re.search(r"[{}\0\ud800-\udfff]|[^\S ]", row[key]):
+            raise UserError(f"{where}.{key}: braces, tabs, line breaks and broken characters are not allowed: {row[key]!r}")
     if row["text"].strip().casefold() == row["antithesis"].strip().casefold():
         raise UserError(f"{where}.antithesis: equal to the principle")
     if row.get("rule") is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from repro.config import DataSpec, choose
 from repro.constitutions import DATA, check_control_tokens
-from repro.records import Query, UserError, read_jsonl
+from repro.records import Query, UserError, first_line, read_jsonl
 
 HH = "Anthropic/hh-rlhf"
 SPLITS = {"train": "train", "development": "development", "dev": "development", "evaluation": "evaluation",
@@ -34,9 +34,10 @@ def load_queries(source: str = "embedded", *, spec: DataSpec | None = None) -> t
     """Queries of `source` in the source's order, and what was dropped, by reason.
 
     `source`: "embedded", "hh-rlhf", or a JSONL file of {"query": ..., "subset"?, "split"?, "id"?} rows; without
-    splits, every fifth row by content goes to evaluation. `spec` limits the subsets and the number of queries.
+    splits, every fifth row by content goes to evaluation. `spec` limits the subsets (none named: all of the source's) and
+    the number of queries.
     """
-    spec = spec or DataSpec(source=source, train=10**9, evaluation=10**9)
+    spec = spec or DataSpec(source=source, subsets=(), train=10**9, evaluation=10**9)
     if source == "hh-rlhf":
         queries, dropped = _hh_rlhf(spec)
     else:
@@ -44,15 +45,15 @@ def load_queries(source: str = "embedded", *, spec: DataSpec | None = None) -> t
         if not path.is_file():
             raise UserError(f"--queries {source}: no such file; allowed: 'embedded', 'hh-rlhf', or a JSONL file")
         queries, dropped = _jsonl(path), Counter()
-    present = sorted({q.subset for q in queries})
-    for subset in spec.subsets:
-        if subset not in present:
-            choose(f"subset (of {source})", subset, present)
-    others = [q for q in queries if q.subset not in spec.subsets]
+    present = list(dict.fromkeys(q.subset for q in queries))
+    wanted = spec.subsets or present
+    for subset in wanted:
+        choose(f"--subsets (of {source})", subset, present)
+    others = sum(q.subset not in wanted for q in queries)
     if others:
-        dropped["subset not asked for"] += len(others)
-    queries = [q for q in queries if q.subset in spec.subsets]
-    return _limit(_disjoint(queries, spec, dropped), spec, dropped), dropped
+        dropped["subset not asked for"] += others
+    queries = [q for q in queries if q.subset in wanted]
+    return _limit(disjoint(queries, spec, dropped), spec, dropped), dropped
 
 
 def _jsonl(path: Path) -> list[Query]:
@@ -74,9 +75,9 @@ def _jsonl(path: Path) -> list[Query]:
         if split is None:
             split = "evaluation" if int(hashlib.sha256(normalize(text).encode()).hexdigest(), 16) % 5 == 0 else "train"
         id = row.get("id") or query_id(subset, text)
-        if "id" in row and id in lines:
-            raise UserError(f"{where}: id: {id!r} occurs in line {lines[id]} too")
-        lines[id] = number
+        if id in lines and ("id" in row or lines[id][1] != normalize(text)):
+            raise UserError(f"{where}: id: {id!r} occurs in line {lines[id][0]} too")
+        lines.setdefault(id, (number, normalize(text)))
         queries.append(Query(id=id, subset=subset, split=SPLITS[choose(f"{where}: split", split, tuple(SPLITS))],
                              text=text.strip(), where=where))
     if not queries:
@@ -99,14 +100,14 @@ def _hh_rlhf(spec: DataSpec) -> tuple[list[Query], Counter]:
 
     folders = {v: k for k, v in SUBSETS.items()}
     queries, dropped = [], Counter()
-    for subset in spec.subsets:
+    for subset in spec.subsets or SUBSETS.values():
         folder = folders[choose("subset (of hh-rlhf)", subset, tuple(folders))]
         for split, ours in (("train", "train"), ("test", "evaluation")):
             try:
                 rows = datasets.load_dataset(HH, data_dir=folder, split=split)
             except Exception as e:  # the hub client raises many kinds; a user needs the step, not the kind
                 raise UserError(f"--queries hh-rlhf: cannot load {HH} ({folder}, {split}): "
-                                f"{str(e).splitlines()[0]}; give a JSONL file, or 'embedded'") from e
+                                f"{first_line(e)}; give a JSONL file, or 'embedded'") from e
             for number, row in enumerate(rows):
                 text = first_human_turn(row["chosen"])
                 if text:
@@ -117,9 +118,11 @@ def _hh_rlhf(spec: DataSpec) -> tuple[list[Query], Counter]:
     return queries, dropped
 
 
-def _disjoint(queries: list[Query], spec: DataSpec, dropped: Counter) -> list[Query]:
-    """Each text once per split, and no training text among the held-out ones (unless `leakage` is "keep")."""
+def disjoint(queries: list[Query], spec: DataSpec, dropped: Counter) -> list[Query]:
+    """Each text once per split, no development text in evaluation, and no training text among the held-out ones (unless
+    `leakage` is "keep")."""
     held_out = {normalize(q.text) for q in queries if q.split != "train"}
+    evaluation = {normalize(q.text) for q in queries if q.split == "evaluation"}
     seen, kept = set(), []
     for query in queries:
         text = normalize(query.text)
@@ -127,6 +130,8 @@ def _disjoint(queries: list[Query], spec: DataSpec, dropped: Counter) -> list[Qu
             dropped["duplicate text"] += 1
         elif query.split == "train" and text in held_out and spec.leakage == "remove":
             dropped["training query that is also held out"] += 1
+        elif query.split == "development" and text in evaluation:
+            dropped["development query that is also in evaluation"] += 1
         else:
             seen.add((query.split, text))
             kept.append(query)

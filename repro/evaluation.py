@@ -48,8 +48,8 @@ def _score_held_out(run: Run, iteration: int, texts: list[str], rows: list[dict]
 
     def score(which: int, select: slice, label: str) -> list[list[list[float]]]:
         with run.model(which, dtype) as model, torch.inference_mode(), matmul_precision(model, spec.train.precision):
-            return [logprob_matrix(model, run.tokenizer, [p], [r[select]], length_normalize=False, score_eos=eos
-                                   )[0].tolist()
+            return [logprob_matrix(model, run.tokenizer, [p], [r[select]], length_normalize=False, score_eos=eos,
+                                   backend=run.record["backend"])[0].tolist()
                     for _, p, r, _ in tqdm(queries, desc=f"{name} {label}", unit="query")]
 
     own = score(iteration, slice(None), "log-probs")
@@ -77,7 +77,7 @@ def judge(run: Run) -> None:
                 if ours["text"] == theirs["text"]:
                     score = 0.5  # identical texts tie: their scores differ by rounding alone
                 elif judge == "rule":
-                    score = judging.rule_score(ours["text"], theirs["text"], constitution)
+                    score = judging.judge_pairwise(ours["text"], theirs["text"], constitution)
                 else:
                     score = judging.likelihood_score(_normalized(a), _normalized(b))
                 rows.append({"judge": judge, "query": ours["query"], "subset": a["subset"], "iteration": i,

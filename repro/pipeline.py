@@ -18,7 +18,7 @@ from repro.constitutions import Constitution
 from repro.evaluation import evaluate, judge, measure
 from repro.records import Query, digest, locked, read_jsonl, seal, write_json
 from repro.report import write_report
-from repro.rundir import Run, checkpoint, rng, training_file
+from repro.rundir import Run, checkpoint, training_file
 from repro.sampling import sample_to_file
 
 
@@ -50,7 +50,7 @@ def sample(run: Run, iteration: int) -> None:
     if not run.stage(name, outputs, inputs):
         return
     jobs = []
-    for query, negative in training_plan(run, iteration):
+    for query, negative in run.training_plan(iteration):
         for constitution in (run.constitutions.positive, negative):
             jobs.append((query, constitution))
     texts = [run.prompt(c, q, run.experiment.seed, iteration, "sample", c.id, generation=True) for q, c in jobs]
@@ -58,32 +58,10 @@ def sample(run: Run, iteration: int) -> None:
     run.finish(name, outputs, inputs, responses=len(rows))
 
 
-def training_plan(run: Run, iteration: int) -> list[tuple[Query, Constitution]]:
-    """Which queries this iteration samples and which constitution stands against the all-positive one.
-
-    Two halves of the training queries alternate between iterations (arXiv 2404.14313, section 4); the order of
-    a half is shuffled per iteration; subsets take turns; the negative is drawn from those of the query's subset.
-    """
-    from repro.training import queries_needed
-
-    spec = run.experiment
-    want = round(queries_needed(spec.train, iteration) * (1 + spec.sampling.spare))
-    lists = []
-    for subset in spec.data.subsets:
-        queries = [q for q in run.training if q.subset == subset]
-        rng(spec.seed, "halves", subset).shuffle(queries)
-        half = queries[(iteration - 1) % 2:: 2]
-        rng(spec.seed, iteration, "order", subset).shuffle(half)
-        lists.append(half)
-    turns = [q for k in range(max(map(len, lists))) for half in lists for q in half[k: k + 1]]
-    return [(q, rng(spec.seed, iteration, "negative", q.id).choice(run.constitutions.negatives(q.subset)))
-            for q in turns[:want]]
-
-
 def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, list[Constitution], list[str]]], Counter]:
     """The sampled pairs that may train, in order, and the dropped ones counted by the first reason that holds."""
     rows = [row for _, row in read_jsonl(run.folder / training_file(iteration))]
-    plan = training_plan(run, iteration)
+    plan = run.training_plan(iteration)
     kept, dropped = [], Counter()
     for k, (query, negative) in enumerate(plan):
         responses = [row["text"] for row in rows[2 * k: 2 * k + 2]]
@@ -108,7 +86,7 @@ def train_iteration(run: Run, iteration: int) -> None:
         return
     spec, folder = run.experiment, run.folder / checkpoint(iteration)
     kept, dropped = usable_pairs(run, iteration)
-    need = training.queries_needed(spec.train, iteration)
+    need = spec.train.queries_needed(iteration)
     run.say(f"{name}: {len(kept)} pairs usable, {need} needed"
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
     pairs = [training.TrainingPair(
@@ -121,8 +99,8 @@ def train_iteration(run: Run, iteration: int) -> None:
                 write_json(run.folder / "not_finite.json", {"iteration": iteration, "queries": ids})
                 return run.folder / "not_finite.json"
 
-            trace = training.train(model, run.tokenizer, pairs, spec.train, iteration, on_query=bar.update,
-                                   save_batch=save_batch)
+            trace = training.train(model, run.tokenizer, pairs, spec.train, iteration, backend=run.record["backend"],
+                                   on_query=bar.update, save_batch=save_batch)
         models.save_model(model, run.tokenizer, folder)
     seal(folder, digest([run.record["config_hash"], iteration]))
     run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped))

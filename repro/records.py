@@ -54,6 +54,11 @@ class Response:
     finished: bool
 
 
+def first_line(error: BaseException) -> str:
+    """An exception in one line; its kind where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def dumps(value, indent: int | None = None) -> str:
     """Strict JSON with a stable byte form: sorted keys, no NaN, ASCII (so that no separator hides in a string)."""
     separators = (",", ": ") if indent else (",", ":")
@@ -250,12 +255,13 @@ def sealed(folder: Path, key: str | None = None) -> bool:
 # ---- one run, one process
 
 @contextmanager
-def locked(folder: Path):
-    """Hold the folder for this process. A second run gets a UserError that names the first.
+def locked(folder: Path, hint: str = "wait for it, or choose another OUT"):
+    """Hold the folder for this process. A second run gets a UserError that names the first and ends with `hint`.
 
     POSIX record locks (`lockf`): free after any death of the owner and not inherited by forked workers, which
     `flock` would be.
     """
+    made = [p for p in (Path(folder), *Path(folder).parents) if not p.exists()]
     path = make_folder(Path(folder)) / ".lock"
     while True:
         with _readable(path, "lock"):
@@ -266,7 +272,7 @@ def locked(folder: Path):
             f.seek(0)
             owner = f.read().strip() or "another process"
             f.close()
-            raise UserError(f"{folder} is in use by {owner}; wait for it, or choose another OUT") from None
+            raise UserError(f"{folder} is in use by {owner}; {hint}") from None
         if path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino:
             break
         f.close()  # the last owner removed the file between our open and our lock
@@ -278,8 +284,8 @@ def locked(folder: Path):
     finally:
         path.unlink(missing_ok=True)
         f.close()
-        for empty in (path.parent, *path.parent.parents):  # nothing was written: leave no folder either
+        for folder in made:  # where nothing was written into a new folder, leave none
             try:
-                empty.rmdir()
+                folder.rmdir()
             except OSError:
                 break

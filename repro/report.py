@@ -126,12 +126,13 @@ LABELS = {"mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "
 
 def _table(metrics: list[dict], seed: int) -> str:
     rows, mine = [], select(metrics, seed=seed)
-    keys = list(dict.fromkeys((r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r["length"], r.get("principle"))
-                              for r in sorted(mine, key=lambda r: list(LABELS).index(r["metric"]))))
+    fields = ("metric", "subset", "estimator", "judge", "ties", "length", "principle")
+    keys = dict.fromkeys(tuple(r.get(f) for f in fields)
+                         for r in sorted(mine, key=lambda r: list(LABELS).index(r["metric"])))
     iterations = sorted({r["iteration"] for r in mine})
     for metric, subset, estimator, judge, ties, length, principle in keys:
-        found = {r["iteration"]: r for r in mine if (metric, subset, estimator, judge, ties, length, principle) == (
-            r["metric"], r["subset"], r["estimator"], r["judge"], r["ties"], r["length"], r.get("principle"))}
+        key = (metric, subset, estimator, judge, ties, length, principle)
+        found = {r["iteration"]: r for r in mine if key == tuple(r.get(f) for f in fields)}
         what = ", ".join(filter(None, (estimator, judge and f"{judge} judge", ties and f"ties {ties}", length, principle)))
         digits = 1 if metric in ("length_tokens", "win_rate") else 3
         cells = "".join(f"<td class=n>{_interval(found[i], digits) if i in found else ''}</td>" for i in iterations)
@@ -215,6 +216,15 @@ def write_report(folder: Path) -> None:
     write_page(folder / "report.html", [folder], metrics, folder / "figures/iterations.png", responses=True)
 
 
+def _without_places(record: dict) -> dict:
+    """The record with the names, not the folders, of the files it read: those are one machine's."""
+    config = record["config"]
+    return record | {"config": config | {
+        "constitutions": Path(config["constitutions"]).name,
+        "data": config["data"] | {"source": Path(config["data"]["source"]).name},
+        "model": config["model"] | {"name": config["model"]["label"]}}}
+
+
 def publish(folders: list[Path], results: Path, *, responses: bool = True) -> Path:
     """Copy runs of one experiment (one seed each) to results/<experiment>/<profile>: numbers, figure, page.
 
@@ -241,6 +251,6 @@ def publish(folders: list[Path], results: Path, *, responses: bool = True) -> Pa
     write_json(out / "metrics.json", metrics)
     write_json(out / "constitutions.json", read_json(folders[0] / "constitutions.json"))
     for record in records:
-        write_json(out / f"run-seed-{record['config']['seed']}.json", record)
+        write_json(out / f"run-seed-{record['config']['seed']}.json", _without_places(record))
     write_page(out / "report.html", folders, metrics, out / "figures/iterations.png", responses=responses)
     return out

@@ -5,6 +5,7 @@ the config, what it depends on, and its files all match; never by file time.
 """
 
 import contextlib
+import functools
 import gc
 import platform
 import random
@@ -17,11 +18,24 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import jinja2
+
 from repro import models, prompts
 from repro.config import Experiment, config_hash, flatten
 from repro.constitutions import Constitution, ConstitutionSet, check_control_tokens, load_constitutions
-from repro.datasets import check_queries, load_queries
-from repro.records import MARKER, Query, UserError, digest, file_sha256, read_json, sealed, write_json, write_jsonl
+from repro.datasets import check_queries, disjoint, load_queries
+from repro.records import (
+    MARKER,
+    Query,
+    UserError,
+    digest,
+    file_sha256,
+    first_line,
+    read_json,
+    sealed,
+    write_json,
+    write_jsonl,
+)
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
@@ -59,64 +73,125 @@ class Run:
     # ---- inputs, checked before any model loads
 
     def prepare(self) -> None:
-        """Read and check every input; bind the directory to this configuration."""
+        """Read and check every input; then bind the directory to this configuration."""
         spec = self.experiment
         self.constitutions: ConstitutionSet = load_constitutions(spec.constitutions)
-        queries, dropped = load_queries(spec.data.source, spec=spec.data)
+        queries, self.dropped = load_queries(spec.data.source, spec=spec.data)
         self.place = models.resolve_model(spec.model.name)
         self.tokenizer = models.load_tokenizer(self.place)
-        controls = models.control_tokens(self.tokenizer)
-        check_control_tokens(((f"{spec.constitutions}: principle {p.name}", s)
-                              for p in self.constitutions.positive.principles for s in (p.text, p.antithesis)), controls)
-        frame = max(len(self.tokenizer(self.prompt(c, None, "", generation=True), add_special_tokens=False).input_ids)
-                    for c in self.constitutions.constitutions)
-        room = models.context_length(self.place) - frame - spec.sampling.max_new_tokens - 8
-        queries = check_queries(queries, self.tokenizer, controls, room=room, truncate=spec.data.truncate, say=self.say)
+        queries = self._fit(queries)
         self.training = [q for q in queries if q.split == "train"]
         self.held_out = [q for q in queries if q.split == spec.data.evaluation_split]
-        if not self.training or not self.held_out:
-            raise UserError(f"--queries {spec.data.source}: {len(self.training)} training and {len(self.held_out)} "
-                            f"{spec.data.evaluation_split} queries; both must be above 0")
-        self.dropped = dropped
+        self._enough()
         self._bind({"data.source": digest([asdict(q) | {"where": ""} for q in queries]),
                     "constitutions": digest(self.constitutions.to_json()),
                     "model.name": digest(models.describe(self.place)["sha256"]) if Path(self.place).is_dir()
                     else self.place})
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
-                 + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
+                 + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
         write_json(self.folder / "constitutions.json", self.constitutions.to_json())
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
                                                     for q in (*self.training, *self.held_out)])
+
+    def _fit(self, queries: list[Query]) -> list[Query]:
+        """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
+        spec, controls = self.experiment, models.control_tokens(self.tokenizer)
+        check_control_tokens(((f"{spec.constitutions}: principle {p.name}", s)
+                              for p in self.constitutions.positive.principles for s in (p.text, p.antithesis)), controls)
+        try:
+            frames = [self.prompt(c, None, generation=True) for c in self.constitutions.constitutions]
+        except (ValueError, jinja2.TemplateError) as e:
+            raise UserError(f"--prompt chat: the tokenizer of {spec.model.name} has no chat template that takes a system "
+                            f"and a user turn ({first_line(e)}); use --prompt plain") from e
+        frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
+        config = models.load_config(self.place)
+        room = config.max_position_embeddings - frame - spec.sampling.max_new_tokens - 8
+        if room < 1:
+            raise UserError(f"{spec.constitutions}: the principles ({frame} tokens with the frame of the prompt) and "
+                            f"{spec.sampling.max_new_tokens} response tokens leave no room in a context of "
+                            f"{config.max_position_embeddings}")
+        queries = check_queries(queries, self.tokenizer, controls, room=room, truncate=spec.data.truncate, say=self.say)
+        if spec.data.truncate:  # texts that differ only beyond the cut are now the same
+            queries = disjoint(queries, spec.data, self.dropped)
+        longest = max(len(self.tokenizer(q.text, add_special_tokens=False).input_ids) for q in queries)
+        from repro.logprobs import shared_refusal
+
+        refusal = shared_refusal(config, frame + longest + spec.sampling.max_new_tokens)
+        self.backend = "reference" if refusal else "shared"
+        if refusal:
+            self.say(f"log-probs by the reference path, which is slower: {refusal}")
+        return queries
+
+    def _enough(self) -> None:
+        """Every subset needs training and held-out queries, every iteration the queries of its steps."""
+        spec = self.experiment
+        for subset in spec.data.subsets:
+            counts = [sum(q.subset == subset for q in part) for part in (self.training, self.held_out)]
+            if not all(counts):
+                raise UserError(f"--queries {spec.data.source}: subset {subset!r} has {counts[0]} training and {counts[1]} "
+                                f"{spec.data.evaluation_split} queries; both must be above 0")
+        for iteration in range(1, spec.iterations + 1):
+            need, have = spec.train.queries_needed(iteration), len(self.training_plan(iteration))
+            if have < need:
+                raise UserError(f"--queries {spec.data.source}: iteration {iteration} trains on {need} queries and its "
+                                f"half of the training queries holds {have}; give at least {2 * need} training "
+                                "queries, or a smaller TrainSpec.batch_size")
 
     def _bind(self, inputs: dict) -> None:
         fields = flatten(self.experiment.to_json()) | inputs
         hash = config_hash(self.experiment, inputs)
         path = self.folder / "run.json"
+        here = {"packages": {name: version(name) for name in PACKAGES}, "python": platform.python_version(),
+                "device": _device(), "threads": _threads()}
         if path.exists():
             self.record = read_json(path)
-            if self.record.get("config_hash") != hash:
+            if self.record.get("config_hash") != hash and self.record.get("stages"):
                 theirs = flatten(self.record.get("config", {})) | self.record.get("inputs", {})
                 differ = [f"{k} ({theirs.get(k)!r} there, {fields.get(k)!r} here)"
                           for k in sorted(fields.keys() | theirs.keys()) if fields.get(k) != theirs.get(k)]
                 raise UserError(f"{self.folder} holds a run of another config: {'; '.join(differ[:4])}; choose another "
                                 "OUT or --name, or delete the folder")
-            return
+            if self.record.get("config_hash") == hash:
+                changed = [key for key in here if self.record[key] != here[key]]
+                if changed:
+                    self.say(f"going on with another {', '.join(changed)}: what is still to do will not be byte-comparable")
+                    self.record.setdefault("resumed_with", []).append(here)
+                return
         not_run = list(self.experiment.not_run)
         if "rule" in self.experiment.judge.judges and not all(p.rule for p in self.constitutions.positive.principles):
             not_run.append("judge rule: a principle has no rule")
-        self.record = {
-            "config": self.experiment.to_json(), "config_hash": hash, "inputs": inputs, "commit": _commit(),
-            "packages": {name: version(name) for name in PACKAGES}, "python": platform.python_version(),
-            "device": _device(), "threads": _threads(), "seeds": [self.experiment.seed], "values": "measured",
-            "dropped_queries": dict(self.dropped), "not_run": not_run, "stages": {}}
+        self.record = {"config": self.experiment.to_json(), "config_hash": hash, "inputs": inputs, "commit": commit(),
+                       **here, "seeds": [self.experiment.seed], "values": "measured", "backend": self.backend,
+                       "dropped_queries": dict(self.dropped), "not_run": not_run, "stages": {}}
         write_json(path, self.record)
+
+    # ---- what trains
+
+    def training_plan(self, iteration: int) -> list[tuple[Query, Constitution]]:
+        """Which queries an iteration samples and which constitution stands against the all-positive one.
+
+        Two halves of the training queries alternate between iterations (arXiv 2404.14313, section 4); the order of
+        a half is shuffled per iteration; subsets take turns; the negative is drawn from those of the query's subset.
+        """
+        spec = self.experiment
+        want = round(spec.train.queries_needed(iteration) * (1 + spec.sampling.spare))
+        halves = []
+        for subset in spec.data.subsets:
+            queries = [q for q in self.training if q.subset == subset]
+            rng(spec.seed, "halves", subset).shuffle(queries)
+            half = queries[(iteration - 1) % 2:: 2]
+            rng(spec.seed, iteration, "order", subset).shuffle(half)
+            halves.append(half)
+        turns = [q for k in range(max(map(len, halves))) for half in halves for q in half[k: k + 1]]
+        return [(q, rng(spec.seed, iteration, "negative", q.id).choice(self.constitutions.negatives(q.subset)))
+                for q in turns[:want]]
 
     # ---- stages
 
     def stage(self, name: str, outputs: list[str], inputs: list[str]) -> bool:
         """True if the stage is to be done; otherwise says that it is skipped."""
         done = self.record["stages"].get(name)
-        if done and done["key"] == self._key(inputs) and list(done["outputs"]) == sorted(outputs) and all(
+        if done and done["key"] == self.key(inputs) and list(done["outputs"]) == sorted(outputs) and all(
                 self._holds(path, fact) for path, fact in done["outputs"].items()):
             self.say(f"{name}: done before, skipped")
             return False
@@ -136,11 +211,17 @@ class Run:
         """Record the stage as done: what it left, what it depended on, its seconds."""
         spent = time.monotonic() - self._started
         self.record["stages"][name] = {
-            "key": self._key(inputs), "seconds": round(spent, 2), "peak_rss_gib": _peak_gib(), **facts,
+            "key": self.key(inputs), "commit": commit(), "seconds": round(spent, 2), "peak_rss_gib": _peak_gib(), **facts,
             "outputs": {output: self._fact(output) for output in sorted(outputs)}}
         write_json(self.folder / "run.json", self.record)
+        for output in outputs:
+            self.partial(self.folder / output).unlink(missing_ok=True)
 
-    def _key(self, inputs: list[str]) -> str:
+    def partial(self, output: Path) -> Path:
+        """Where the finished part of an unfinished output is kept."""
+        return output.with_suffix(".partial.jsonl")
+
+    def key(self, inputs: list[str]) -> str:
         """Names what the stage depends on: the config and the recorded outputs of the stages before it."""
         return digest([self.record["config_hash"],
                        {name: self.record["stages"][name]["outputs"] for name in inputs}])
@@ -171,13 +252,17 @@ class Run:
 
 # ---- provenance
 
-def _commit() -> str | None:
-    """The checkout's commit, "-dirty" where tracked files differ; None outside a checkout."""
+@functools.cache
+def commit() -> str | None:
+    """The checkout's commit, "-dirty" where tracked files differ; None outside a checkout or without git."""
     def git(*args):
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout
 
-    commit = git("rev-parse", "HEAD").strip()
-    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").strip() else "") or None
+    try:
+        head = git("rev-parse", "HEAD").strip()
+        return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").strip() else "") or None
+    except OSError:
+        return None
 
 
 def _device() -> str:

@@ -37,8 +37,9 @@ def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: in
         finished = tokenizer.eos_token_id in ids
         ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        for control in controls:  # spelled out in ordinary tokens, it would turn into the control token later
-            text = text.replace(control, "")
+        while any(control in text for control in controls):  # spelled out, it would turn into the control token later
+            for control in controls:
+                text = text.replace(control, "")
         answers.append({"text": text, "tokens": len(ids), "finished": finished})
     return answers
 
@@ -53,10 +54,10 @@ def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens
 
 def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
     """Responses to `texts` by the model of `iteration`, in the order of `jobs`. Batches already in the partial file
-    are not sampled again."""
+    are not sampled again; the file goes when the stage is finished."""
     spec = run.experiment.sampling
-    partial = path.with_suffix(".partial.jsonl")
-    key = digest([run.record["config_hash"], texts])
+    partial = run.partial(path)
+    key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
     rows: dict[int, dict] = {}
     if partial.exists():
         for _, row in read_jsonl(partial, torn_tail=True):
@@ -72,12 +73,14 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
                                        max_new_tokens=spec.max_new_tokens)
                 for i, answer in zip(batch, answers):
                     query, constitution = jobs[i]
-                    answer["text"] = prompts.cut(run.experiment.model.prompt, answer["text"])
+                    text = prompts.cut(run.experiment.model.prompt, answer["text"])
+                    if text != answer["text"]:  # its length is that of what is left; the format ended it
+                        tokens = len(run.tokenizer(text, add_special_tokens=False).input_ids)
+                        answer = {"text": text, "tokens": tokens, "finished": True}
                     rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration,
                                               **answer))
                 append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
                 bar.update(len(batch))
     ordered = [rows[i] for i in range(len(jobs))]
     write_jsonl(path, ordered)
-    partial.unlink(missing_ok=True)
     return ordered

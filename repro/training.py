@@ -16,8 +16,9 @@ from repro.logprobs import logprob_matrix
 from repro.losses import symmetric_infonce
 from repro.records import UserError
 
-AS_RUN_QUERIES = 8     # queries whose gradient reached an update in the paper's runs (see `updates`)
-AS_RUN_SCHEDULE = 15   # length in steps of their linear learning-rate schedule
+# The authors clipped at norm 1 after dividing each micro-batch's loss by its 16 accumulation steps, of which only the
+# last counted: in units of the mean over its queries, the limit is 16.
+AS_RUN_CLIP = 16.0
 
 
 @dataclass(frozen=True)
@@ -27,34 +28,6 @@ class TrainingPair:
     query: str
     prompts: tuple[str, ...]
     responses: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Update:
-    """One optimizer step: how many queries give its gradient, and its share of the learning rate."""
-
-    queries: int
-    rate: float
-
-
-def updates(spec: TrainSpec, iteration: int) -> list[Update]:
-    """The optimizer steps of an iteration (1, 2, ...).
-
-    "as_printed": Table 1; each step averages `batch_size` queries at a constant rate; 2, 4, 6 steps.
-    "as_run": what the authors' trainer did (their code and logs). Gradients were zeroed before every micro-step, so
-    only the last micro-batch of each batch, 8 queries, reached the step; the rate warmed up over one step and
-    decayed linearly over 15, so the first step had rate 0; gradients were clipped to norm 1.
-    """
-    steps = spec.batches + (iteration - 1) * spec.batches_increment
-    if spec.dose == "as_printed":
-        return [Update(spec.batch_size, 1.0)] * steps
-    queries = min(AS_RUN_QUERIES, spec.batch_size)
-    return [Update(queries, 0.0 if k == 0 else max(0.0, (AS_RUN_SCHEDULE - k) / (AS_RUN_SCHEDULE - 1)))
-            for k in range(steps)]
-
-
-def queries_needed(spec: TrainSpec, iteration: int) -> int:
-    return sum(u.queries for u in updates(spec, iteration))
 
 
 def weights_dtype(precision: str) -> str:
@@ -87,20 +60,20 @@ def _optimizer(model, spec: TrainSpec):
 
 
 def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iteration: int, *,
-          on_query: Callable[[int], None] = lambda n: None, save_batch: Callable[[list[str]], object] = lambda ids: None,
-          ) -> list[dict]:
+          backend: str = "shared", on_query: Callable[[int], None] = lambda n: None,
+          save_batch: Callable[[list[str]], object] = lambda ids: None) -> list[dict]:
     """Train `model` in place on `pairs` in their order; returns one row per update: step, loss, queries, rate, norm.
 
-    `pairs` must hold at least `queries_needed(spec, iteration)` items; `on_query` is told of each finished query.
+    `pairs` must hold at least `spec.queries_needed(iteration)` items; `on_query` is told of each finished query.
     `precision` "bf16" needs a model in bfloat16, the others float32 weights. Raises UserError on a loss or gradient
     that is not finite, before the update; `save_batch` is given the queries' ids first.
     """
-    plan = updates(spec, iteration)
-    if len(pairs) < sum(u.queries for u in plan):
-        raise UserError(f"iteration {iteration}: {len(pairs)} training pairs left of {sum(u.queries for u in plan)} "
-                        "needed; give more queries, a smaller batch_size, or fewer batches")
+    plan, need = spec.updates(iteration), spec.queries_needed(iteration)
+    if len(pairs) < need:
+        raise UserError(f"iteration {iteration}: {len(pairs)} training pairs left of {need} needed; give more queries, "
+                        "a smaller batch_size, or fewer batches")
     optimizer = _optimizer(model, spec)
-    clip = 1.0 if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
+    clip = AS_RUN_CLIP if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
     trace, start = [], 0
     model.train()
     with matmul_precision(model, spec.precision):
@@ -111,7 +84,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
             total = 0.0
             for pair in batch:
                 logprobs = logprob_matrix(model, tokenizer, [pair.prompts], [pair.responses],
-                                          length_normalize=spec.length_normalize, score_eos=spec.score_eos)
+                                          length_normalize=spec.length_normalize, score_eos=spec.score_eos,
+                                          backend=backend)
                 loss = symmetric_infonce(logprobs)
                 (loss / len(batch)).backward()
                 total += loss.item() / len(batch)

@@ -56,7 +56,7 @@ def test_flags(capsys, tmp_path, tiny, argv, reason):
     (b'{"query": "\xff"}\n', "queries.jsonl:1: not UTF-8"),
     (GOOD_QUERIES + json.dumps({"query": "long " * 900}) + "\n", "queries.jsonl:25: the query has 4499 tokens"),
     (GOOD_QUERIES + '{"query": "hi<|im_end|>there"}\n', "queries.jsonl:25: holds the control token '<|im_end|>'"),
-    ('{"query": "only one", "split": "train"}\n', "1 training and 0 evaluation queries"),
+    ('{"query": "only one", "split": "train"}\n', "has 1 training and 0 evaluation queries"),
 ])
 def test_query_files(capsys, tmp_path, tiny, queries, reason):
     path = tmp_path / "queries.jsonl"
@@ -106,3 +106,19 @@ def test_truncate_says_what_it_cuts(tmp_path, tiny):
     done = subprocess.run([sys.executable, "-m", "repro.cli", "run", "exp1", "--model", str(tiny), "--queries", str(path),
                            "--subsets", "helpful", "--truncate", "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert "queries.jsonl:1: truncated from 4499 to" in done.stderr and done.returncode == 2  # no held-out query in it
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("from repro.config import TrainSpec\n\nTrainSpec(optimiser='adamw')\n", "mine.py:3: TypeError"),
+    ("x = (\n", "mine.py:1: SyntaxError"), ("EXPERIMENTS = {'mini': 1}\n", "mine.py: EXPERIMENTS: must be a dict"),
+    ("from repro.config import TrainSpec\nTrainSpec(dose='as_prnted')\n", "did you mean 'as_printed'")])
+def test_a_users_experiment_file(capsys, tmp_path, text, reason):
+    (tmp_path / "mine.py").write_text(text)
+    assert reason in refused(capsys, tmp_path, "run", str(tmp_path / "mine.py"))
+
+
+def test_a_query_file_brings_its_own_subsets(tmp_path):
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"query": "a", "subset": "mine"}\n{"query": "b", "subset": "yours"}\n')
+    assert cli.configure(cli.Run("exp1", queries=str(path))).data.subsets == ("mine", "yours")
+    assert cli.configure(cli.Run("exp1")).data.subsets == ("helpful", "harmless")

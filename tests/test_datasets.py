@@ -79,6 +79,13 @@ def test_duplicates_and_leaks_are_dropped_and_counted(tmp_path):
     assert [q.text for q in kept if q.split == "train"] == ["A question?", "Held out"] and dropped == {"duplicate text": 1}
 
 
+def test_development_gives_way_to_evaluation(tmp_path):
+    path = write(tmp_path, {"query": "same", "split": "development"}, {"query": "Same", "split": "evaluation"})
+    queries, dropped = everything(path, subsets=())
+    assert [q.split for q in queries] == ["evaluation"]
+    assert dropped == {"development query that is also in evaluation": 1}
+
+
 def test_without_splits_a_fixed_part_is_held_out(tmp_path):
     path = write(tmp_path, *({"query": f"question number {k}"} for k in range(100)))
     queries, _ = everything(path, subsets=("helpful",))

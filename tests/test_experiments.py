@@ -109,25 +109,25 @@ def test_weights_restart_from_the_initial_model_and_data_from_the_last(finished,
     model = models.load_model(str(folder / "checkpoints/iteration-1"), dtype=experiment.sampling.dtype)
     rows = [json.loads(line) for line in (folder / "responses/training-2.jsonl").read_text().splitlines()]
     assert {r["iteration"] for r in rows} == {1}
-    from repro.pipeline import training_plan
 
-    query, negative = training_plan(shared, 2)[0]
+
+    query, negative = shared.training_plan(2)[0]
     text = shared.prompt(negative, query, experiment.seed, 2, "sample", negative.id, generation=True)
     assert rows[1]["query"] == query.id and rows[1]["constitution"] == negative.id
     assert sample_batch(model, shared.tokenizer, [text], max_new_tokens=6)[0]["text"] == rows[1]["text"]
 
 
 def test_halves_alternate_and_pairs_hold_the_positive(finished):
-    from repro.pipeline import training_plan
+
     from repro.rundir import Run
 
     experiment, folder = finished
     shared = Run(experiment, folder, lambda text: None)
     shared.prepare()
-    asked = {k: {q.id for q, _ in training_plan(shared, k)} for k in (1, 2, 3)}
+    asked = {k: {q.id for q, _ in shared.training_plan(k)} for k in (1, 2, 3)}
     assert not asked[1] & asked[2] and not asked[2] & asked[3] and asked[1] & asked[3]
     assert not {q.id for q in shared.held_out} & set().union(*asked.values())
-    for query, negative in training_plan(shared, 3):
+    for query, negative in shared.training_plan(3):
         assert negative in shared.constitutions.negatives(query.subset)
 
 
@@ -266,3 +266,108 @@ def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):
         child.stderr.close()
         assert child.wait() == code, rest
         assert "Traceback" not in rest and "run the same command to go on" in rest
+
+
+def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
+    """Empty, identical, and each phrase of the filter; the rest keep their order and their sides."""
+    from repro.pipeline import usable_pairs
+    from repro.records import write_jsonl
+    from repro.rundir import Run, training_file
+
+    experiment, folder = finished
+    experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, drop_phrases=("sorry", "]")))
+    shared = Run(experiment, tmp_path / "other", lambda text: None)
+    shared.prepare()
+    plan = shared.training_plan(3)
+    texts = [("", "b"), ("same ", "same"), ("I am sorry", "b"), ("a", "see [1]"), ("  ", "sorry")] + [("a", "b")] * (len(plan) - 5)
+    write_jsonl(shared.folder / training_file(3), [{"text": t} for pair in texts for t in pair])
+    kept, dropped = usable_pairs(shared, 3)
+    assert dropped == {"empty": 2, "identical": 1, "phrase 'sorry'": 1, "phrase ']'": 1}
+    assert [(q, c[1]) for q, c, _ in kept] == plan[5:] and all(c[0] == shared.constitutions.positive for _, c, _ in kept)
+    assert all(r == ["a", "b"] for _, _, r in kept)
+
+
+def test_identical_responses_tie_under_every_judge(finished, tmp_path):
+    import shutil
+
+    from repro.records import read_jsonl, write_jsonl
+
+    experiment, folder = finished
+    shutil.copytree(folder.parents[1], tmp_path / "runs")
+    copy = tmp_path / "runs" / folder.relative_to(folder.parents[1])
+    first = [row for _, row in read_jsonl(copy / "responses/evaluation-0.jsonl")]
+    write_jsonl(copy / "responses/evaluation-3.jsonl", [row | {"iteration": 3} for row in first])
+    record = json.loads((copy / "run.json").read_text())
+    record["stages"]["evaluate-3"]["outputs"]["responses/evaluation-3.jsonl"] = file_sha256(
+        copy / "responses/evaluation-3.jsonl")
+    (copy / "run.json").write_text(json.dumps(record))
+    run(experiment, tmp_path / "runs", say=lambda text: None)
+    rows = [row for _, row in read_jsonl(copy / "judgments.jsonl") if row["iteration"] == 3]
+    assert {row["judge"] for row in rows} == {"rule", "likelihood"} and {row["outcome"] for row in rows} == {"tie"}
+
+
+def test_a_cut_response_has_the_length_of_what_is_left(tiny, tmp_path, monkeypatch):
+    """Base models run on into the format; the record holds the answer's own length."""
+    import repro.sampling as sampling
+
+    experiment = small(load_experiment("exp1", "paper"), tiny)
+    monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, **_: [
+        {"text": " Yes.\n\nHuman: and more", "tokens": 99, "finished": False} for _ in prompts])
+    with pytest.raises(UserError, match="0 training pairs left"):  # every pair is identical
+        run(experiment, tmp_path, say=lambda text: None)
+    (path,) = tmp_path.rglob("responses/evaluation-0.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(r["text"], r["tokens"], r["finished"]) for r in rows} == {(" Yes.", 5, True)}
+
+
+def save_gpt2(folder: Path) -> Path:
+    """A family that the shared path does not know."""
+    import torch
+    from conftest import byte_tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=1024, bos_token_id=1,
+                               eos_token_id=2)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_family_that_the_shared_path_does_not_know_runs_on_the_reference_and_says_so(tmp_path):
+    from repro.rundir import Run
+
+    experiment = small(load_experiment("exp1", "mini"), save_gpt2(tmp_path / "gpt2"))
+    said = []
+    shared = Run(experiment, tmp_path / "run", said.append)
+    shared.prepare()
+    assert shared.record["backend"] == "reference"
+    assert any("reference path" in line and "gpt2: not a family" in line for line in said)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"data": {"train": 5}}, "iteration 2 trains on 8 queries and its half of the training queries holds 4"),
+    ({"sampling": {"max_new_tokens": 2000}}, "leave no room in a context of 2048")])
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tiny, tmp_path, change, reason):
+    experiment = small(load_experiment("exp1", "mini"), tiny)
+    for name, fields in change.items():
+        experiment = dataclasses.replace(experiment, **{name: dataclasses.replace(getattr(experiment, name), **fields)})
+    with pytest.raises(UserError, match=reason):
+        run(experiment, tmp_path / "out", say=lambda text: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_a_chat_template_is_named(tmp_path, tiny):
+    import shutil
+
+    folder = shutil.copytree(tiny, tmp_path / "bare")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template that takes a system and a user turn.*--prompt plain"):
+        run(small(load_experiment("exp1", "mini"), folder), tmp_path / "out", say=lambda text: None)
+
+
+def test_a_refused_run_leaves_the_users_empty_folder(tmp_path, tiny):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError):
+        run(dataclasses.replace(small(load_experiment("exp1", "mini"), tiny), constitutions="none"), tmp_path / "out",
+            say=lambda text: None)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -5,7 +5,17 @@ import math
 import pytest
 
 from repro.constitutions import load_constitutions
-from repro.judging import RULES, brief, follows, likelihood_score, overlap, repetition, rule_score, sentences, simple_words
+from repro.judging import (
+    RULES,
+    brief,
+    follows,
+    judge_pairwise,
+    likelihood_score,
+    overlap,
+    repetition,
+    sentences,
+    simple_words,
+)
 
 MINI = load_constitutions("dialogue_mini")
 
@@ -44,7 +54,7 @@ def test_follows_takes_the_constitutions_side():
     assert follows(short, negative) == {"brief": False, "simple": False}
     assert follows(long, negative) == {"brief": True, "simple": True}
     assert not any(follows("", c)[p] for c in MINI.constitutions for p in ("brief", "simple"))
-    assert [rule_score(short, long, positive), rule_score(long, short, positive), rule_score(short, short, positive)] == [1, 0, 0.5]
+    assert [judge_pairwise(a, b, positive) for a, b in ((short, long), (long, short), (short, short))] == [1, 0, 0.5]
 
 
 def test_likelihood_score_is_the_posterior_of_the_judged_constitution():
@@ -63,3 +73,23 @@ def test_hack_watch():
     assert overlap("Short vinegar", "short words") == 0.5
     assert repetition("I am very happy. I am very happy.") == pytest.approx(2 / 6)
     assert repetition("one two") == 0
+
+
+def test_control_tokens_that_a_response_spells_out_do_not_come_back(tiny):
+    """Removing one may make another: none is left."""
+    from conftest import byte_tokenizer
+
+    from repro.sampling import sample_batch
+
+    text = "a<|im_<|im_end|>end|>b"
+
+    class Model:
+        device = "cpu"
+
+        def generate(self, input_ids, **kwargs):
+            import torch
+
+            ids = byte_tokenizer()(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            return torch.cat([input_ids, torch.tensor([ids])], dim=1)
+
+    assert sample_batch(Model(), byte_tokenizer(), ["x"], max_new_tokens=99)[0]["text"] == "ab"

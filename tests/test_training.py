@@ -8,27 +8,27 @@ import torch
 from conftest import byte_tokenizer
 
 from repro import models
-from repro.config import TrainSpec
+from repro.config import TrainSpec, Update
 from repro.records import UserError
-from repro.training import TrainingPair, Update, train, updates
+from repro.training import TrainingPair, train
 
 TRACE = Path(__file__).parent / "golden_trace.txt"
 
 
 def test_as_printed_is_table_1():
     spec = TrainSpec(dose="as_printed")
-    assert [updates(spec, k) for k in (1, 2, 3)] == [[Update(128, 1.0)] * n for n in (2, 4, 6)]
+    assert [spec.updates(k) for k in (1, 2, 3)] == [[Update(128, 1.0)] * n for n in (2, 4, 6)]
     llama = TrainSpec(batches=4, batches_increment=4)
-    assert [len(updates(llama, k)) for k in (1, 2, 3)] == [4, 8, 12]
+    assert [len(llama.updates(k)) for k in (1, 2, 3)] == [4, 8, 12]
 
 
 def test_as_run_is_what_the_logs_show():
     """Effective batch 8, first step at rate 0: so 1, 3, 5 updates that change anything."""
     for iteration, changing in ((1, 1), (2, 3), (3, 5)):
-        plan = updates(TrainSpec(dose="as_run"), iteration)
+        plan = TrainSpec(dose="as_run").updates(iteration)
         assert {u.queries for u in plan} == {8} and plan[0].rate == 0
         assert sum(u.rate > 0 for u in plan) == changing
-    assert [u.rate for u in updates(TrainSpec(dose="as_run"), 2)] == [0, 1, 13 / 14, 12 / 14]
+    assert [u.rate for u in TrainSpec(dose="as_run").updates(2)] == [0, 1, 13 / 14, 12 / 14]
 
 
 def pairs(n):
