@@ -121,7 +121,8 @@ def check_claims(claims: list[dict], archive: Archive) -> list[dict]:
             value, digits = got[0].value, len(c["printed"].partition(".")[2])
             if c["printed"].startswith(">"):
                 ok = value > float(c["printed"][1:])
-                row["note"] = f"95 % interval {got[0].ci95[0]:.1f} to {got[0].ci95[1]:.1f}"
+                low, high = got[0].ci95
+                row["note"] = f"95 % interval {low:.1f} to {high:.1f}" + (", which holds 50" if low <= 50 <= high else "")
             else:
                 scaled, printed = value * 10**digits, float(c["printed"]) * 10**digits
                 rounded, truncated = (abs(f(scaled + 1e-9) - printed) < 1e-6 for f in (np.round, np.floor))
