@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special, stats
 
+RUNAWAY = 8.0  # a logistic coefficient beyond this (a rate past 99.97 %) comes from separation, not from data
 Z95 = 1.96  # the paper's intervals use this rounded quantile, not scipy's
 
 
@@ -194,7 +195,7 @@ def win_rate_logistic(scores, length_difference, ties: str = "loss", ridge: floa
             break
         step = np.linalg.solve(information, design.T @ (wins - fitted) - [0.0, ridge * beta[1]])
         beta = beta + step
-        if np.abs(step).max() < 1e-10:
+        if np.abs(step).max() < 1e-10 and np.abs(beta).max() < RUNAWAY:
             value, se = float(special.expit(beta[0])), float(np.sqrt(np.linalg.inv(information)[0, 0]))
             low, high = (100 * float(special.expit(beta[0] + s * Z95 * se)) for s in (-1, 1))
             return Estimate(100 * value, 100 * value * (1 - value) * se, (low, high), len(wins))

@@ -26,7 +26,7 @@ def select(metrics: list[dict], **fixed) -> list[dict]:
 def draw(metrics: list[dict], constitutions: int, title: str):
     """Four panels by iteration: MI, length, win rate against the initial model, following. Bars: ± SEM over queries.
 
-    With several seeds each is a line of its own.
+    With several seeds each is a thin line, their mean a thick one with the mean of their bars.
     """
     import matplotlib
 
@@ -43,25 +43,35 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     judge = "rule" if select(metrics, metric="win_rate", judge="rule") else "likelihood"
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
 
-    def lines(axis, colour, marker, style="-", label=None, anchor=None, scale=1.0, **fixed):
-        for n, seed in enumerate(seeds):
-            rows = sorted(select(metrics, seed=seed, **fixed), key=lambda r: r["iteration"])
-            x = [r["iteration"] + 0.05 * (n - (len(seeds) - 1) / 2) for r in rows]
-            y, bar = [scale * r["value"] for r in rows], [scale * (r["sem"] or 0) for r in rows]
-            if anchor is not None and rows:
-                x, y, bar = [iterations[0], *x], [anchor, *y], [0, *bar]
-            axis.errorbar(x, y, bar, color=colour, marker=marker, ms=4, lw=1.2, ls=style, capsize=2,
-                          alpha=1 if len(seeds) == 1 else 0.65, label=label if n == 0 and rows else None)
+    def lines(axis, colour, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
+        found = select(metrics, **fixed)
+        if not found:
+            return
+        start = {} if anchor is None else {iterations[0]: (anchor, 0)}
+        if len(seeds) > 1:
+            for seed in seeds:
+                points = start | {r["iteration"]: (scale * r["value"], 0) for r in select(found, seed=seed)}
+                axis.plot(*zip(*((i, y) for i, (y, _) in sorted(points.items()))), color=colour, lw=0.8, ls=style,
+                          alpha=0.4)
+        points = dict(start)
+        for i in {r["iteration"] for r in found}:
+            rows = select(found, iteration=i)
+            points[i] = tuple(scale * sum(r[k] or 0 for r in rows) / len(rows) for k in ("value", "sem"))
+        x = sorted(points)
+        axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=colour,
+                      marker=marker, ms=4, lw=1.6, ls=style, capsize=2, label=label)
 
     for k, subset in enumerate(subsets):
-        look = {"colour": COLOURS[k], "marker": MARKERS[k], "label": f"{subset} queries"}
+        aside = 0.04 * (k - (len(subsets) - 1) / 2)  # so that bars do not hide each other
+        look = {"colour": COLOURS[k], "marker": MARKERS[k], "label": f"{subset} queries", "shift": aside}
         lines(axes[0], **look, metric="mi", estimator="infonce", subset=subset)
         lines(axes[1], **look, metric="length_tokens", subset=subset)
         lines(axes[2], **look, anchor=50, metric="win_rate", judge=judge, ties="half", length="raw",
               subset=subset)
         for p, principle in enumerate(principles):
             lines(axes[3], COLOURS[k], MARKERS[k], ("-", "--", ":", "-.")[p % 4], f"{principle}, {subset}", scale=100,
-                  metric="following", principle=principle, subset=subset)
+                  shift=aside + 0.08 * (p - (len(principles) - 1) / 2), metric="following", principle=principle,
+                  subset=subset)
     limit = math.log(constitutions)
     axes[0].axhline(limit, color="0.4", ls=":", lw=1)
     axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", fontsize=8, color="0.3")
@@ -80,7 +90,9 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         axes[3].legend(loc="best", fontsize=7)
     else:
         axes[3].text(0.5, 0.5, "NOT RUN: the principles have no rule", ha="center", transform=axes[3].transAxes)
-    bars = "bars: ± SEM over queries" + (f"; {len(seeds)} seeds, one line each" if len(seeds) > 1 else "")
+    bars = "bars: ± SEM over queries"
+    if len(seeds) > 1:
+        bars += f"; thin: each of {len(seeds)} seeds, thick: their mean"
     figure.suptitle(f"{title} ({bars})", fontsize=10)
     return figure
 
@@ -197,11 +209,13 @@ def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path
     data = base64.b64encode(image.read_bytes()).decode()
     body = [_facts(records), f'<p><img alt="MI, length, win rate and following by iteration" '
             f'src="data:image/png;base64,{data}"></p>']
-    for record in records:
-        seed = record["config"]["seed"]
-        body.append(f"<h2>Every value, seed {seed}</h2>" + _table(metrics, seed))
     if responses:
         body.append(_responses(folders[0], records[0]))
+    body.append("<h2>Every value</h2>")
+    for record in records:
+        seed = record["config"]["seed"]
+        body.append(f"<details{' open' if len(records) == 1 else ''}><summary>seed {seed}</summary>"
+                    f"{_table(metrics, seed)}</details>")
     write_text(path, PAGE.format(title=html.escape(title), body="".join(body)))
 
 
