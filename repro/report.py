@@ -201,13 +201,20 @@ def _facts(records: list[dict]) -> str:
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
+def _principles(folder: Path) -> str:
+    rows = "".join(f"<tr><td>{html.escape(p['name'])}</td><td>{html.escape(p['text'])}</td>"
+                   f"<td>{html.escape(p['antithesis'])}</td><td>{html.escape(p['rule'] or 'none')}</td></tr>"
+                   for p in read_json(folder / "constitutions.json")["principles"])
+    return f"<table><tr><th></th><th>principle</th><th>antithesis (not_...)</th><th>rule</th></tr>{rows}</table>"
+
+
 def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path, *, responses: bool) -> None:
     """The page of one run, or of the same experiment under several seeds (responses of the first)."""
     records = [read_json(folder / "run.json") for folder in folders]
     config = records[0]["config"]
     title = f"{config['name']}, profile {config['profile']}"
     data = base64.b64encode(image.read_bytes()).decode()
-    body = [_facts(records), f'<p><img alt="MI, length, win rate and following by iteration" '
+    body = [_facts(records), _principles(folders[0]), f'<p><img alt="MI, length, win rate and following by iteration" '
             f'src="data:image/png;base64,{data}"></p>']
     if responses:
         body.append(_responses(folders[0], records[0]))
