@@ -256,7 +256,9 @@ def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):
                     f"EXPERIMENTS = {{'mini': small(load_experiment('exp1', 'mini'), Path({str(tiny)!r}))}}\n")
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         child = subprocess.Popen([sys.executable, "-m", "repro.cli", "run", str(file), "--out", str(tmp_path / str(code))],
-                                 stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                                 stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                                 # a shell's background job ignores SIGINT, and its children with it
+                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
         for line in child.stderr:
             if "held-out" in line:
                 break

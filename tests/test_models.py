@@ -58,8 +58,8 @@ def test_the_embedded_model_answers_and_its_bound_beats_chance():
     from repro.sampling import sample_batch
 
     model, tokenizer = models.load_model(models.EMBEDDED), models.load_tokenizer(models.EMBEDDED)
-    query = "What is the capital of France?"
-    plain = prompts.chat(tokenizer, [], query)
+    plain = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False,
+                                          add_generation_prompt=True)
     assert "Paris" in sample_batch(model, tokenizer, [plain], max_new_tokens=24)[0]["text"]
     constitutions = load_constitutions("dialogue_mini").constitutions
     texts = [prompts.chat(tokenizer, c.statements(), "How can I keep weeds out of a gravel path?") for c in constitutions]

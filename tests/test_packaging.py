@@ -66,7 +66,7 @@ def test_the_public_api_resolves():
 
 def test_transformers_is_not_confused_by_our_kernels_package():
     """transformers probes for a hub package of that name: the distribution and its version must tell them apart."""
-    assert packages_distributions()["kernels"] == ["sami-repro"]
+    assert set(packages_distributions()["kernels"]) == {"sami-repro"}
     assert version("sami-repro").startswith("0.1.")
     code = ("from transformers.utils import is_kernels_available\nfrom transformers import LlamaForCausalLM\n"
             "import kernels\nassert not is_kernels_available()\n")
