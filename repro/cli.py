@@ -72,7 +72,7 @@ class Publish:
     results: Path = Path("results")
     """Where to."""
     numbers_only: bool = False
-    """Leave the responses out of the page: for queries that are not ours to print."""
+    """Leave out the page, which shows responses: for queries that are not ours to print."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def publish_command(args: Publish) -> None:
 
     if not args.runs:
         raise UserError("publish: name at least one run folder")
-    print(f"published in {publish(list(args.runs), args.results, responses=not args.numbers_only)}")
+    print(f"published in {publish(list(args.runs), args.results, page=not args.numbers_only)}")
 
 
 def verify_command(args: Verify) -> int:

@@ -87,7 +87,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         axis.set_xlabel("iteration (0 = initial model)")
     axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
     if principles:
-        axes[3].legend(loc="best", fontsize=7)
+        axes[3].legend(loc="best", fontsize=7, handlelength=3.2)
     else:
         axes[3].text(0.5, 0.5, "NOT RUN: the principles have no rule", ha="center", transform=axes[3].transAxes)
     bars = "bars: ± SEM over queries"
@@ -208,7 +208,7 @@ def _principles(folder: Path) -> str:
     return f"<table><tr><th></th><th>principle</th><th>antithesis (not_...)</th><th>rule</th></tr>{rows}</table>"
 
 
-def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path, *, responses: bool) -> None:
+def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path) -> None:
     """The page of one run, or of the same experiment under several seeds (responses of the first)."""
     records = [read_json(folder / "run.json") for folder in folders]
     config = records[0]["config"]
@@ -216,8 +216,7 @@ def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path
     data = base64.b64encode(image.read_bytes()).decode()
     body = [_facts(records), _principles(folders[0]), f'<p><img alt="MI, length, win rate and following by iteration" '
             f'src="data:image/png;base64,{data}"></p>']
-    if responses:
-        body.append(_responses(folders[0], records[0]))
+    body.append(_responses(folders[0], records[0]))
     body.append("<h2>Every value</h2>")
     for record in records:
         seed = record["config"]["seed"]
@@ -234,7 +233,7 @@ def write_report(folder: Path) -> None:
     figure = draw(metrics, count, f"{config['name']}, {config['profile']}: {config['model']['label']}, not the paper's run"
                   if config["profile"] == "mini" else f"{config['name']}: {config['model']['label']}")
     save_figure(figure, folder / "figures")
-    write_page(folder / "report.html", [folder], metrics, folder / "figures/iterations.png", responses=True)
+    write_page(folder / "report.html", [folder], metrics, folder / "figures/iterations.png")
 
 
 def _without_places(record: dict) -> dict:
@@ -246,10 +245,10 @@ def _without_places(record: dict) -> dict:
         "model": config["model"] | {"name": config["model"]["label"]}}}
 
 
-def publish(folders: list[Path], results: Path, *, responses: bool = True) -> Path:
+def publish(folders: list[Path], results: Path, *, page: bool = True) -> Path:
     """Copy runs of one experiment (one seed each) to results/<experiment>/<profile>: numbers, figure, page.
 
-    `responses` False leaves the responses out of the page: for queries that are not ours to print.
+    `page` False leaves out the page, which shows responses: for queries that are not ours to print.
     Raises UserError where runs differ in more than their seed, or one is unfinished.
     """
     records, metrics = [], []
@@ -273,5 +272,6 @@ def publish(folders: list[Path], results: Path, *, responses: bool = True) -> Pa
     write_json(out / "constitutions.json", read_json(folders[0] / "constitutions.json"))
     for record in records:
         write_json(out / f"run-seed-{record['config']['seed']}.json", _without_places(record))
-    write_page(out / "report.html", folders, metrics, out / "figures/iterations.png", responses=responses)
+    if page:
+        write_page(out / "report.html", folders, metrics, out / "figures/iterations.png")
     return out

@@ -1,0 +1,119 @@
+"""One SAMI step (log-probs, loss, backward): the shared path against the reference, interleaved in one process.
+
+    .venv/bin/python tests/perf/step.py [--pairs 7] [--prompt 300] [--response 64] [--ragged]
+
+SmolLM2-135M's shape with random weights. Prints a line a setting and one JSON object last: medians of seconds, their
+ratio beside the ratio of counted FLOPs, peak memory above what was there before the step, and the share of the chip's
+own matrix rate. A benchmark, not a test: nothing here passes or fails.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from repro.logprobs import logprob_matrix
+from repro.losses import symmetric_infonce
+from repro.training import matmul_precision
+
+
+class Ids:
+    """A tokenizer for texts that are lists of ids written out: the step without the tokeniser's time."""
+
+    pad_token_id, eos_token_id = 0, 2
+
+    def __call__(self, text, add_special_tokens=False):
+        self.input_ids = [int(x) for x in text.split()]
+        return self
+
+
+def texts(rng, n, length, ragged):
+    lengths = [round(length * rng.uniform(0.5, 1.5)) if ragged else length for _ in range(n)]
+    return [" " + " ".join(str(rng.randrange(10, 49000)) for _ in range(k)) for k in lengths]
+
+
+def peak_rss_reset() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def rss(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 2**20
+
+
+def matrix_rate() -> float:
+    """GFLOP/s of a large product in the current precision."""
+    a, b = torch.randn(2048, 1536), torch.randn(1536, 2048)
+    a @ b
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048 * 1536 * 2048 / statistics.median(seconds) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=300)
+    parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--ragged", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True))
+    tokenizer, rng, rows = Ids(), random.Random(0), []
+
+    def step(backend, prompts, responses):
+        loss = symmetric_infonce(logprob_matrix(model, tokenizer, [prompts], [responses], length_normalize=True,
+                                                score_eos=False, backend=backend))
+        loss.backward()
+
+    for precision in ("fp32", "fp32_master"):
+        with matmul_precision(model, precision):
+            rate = matrix_rate()
+            for C in (2, 4):
+                prompts, responses = (texts(rng, C, n, args.ragged) for n in (args.prompt, args.response))
+                seconds, flops, memory = {}, {}, {}
+                for backend in ("reference", "shared"):
+                    with FlopCounterMode(display=False) as counter:
+                        step(backend, prompts, responses)
+                    flops[backend], seconds[backend] = counter.get_total_flops(), []
+                for _ in range(args.pairs):
+                    for backend in ("reference", "shared"):
+                        base = rss("VmRSS")
+                        peak_rss_reset()
+                        start = time.perf_counter()
+                        step(backend, prompts, responses)
+                        seconds[backend].append(time.perf_counter() - start)
+                        memory[backend] = max(memory.get(backend, 0), rss("VmHWM") - base)
+                median = {k: statistics.median(v) for k, v in seconds.items()}
+                pairs = [r / s for r, s in zip(seconds["reference"], seconds["shared"])]
+                rows.append({
+                    "precision": precision, "C": C, "R": C, "seconds": median, "flops": flops,
+                    "peak_gib": memory, "ratio": statistics.median(pairs), "ratio_min_max": [min(pairs), max(pairs)],
+                    "flop_ratio": flops["reference"] / flops["shared"],
+                    "memory_ratio": memory["reference"] / memory["shared"],
+                    "share_of_matrix_rate": {k: flops[k] / median[k] / 1e9 / rate for k in median}})
+                print(f"{precision:12s} C=R={C}: reference {median['reference']:.2f} s, shared {median['shared']:.2f} s, "
+                      f"ratio {rows[-1]['ratio']:.2f} (FLOPs {rows[-1]['flop_ratio']:.2f}), peak "
+                      f"{memory['reference']:.2f} -> {memory['shared']:.2f} GiB, of the matrix rate "
+                      f"{rows[-1]['share_of_matrix_rate']['shared']:.0%}", file=sys.stderr, flush=True)
+    print(json.dumps({"benchmark": "step", "model": "smollm2-135m shape", "prompt": args.prompt,
+                      "response": args.response, "ragged": args.ragged, "pairs": args.pairs,
+                      "threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__,
+                      "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
