@@ -174,7 +174,17 @@ def summary(folder: Path) -> list[str]:
     seconds = sum(stage["seconds"] for stage in record["stages"].values())
     peak = max(stage["peak_rss_gib"] for stage in record["stages"].values())
     lines.append(f"{seconds / 60:.1f} minutes of work in all, peak memory {peak:.1f} GiB")
-    lines.append(f"report: {folder / 'report.html'}; iterations 0 -> {last}: " + lines[0])
+
+    def average(digits, **fixed):
+        ends = [[r["value"] for r in metrics if r["iteration"] == i and all(r.get(k) in v for k, v in fixed.items())]
+                for i in (0, last)]
+        return " -> ".join(f"{sum(e) / len(e):.{digits}f}" for e in ends) if all(ends) else "NOT RUN"
+
+    principles = [r.get("principle") for r in metrics if r["metric"] == "following"]
+    followed = average(2, metric=["following"], principle=[p for p in principles if not p.startswith("not_")])
+    lines.append(f"report: {folder / 'report.html'} (iterations 0 -> {last}: "
+                 f"bound {average(2, metric=['mi'], estimator=['infonce'])} nats, "
+                 f"length {average(0, metric=['length_tokens'])} tokens, following {followed})")
     return lines
 
 

@@ -122,3 +122,16 @@ def test_a_query_file_brings_its_own_subsets(tmp_path):
     path.write_text('{"query": "a", "subset": "mine"}\n{"query": "b", "subset": "yours"}\n')
     assert cli.configure(cli.Run("exp1", queries=str(path))).data.subsets == ("mine", "yours")
     assert cli.configure(cli.Run("exp1")).data.subsets == ("helpful", "harmless")
+
+
+def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):
+    rows = [{"metric": m, "subset": s, "iteration": i, "estimator": "infonce" if m == "mi" else None, "value": v + i, "sem": 0.1,
+             "principle": "brief" if m == "following" else None}
+            for m, v in (("mi", 0.5), ("length_tokens", 20.0), ("following", 0.0)) for s in ("helpful", "harmless") for i in (0, 1)]
+    (tmp_path / "metrics.json").write_text(json.dumps(rows))
+    (tmp_path / "run.json").write_text(json.dumps(
+        {"config": {"data": {"subsets": ["helpful", "harmless"]}}, "stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}}}))
+    lines = cli.summary(tmp_path)
+    assert lines[-1] == (f"report: {tmp_path}/report.html (iterations 0 -> 1: bound 0.50 -> 1.50 nats, length 20 -> 21 tokens, "
+                         "following 0.00 -> 1.00)")
+    assert lines[-2] == "1.0 minutes of work in all, peak memory 1.5 GiB"
