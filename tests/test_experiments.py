@@ -98,7 +98,7 @@ def test_metrics_agree_with_the_files_they_come_from(finished):
     assert value(metric="length_tokens", **where) == pytest.approx(sum(lengths) / 2)
 
 
-def test_weights_restart_from_the_initial_model_and_data_from_the_last(finished, tiny):
+def test_each_iteration_samples_with_the_model_before_it(finished):
     """Each iteration's responses come from the model before it: its greedy answers, sampled again, are the file's."""
     from repro.rundir import Run
     from repro.sampling import sample_batch
@@ -115,6 +115,35 @@ def test_weights_restart_from_the_initial_model_and_data_from_the_last(finished,
     text = shared.prompt(negative, query, experiment.seed, 2, "sample", negative.id, generation=True)
     assert rows[1]["query"] == query.id and rows[1]["constitution"] == negative.id
     assert sample_batch(model, shared.tokenizer, [text], max_new_tokens=6)[0]["text"] == rows[1]["text"]
+
+
+def test_every_iteration_trains_the_initial_weights(finished, tiny):
+    """The first loss of iteration 3 is the initial model's on its first batch, not that of iteration 2's model; and six
+    RMSprop steps, each at most 10 learning rates (the least denominator is sqrt(0.01 g^2)), bound how far it moves."""
+    from repro import training
+    from repro.logprobs import logprob_matrix
+    from repro.losses import symmetric_infonce
+    from repro.pipeline import usable_pairs
+    from repro.rundir import Run
+
+    experiment, folder = finished
+    shared = Run(experiment, folder, lambda text: None)
+    shared.prepare()
+    model = models.load_model(str(tiny))
+    kept, _ = usable_pairs(shared, 3)
+    losses = []
+    with training.matmul_precision(model, experiment.train.precision):
+        for query, pair, responses in kept[:experiment.train.batch_size]:
+            prompts = [shared.prompt(c, query, experiment.seed, 3, "train", c.id, generation=False) for c in pair]
+            losses.append(symmetric_infonce(logprob_matrix(
+                model, shared.tokenizer, [prompts], [[r.strip() for r in responses]], length_normalize=True,
+                score_eos=False)).item())
+    trace = json.loads((folder / "run.json").read_text())["stages"]["train-3"]["trace"]
+    assert trace[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    before = models.load_model(str(tiny)).state_dict()
+    after = models.load_model(str(folder / "checkpoints/iteration-3")).state_dict()
+    farthest = max((after[k] - before[k]).abs().max().item() for k in before)
+    assert 0 < farthest <= 60 * experiment.train.learning_rate * 1.01
 
 
 def test_halves_alternate_and_pairs_hold_the_positive(finished):

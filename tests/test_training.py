@@ -58,12 +58,14 @@ def test_a_step_is_the_mean_gradient_of_its_batch(tiny):
     from repro.losses import symmetric_infonce
 
     spec = TrainSpec(batch_size=3, batches=1, learning_rate=1e-3, precision="fp32")
-    model, _ = trained(tiny, spec, 3)
+    model, trace = trained(tiny, spec, 3)
     ours = models.load_model(str(tiny))
     batch = pairs(3)
     matrices = logprob_matrix(ours, byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch],
                               length_normalize=True, score_eos=False, backend="reference")
     symmetric_infonce(matrices).backward()
+    norm = torch.stack([p.grad.norm() for p in ours.parameters()]).norm().item()
+    assert trace[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)  # RMSprop's step would hide a wrong scale
     with torch.no_grad():
         for (name, p), q in zip(ours.named_parameters(), model.parameters()):
             step = p.grad / ((0.01 * p.grad**2).sqrt() + 1e-8)
