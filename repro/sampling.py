@@ -4,7 +4,7 @@ The partition into batches is a fixed function of the prompts, so a resumed run 
 gets the same bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,10 +45,13 @@ def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: in
 
 
 def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int,
-                     batch_size: int = 32) -> Iterator[tuple[list[int], list[dict]]]:
-    """Greedy responses batch by batch: yields (indices into `prompts`, their answers as of `sample_batch`)."""
+                     batch_size: int = 32, done: Container[int] = ()) -> Iterator[tuple[list[int], list[dict]]]:
+    """Greedy responses batch by batch: yields (indices into `prompts`, their answers as of `sample_batch`). A batch
+    whose indices are all in `done` is passed over."""
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
     for batch in batches(lengths, batch_size):
+        if all(i in done for i in batch):
+            continue
         yield batch, sample_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens=max_new_tokens)
 
 
@@ -63,14 +66,11 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
         for _, row in read_jsonl(partial, torn_tail=True):
             if row.pop("key") == key:
                 rows[row.pop("job")] = row
-    lengths = [len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids]
-    todo = [b for b in batches(lengths, spec.batch_size) if not all(i in rows for i in b)]
-    if todo:
+    if len(rows) < len(jobs):
         with run.model(iteration, spec.dtype) as model, tqdm(
-                total=len(jobs), initial=len(jobs) - sum(map(len, todo)), desc=name, unit="response") as bar:
-            for batch in todo:
-                answers = sample_batch(model, run.tokenizer, [texts[i] for i in batch],
-                                       max_new_tokens=spec.max_new_tokens)
+                total=len(jobs), initial=len(rows), desc=name, unit="response") as bar:
+            for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=spec.max_new_tokens,
+                                                   batch_size=spec.batch_size, done=rows.copy()):
                 for i, answer in zip(batch, answers):
                     query, constitution = jobs[i]
                     text = prompts.cut(run.experiment.model.prompt, answer["text"])
