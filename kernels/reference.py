@@ -38,3 +38,9 @@ def linear_nll(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor |
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return -token_logprobs(logits, target)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """softmax(scale q k^T) v where mask [T, T] is True: query [H, T, d], key and value [K, T, d] -> [H, T, d]."""
+    key, value = (x.repeat_interleave(len(query) // len(key), 0) for x in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -1,24 +1,29 @@
 """Model and pairs -> the log-prob matrix [B, C, R].
 
 1. prompts[b][c] and responses[b][r] (text) -> token ids of prompt + response, tokenised jointly (repro/prefix.py).
-2. "shared": one row per (query, constitution) computes its prompt once for all R responses; the head runs only where
-   a response token is predicted (kernels/linear_nll.py). "reference": C x R sequences in full, logits for every token,
-   the oracle.
+2. "shared": each prompt is computed once for its R responses, many queries in one packed sequence without padding
+   (kernels/attention.py); the head runs only where a response token is predicted (kernels/linear_nll.py).
+   "reference": C x R sequences in full, logits for every token, the oracle.
 3. log-softmax in float32, summed or averaged over each response's tokens -> [B, C, R] float32.
 
 Axes: B queries, C constitutions, R responses, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from kernels import reference
+from kernels.attention import attention_forward
 from kernels.linear_nll import linear_nll
-from repro.prefix import Scored, build_rows, row_length, tokenize_pair
+from repro.prefix import Scored, pack, packed_length, tokenize_pair
 
-BATCH_TOKENS = 2048  # padded tokens in one forward
+BATCH_TOKENS = 2048  # tokens in one forward; where a backward follows, splitting would save nothing
+ATTENTION = "shared_prefix"  # the name under which transformers finds kernels/attention.py
 SHARED_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text")
 
 
@@ -37,36 +42,57 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
     B, C, R = len(prompts), len(prompts[0]), len(responses[0])
     if len(responses) != B or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
         raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
-    groups = [[tokenize_pair(tokenizer, prompt, response, score_eos=score_eos) for response in responses[b]]
-              for b in range(B) for prompt in prompts[b]]
+    groups = _groups(tokenizer, prompts, responses, score_eos)
     if backend == "shared":
         refusal = shared_refusal(model.config, max(len(p.ids) for g in groups for p in g), dropout=model.training)
         if refusal:
             raise ValueError(f"{refusal}; use backend='reference'")
+        attach(model)
         score = _score_shared
     else:
-        groups, score = [[pair] for group in groups for pair in group], _score_reference
-    values: list[Tensor | None] = [None] * len(groups)
-    for batch in _batches([row_length(g) for g in groups]):
-        totals = score(model, [groups[i] for i in batch], tokenizer.pad_token_id)
-        for index, value in zip(batch, totals.split([len(groups[i]) for i in batch])):
-            values[index] = value
-    totals = torch.cat(values).view(B, C, R)
+        groups = [[pair] for group in groups for pair in group]
+        score = partial(_score_reference, pad=tokenizer.pad_token_id)
+    whole = backend == "shared" and torch.is_grad_enabled()
+    parts = [slice(None)] if whole else _parts([packed_length(group) for group in groups], BATCH_TOKENS)
+    totals = torch.cat([score(model, groups[part]) for part in parts]).view(B, C, R)
     if not length_normalize:
         return totals
     counts = [len(p.ids) - p.start for g in groups for p in g]
     return totals / totals.new_tensor(counts).view(B, C, R)
 
 
-def _batches(lengths: list[int]) -> list[list[int]]:
-    """Indices grouped by length, longest first, each group within BATCH_TOKENS when padded."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    groups: list[list[int]] = []
-    for i in order:
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > BATCH_TOKENS:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
+def packs(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *, score_eos: bool,
+          tokens: int) -> list[slice]:
+    """Consecutive queries in parts of at most `tokens` packed tokens each (a query of more is a part of its own): what
+    a caller with a backward after each part gives to `logprob_matrix` at once."""
+    groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
+    lengths = [packed_length(group) for group in groups]
+    return _parts([sum(lengths[k: k + C]) for k in range(0, len(lengths), C)], tokens)
+
+
+def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]]:
+    return [[tokenize_pair(tokenizer, prompt, response, score_eos=score_eos) for response in responses[b]]
+            for b in range(len(prompts)) for prompt in prompts[b]]
+
+
+def _parts(lengths: list[int], budget: int) -> list[slice]:
+    """Consecutive items in parts whose lengths sum to at most `budget`, one item at least."""
+    cuts, total = [0], 0
+    for k, length in enumerate(lengths):
+        if total and total + length > budget:
+            cuts.append(k)
+            total = 0
+        total += length
+    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(lengths)])]
+
+
+def attach(model) -> None:
+    """Let `model` find the shared-prefix attention. It stays attached, so that activation checkpointing finds it again
+    in the backward; where no layout is given it is SDPA, as before."""
+    if model.config._attn_implementation != ATTENTION:
+        AttentionInterface.register(ATTENTION, attention_forward)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.set_attn_implementation(ATTENTION)
 
 
 def shared_refusal(config, longest: int, *, dropout: bool = False) -> str | None:
@@ -84,25 +110,28 @@ def shared_refusal(config, longest: int, *, dropout: bool = False) -> str | None
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < longest:
         return f"{family}: sliding window {window} is shorter than a pair ({longest} tokens)"
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager", None):
-        return f"{family}: attention {config._attn_implementation!r} takes no mask of ours; load with 'sdpa'"
+    if config._attn_implementation not in ("sdpa", ATTENTION):
+        return f"{family}: attention {config._attn_implementation!r} would be replaced by ours; load with 'sdpa'"
     return None
 
 
-def _score_shared(model, groups: list[list[Scored]], pad: int) -> Tensor:
-    """Sum of log-probs per pair [n], pairs counted row by row; one row per group."""
-    rows = build_rows(groups, pad)
-    ids, positions, mask, source, target, pair = (t.to(model.device) for t in (
-        rows.ids, rows.positions, rows.mask, rows.source, rows.target, rows.pair))
-    bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, torch.finfo(model.dtype).min)
-    hidden = model.base_model(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=False)[0]
+def _score_shared(model, groups: list[list[Scored]]) -> Tensor:
+    """Sum of log-probs per pair [n], pairs counted group by group."""
+    packed = pack(groups)
+    ids, positions, source, target, pair = (t.to(model.device) for t in (
+        packed.ids, packed.positions, packed.source, packed.target, packed.pair))
+    # A 4-D mask stops transformers from making its own. Ours does not read it: were another attention called, with the
+    # responses in sight of each other, the result would be NaN, not wrong.
+    nowhere = torch.full((1, 1, 1, 1), torch.nan, dtype=model.dtype, device=model.device)
+    hidden = model.base_model(input_ids=ids[None], position_ids=positions[None], attention_mask=nowhere, use_cache=False,
+                              shared_prefix=packed.layout)[0]
     head = model.get_output_embeddings()
-    nll = linear_nll(hidden.flatten(0, 1)[source].to(head.weight.dtype), head.weight, target, bias=head.bias,
+    nll = linear_nll(hidden[0, source].to(head.weight.dtype), head.weight, target, bias=head.bias,
                      softcap=getattr(model.config, "final_logit_softcapping", None))
     return nll.new_zeros(sum(map(len, groups))).index_add(0, pair, -nll)
 
 
-def _score_reference(model, groups: list[list[Scored]], pad: int) -> Tensor:
+def _score_reference(model, groups: list[list[Scored]], *, pad: int) -> Tensor:
     """Sum of log-probs per pair [n]: each pair a row of its own, full logits."""
     pairs = [pair for group in groups for pair in group]
     width = max(len(p.ids) for p in pairs)

@@ -1,12 +1,13 @@
-"""Token ids of C x R pairs -> rows that compute each shared prefix once.
+"""Token ids of C x R pairs -> one packed sequence that computes each shared prefix once.
 
 1. pair (c, r) of a query -> ids of prompt + response, tokenised jointly, and the position where scoring starts.
 2. The R sequences of one constitution share their longest common prefix of token ids (at most the tokens before the
    first scored one): what is *shared* is found on ids, what is *scored* is kept apart from it.
-3. One row per (query, constitution): [prefix | tail 1 | ... | tail R]. Each tail sees the prefix and itself; its
-   positions continue the prefix's. The token that predicts a tail's first token is the prefix's last one.
+3. One group per (query, constitution), [prefix | tail 1 | ... | tail R], group after group in one sequence without
+   padding. Each tail sees its group's prefix and itself; its positions continue the prefix's. The token that predicts a
+   tail's first token is the prefix's last one.
 
-Axes: N rows, T tokens of a row (padded), S scored tokens in all.
+Axes: T tokens of the packed sequence, S scored tokens.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.attention import Layout
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A batch of rows. `source` and `target` point at each scored token: the flat position [N * T] whose hidden state
-    predicts it, and its id; `pair` says which pair it belongs to, pairs counted row by row."""
+class Packed:
+    """Groups in one packed sequence. `source` and `target` point at each scored token: the position whose hidden state
+    predicts it, and its id; `pair` says which pair it belongs to, pairs counted group by group."""
 
-    ids: Tensor        # [N, T] int64
-    positions: Tensor  # [N, T] int64
-    mask: Tensor       # [N, 1, T, T] bool, True = may be attended to
+    ids: Tensor        # [T] int64
+    positions: Tensor  # [T] int64
+    layout: Layout
     source: Tensor     # [S] int64
     target: Tensor     # [S] int64
     pair: Tensor       # [S] int64
@@ -62,38 +65,30 @@ def shared_length(pairs: Sequence[Scored]) -> int:
     return min(common_prefix([p.ids for p in pairs]), min(p.start for p in pairs))
 
 
-def row_length(pairs: Sequence[Scored]) -> int:
-    """Tokens of the row that computes these pairs."""
+def packed_length(pairs: Sequence[Scored]) -> int:
+    """Tokens that these pairs take in a packed sequence."""
     shared = shared_length(pairs)
     return shared + sum(len(p.ids) - shared for p in pairs)
 
 
-def build_rows(groups: Sequence[Sequence[Scored]], pad: int) -> Rows:
-    """groups: N lists of pairs that share a prompt. Rows are padded on the right; a pad attends to itself alone."""
-    width = max(map(row_length, groups))
-    ids = torch.full((len(groups), width), pad)
-    positions = torch.zeros(len(groups), width, dtype=torch.long)
-    mask = torch.eye(width, dtype=torch.bool).repeat(len(groups), 1, 1)
-    source, target, pair = [], [], []
+def pack(groups: Sequence[Sequence[Scored]]) -> Packed:
+    """groups: lists of pairs that share a prompt, the same number of pairs in each."""
+    ids, positions, layout, source, target, pair = [], [], [], [], [], []
     count = 0
-    for row, group in enumerate(groups):
-        shared = shared_length(group)
-        ids[row, :shared] = torch.tensor(group[0].ids[:shared])
-        positions[row, :shared] = torch.arange(shared)
-        mask[row, :shared, :shared] = torch.ones(shared, shared, dtype=torch.bool).tril()
-        begin = shared
+    for group in groups:
+        shared, origin = shared_length(group), len(ids)
+        ids += group[0].ids[:shared]
+        positions += range(shared)
         for scored in group:
-            end = begin + len(scored.ids) - shared
-            ids[row, begin:end] = torch.tensor(scored.ids[shared:])
-            positions[row, begin:end] = torch.arange(shared, len(scored.ids))
-            mask[row, begin:end, :shared] = True
-            mask[row, begin:end, begin:end] = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
+            begin = len(ids)
+            ids += scored.ids[shared:]
+            positions += range(shared, len(scored.ids))
             for k in range(scored.start, len(scored.ids)):
                 # token k - 1 of the sequence predicts token k; it lies in the tail, or is the prefix's last token
-                before = begin + k - 1 - shared if k > shared else shared - 1
-                source.append(row * width + before)
+                source.append(begin + k - 1 - shared if k > shared else origin + shared - 1)
                 target.append(scored.ids[k])
                 pair.append(count)
             count += 1
-            begin = end
-    return Rows(ids, positions, mask.unsqueeze(1), *map(torch.tensor, (source, target, pair)))
+        layout.append((shared, tuple(len(p.ids) - shared for p in group)))
+    ids, positions, source, target, pair = map(torch.tensor, (ids, positions, source, target, pair))
+    return Packed(ids, positions, Layout(tuple(layout)), source, target, pair)

@@ -110,12 +110,12 @@ def test_score_eos_and_length_normalize_each_change_the_result(tiny, backend):
 
 
 def test_what_is_shared_ends_before_what_is_scored():
-    from repro.prefix import Scored, row_length, shared_length
+    from repro.prefix import Scored, packed_length, shared_length
 
     same_start = [Scored([1, 2, 3, 7, 8], 3), Scored([1, 2, 3, 7, 9], 3)]
     assert shared_length(same_start) == 3  # not 4: the common first response token is scored once per response
     retokenised = [Scored([1, 2, 3, 8], 3), Scored([1, 2, 5, 9], 3)]
-    assert shared_length(retokenised) == 2 and row_length(retokenised) == 2 + 2 + 2
+    assert shared_length(retokenised) == 2 and packed_length(retokenised) == 2 + 2 + 2
 
 
 def test_identical_responses_give_equal_columns(tiny):
@@ -128,7 +128,7 @@ def test_identical_responses_give_equal_columns(tiny):
 
 @pytest.mark.parametrize("change, name", [
     ({"attn_logit_softcapping": 30.0}, "soft-capped attention"), ({"logit_scale": 0.1}, "scaled logits"),
-    ({"sliding_window": 5}, "sliding window 5 is shorter"), ({"_attn_implementation": "flex_attention"}, "takes no mask"),
+    ({"sliding_window": 5}, "sliding window 5 is shorter"), ({"_attn_implementation": "flex_attention"}, "load with 'sdpa'"),
     ({"model_type": "gpt2"}, "gpt2: not a family"), ({"attention_dropout": 0.1}, "attention_dropout 0.1")])
 def test_what_the_shared_path_would_get_wrong_is_refused_by_name(tiny, change, name):
     model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
@@ -144,7 +144,7 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
     from test_linear_nll import Largest
     from torch.utils.flop_counter import FlopCounterMode
 
-    from repro.prefix import row_length, tokenize_pair
+    from repro.prefix import packed_length, shared_length, tokenize_pair
 
     model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
     config = model.config
@@ -157,16 +157,17 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
         matrix(model, tokenizer, "reference")
     assert guard.rows > 3 * scored  # the guard sees what it must forbid
 
-    model.set_attn_implementation("eager")
     one = groups[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         logprob_matrix(model, tokenizer, [PROMPTS[0][:1]], [RESPONSES[0]], length_normalize=True, score_eos=False)
-    T, D, heads, kv = row_length(one), config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    T, D, heads, kv = packed_length(one), config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = D // heads
     linear = D * (heads + 2 * kv) * head_dim + heads * head_dim * D + 3 * D * config.intermediate_size
-    attention = 2 * T * heads * head_dim  # scores and values, the full T x T square: the mask saves nothing here
+    shared = shared_length(one)
+    first, second = (len(pair.ids) for pair in one)  # under QUERY_BLOCK: [prefix, tail 1] square, tail 2 by its keys
+    attention = 2 * (first * first + (second - shared) * second) * heads * head_dim  # scores and values
     head = sum(len(p.ids) - p.start for p in one) * D * config.vocab_size
-    assert counter.get_total_flops() == 2 * (T * config.num_hidden_layers * (linear + attention) + head)
+    assert counter.get_total_flops() == 2 * (config.num_hidden_layers * (T * linear + attention) + head)
 
 
 @pytest.mark.parametrize("prompts, responses, backend", [
@@ -176,3 +177,102 @@ def test_ragged_or_empty_input_is_refused(tiny, prompts, responses, backend):
     model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
     with pytest.raises(ValueError):
         logprob_matrix(model, tokenizer, prompts, responses, length_normalize=True, score_eos=False, backend=backend)
+
+
+def test_a_prompt_and_responses_that_tokenise_differently_together():
+    """A merge across the boundary, in one response only: the shared prefix ends before it, and the paths agree."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as bpe
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ss", "sss"]
+    backend = Tokenizer(bpe.BPE(vocab={t: k for k, t in enumerate(tokens)}, merges=[("s", "s"), ("ss", "s")]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>")
+    from repro.prefix import shared_length, tokenize_pair
+
+    prompts, responses = [["bless", "kiss"]], [["sing", "a_song"]]
+    pairs = [tokenize_pair(tokenizer, "bless", r, score_eos=False) for r in responses[0]]
+    assert [len(p.ids) - p.start for p in pairs] == [3, 6] and shared_length(pairs) == 3  # b l e | sss ing, b l e | ss a ...
+    model = tiny_family("llama")
+    model.resize_token_embeddings(len(tokens))
+    model.double()
+    kind = dict(length_normalize=True, score_eos=False)
+    torch.testing.assert_close(logprob_matrix(model, tokenizer, prompts, responses, **kind),
+                               logprob_matrix(model, tokenizer, prompts, responses, backend="reference", **kind),
+                               atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "shared"])
+def test_identical_prompts_and_responses_give_the_losses_of_chance(tiny, backend):
+    """A constant matrix: log C. Identical responses under two constitutions: the row half is log R."""
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    kind = dict(length_normalize=True, score_eos=False, backend=backend)
+    constant = logprob_matrix(model, tokenizer, [["a\n"] * 3], [["same"] * 3], **kind)
+    assert symmetric_infonce(constant).item() == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-6)
+    rows = logprob_matrix(model, tokenizer, [["a\n", "bb\n"]], [["same", "same"]], **kind)[0].log_softmax(1).diagonal()
+    assert (-rows.mean()).item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [30.0, 60.0])
+def test_large_logits_and_certain_tokens(scale):
+    """|logit| near 50 and p near 1: the error stays within twice the reference's own."""
+    from conftest import byte_tokenizer
+
+    def compute(dtype, backend):
+        model = tiny_family("llama")
+        with torch.no_grad():
+            model.lm_head.weight *= scale / 5
+        model.to(dtype)
+        values = matrix(model, byte_tokenizer(), backend)
+        values.sum().backward()
+        return values.detach().double(), model.lm_head.weight.grad.double(), model
+
+    truth, grad, model = compute(torch.float64, "reference")
+    logits = model(torch.arange(3, 60)[None]).logits
+    assert logits.abs().max() > 30 and logits.softmax(-1).max() > 0.999
+    reference, shared = compute(torch.float32, "reference"), compute(torch.float32, "shared")
+    assert (shared[0] - truth).abs().max() <= 2 * (reference[0] - truth).abs().max() + 1e-6 * truth.abs().max()
+    assert (shared[1] - grad).norm() <= 2 * (reference[1] - grad).norm() + 1e-6 * grad.norm()
+
+
+def test_activation_checkpointing_gives_the_same_gradients(tiny):
+    """The recomputation runs in the backward, outside logprob_matrix, and must find the layout's attention again."""
+    def gradients(checkpoint):
+        model, tokenizer = models.load_model(str(tiny)).train(), models.load_tokenizer(str(tiny))
+        if checkpoint:
+            model.activation_checkpointing_enable()
+        matrix(model, tokenizer, "shared").sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True)):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_an_attached_model_still_generates_and_forwards_as_before(tiny):
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    inputs = tokenizer(["Hello", "A longer prompt"], return_tensors="pt", padding=True, padding_side="left")
+    before = model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        matrix(model, tokenizer, "shared")
+    after = model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_an_attention_that_does_not_know_the_layout_gives_nan_not_a_wrong_number(tiny, monkeypatch):
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    monkeypatch.setattr("repro.logprobs.attach", lambda model: None)
+    with torch.no_grad():
+        assert matrix(model, tokenizer, "shared").isnan().all()
+
+
+def test_many_queries_in_one_pack_equal_one_at_a_time(tiny, monkeypatch):
+    from repro.logprobs import packs
+
+    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    alone = torch.cat([logprob_matrix(model, tokenizer, PROMPTS[b:b + 1], RESPONSES[b:b + 1], length_normalize=True,
+                                      score_eos=False) for b in (0, 1)])
+    torch.testing.assert_close(matrix(model, tokenizer, "shared"), alone, atol=1e-5, rtol=0)
+    lengths = {tokens: [list(range(2))[part] for part in packs(tokenizer, PROMPTS, RESPONSES, score_eos=False, tokens=tokens)]
+               for tokens in (1, 10_000)}
+    assert lengths == {1: [[0], [1]], 10_000: [[0, 1]]}

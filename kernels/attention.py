@@ -1,0 +1,260 @@
+"""Attention over the shared-prefix layout: each tail sees its group's prefix and itself, both causally.
+
+A packed sequence of T tokens is a run of groups [prefix | tail 1 | ... | tail R] (repro/prefix.py). As segments with
+queries and keys of different lengths and causality aligned at the end (bottom right):
+    1: queries and keys [prefix, tail 1];    j = 2 .. R: queries tail j, keys [prefix, tail j].
+So the queries are the packed tokens in their order, and only keys and values are repeated, (R - 1) prefixes a group.
+
+Axes: H query heads, K key-value heads (H a multiple of K), T tokens, d head size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import reference
+
+QUERY_BLOCK = 128  # queries whose scores exist at a time: causality then skips most of the upper triangle
+IMPLS = ("blocks", "varlen", "reference")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """groups: (tokens of the prefix, tokens of each tail) of each group, in the order of the packed sequence; every
+    group has the same number R >= 1 of tails, no tail is empty."""
+
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @cached_property
+    def segments(self) -> list[tuple[int, int, int, int]]:
+        """(first query, end, first key of the prefix, its end): keys are that prefix, then the queries' own tokens."""
+        segments, at = [], 0
+        for prefix, tails in self.groups:
+            begin, at = at, at + prefix + tails[0]
+            segments.append((begin, at, begin, begin))
+            for tail in tails[1:]:
+                segments.append((at, at + tail, begin, begin + prefix))
+                at += tail
+        return segments
+
+    @property
+    def tokens(self) -> int:
+        return self.segments[-1][1]
+
+    def mask(self, device=None) -> Tensor:
+        """bool [T, T], True where query (row) sees key: the definition, for the reference."""
+        mask = torch.zeros(self.tokens, self.tokens, dtype=torch.bool, device=device)
+        for begin, end, first, last in self.segments:
+            mask[begin:end, first:last] = True
+            mask[begin:end, begin:end] = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).tril()
+        return mask
+
+    def varlen(self, device) -> "Varlen":
+        """The index tensors of the varlen path on `device`, made once: each copy to a device waits for it."""
+        cache = self.__dict__.setdefault("_varlen", {})
+        if device not in cache:
+            cache[device] = Varlen(self, device)
+        return cache[device]
+
+
+class Varlen:
+    """Segments as index tensors: `gather` [Tk] takes packed keys to repeated ones; back again, `own` [T] is where a
+    token is a key of its own segment and `copies` [R - 1, sum P] where the prefix tokens `prefix` were repeated."""
+
+    def __init__(self, layout: Layout, device):
+        gather, own, prefix, copies = [], [], [], [[] for _ in layout.groups[0][1][1:]]
+        cu_q, cu_k = [0], [0]
+        for k, (begin, end, first, last) in enumerate(layout.segments):
+            own.extend(range(len(gather) + last - first, len(gather) + last - first + end - begin))
+            if last > first:
+                copy = k % (len(copies) + 1)
+                copies[copy - 1].extend(range(len(gather), len(gather) + last - first))
+                if copy == 1:
+                    prefix.extend(range(first, last))
+            gather.extend([*range(first, last), *range(begin, end)])
+            cu_q.append(end)
+            cu_k.append(len(gather))
+        self.max_q = max(b - a for a, b in zip(cu_q, cu_q[1:]))
+        self.max_k = max(b - a for a, b in zip(cu_k, cu_k[1:]))
+        self.gather, self.own, self.prefix, self.copies = (
+            torch.tensor(x, dtype=torch.long, device=device) for x in (gather, own, prefix, copies))
+        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (cu_q, cu_k))
+
+    def ungather(self, grad: Tensor) -> Tensor:
+        """[Tk, ...] -> [T, ...], a repeated token's gradients summed in float32, in a fixed order, without atomics."""
+        total = grad[self.own].float()
+        if self.prefix.numel():
+            total[self.prefix] += grad[self.copies].float().sum(0)
+        return total.to(grad.dtype)
+
+
+def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float,
+                            impl: str | None = None) -> Tensor:
+    """softmax(scale q k^T) v over the layout's segments: query [H, T, d], key and value [K, T, d] -> [T, H, d].
+
+    `impl`: "blocks" (any device and float dtype, products in float32 at least), "varlen" (CUDA, 16-bit), "reference"
+    (SDPA under the T x T mask), None: "varlen" where it runs, else "blocks". Deterministic; differentiable once.
+    Raises ValueError on shapes that do not fit the layout.
+    """
+    H, T, d = query.shape
+    if key.shape != value.shape or key.shape[1:] != (T, d) or H % len(key) or T != layout.tokens:
+        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit each "
+                         f"other, or the layout of {layout.tokens} tokens")
+    if impl not in (None, *IMPLS):
+        raise ValueError(f"impl: allowed are None, {', '.join(map(repr, IMPLS))}, found {impl!r}")
+    if impl == "reference":
+        return reference.attention(query, key, value, layout.mask(query.device), scale=scale).transpose(0, 1)
+    if impl is None:
+        impl = "varlen" if query.is_cuda and query.element_size() == 2 else "blocks"
+    if impl == "varlen":
+        return _Varlen.apply(*(x.transpose(0, 1) for x in (query, key, value)), layout, scale, varlen_kernel())
+    return _Blocks.apply(query, key, value, layout, scale)
+
+
+# ---- blocks: matrix products and a softmax for one block of queries at a time
+
+
+def _blocks(layout: Layout) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:
+    """Segments cut into at most QUERY_BLOCK queries a..b: (a, b, their keys as two runs of tokens); the last b - a keys
+    are the queries' own tokens."""
+    for begin, end, first, last in layout.segments:
+        pieces = -(-(end - begin) // QUERY_BLOCK)
+        cuts = [begin + (end - begin) * k // pieces for k in range(pieces + 1)]
+        for a, b in zip(cuts, cuts[1:]):
+            yield a, b, (first, last, begin, b)
+
+
+class _Blocks(torch.autograd.Function):
+    """Scores of grouped query heads are one product a key-value head; they are computed again in the backward, so
+    that q, k, v and the output are all that is kept."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale):
+        ctx.layout, ctx.scale = layout, scale
+        q, k, v = _wide(query) * scale, _wide(key), _wide(value)
+        K, T, d = k.shape
+        out = q.new_empty(T, len(q), d)
+        later = _later(q)
+        for a, b, keys in _blocks(layout):
+            p = _probabilities(_rows(q, K, a, b), _keys(k, keys), later[: b - a, : b - a])
+            out[a:b] = _unrows(torch.bmm(p, _keys(v, keys)), b - a)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, out = ctx.saved_tensors
+        q, k, v, grad = _wide(query) * ctx.scale, _wide(key), _wide(value), _wide(grad)
+        K, later = len(k), _later(q)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (grad * out).sum(2).T.unsqueeze(2)  # [H, T, 1]: what the softmax's normaliser takes back
+        grad = grad.transpose(0, 1)
+        for a, b, keys in _blocks(ctx.layout):
+            qs, gs, ks = _rows(q, K, a, b), _rows(grad, K, a, b), _keys(k, keys)
+            p = _probabilities(qs, ks, later[: b - a, : b - a])
+            _add_keys(dv, torch.bmm(p.transpose(1, 2), gs), keys)
+            ds = torch.bmm(gs, _keys(v, keys).transpose(1, 2))
+            ds.sub_(_rows(delta, K, a, b)).mul_(p)
+            dq[:, a:b] = torch.bmm(ds, ks).view(len(q), b - a, -1)
+            _add_keys(dk, torch.bmm(ds.transpose(1, 2), qs), keys)
+        return dq.mul_(ctx.scale).to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: Tensor, K: int, a: int, b: int) -> Tensor:
+    """[H, T, n] -> [K, H / K * (b - a), n]: the query heads of one key-value head are rows of one product."""
+    return x[:, a:b].reshape(K, -1, x.shape[2])
+
+
+def _unrows(x: Tensor, queries: int) -> Tensor:
+    """Back to [b - a, H, d]."""
+    return x.view(-1, queries, x.shape[2]).transpose(0, 1)
+
+
+def _keys(x: Tensor, keys: tuple[int, int, int, int]) -> Tensor:
+    first, last, begin, end = keys
+    return x[:, begin:end] if first == last else torch.cat((x[:, first:last], x[:, begin:end]), 1)
+
+
+def _add_keys(total: Tensor, part: Tensor, keys: tuple[int, int, int, int]) -> None:
+    first, last, begin, end = keys
+    total[:, first:last] += part[:, : last - first]
+    total[:, begin:end] += part[:, last - first:]
+
+
+def _later(like: Tensor) -> Tensor:
+    """bool [QUERY_BLOCK, QUERY_BLOCK], True where the key comes after the query."""
+    return torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=like.device).triu_(1)
+
+
+def _probabilities(q: Tensor, k: Tensor, later: Tensor) -> Tensor:
+    """softmax of q k^T [K, H / K * n, keys], causal in the last n keys: those of the n queries themselves."""
+    n, scores = len(later), torch.bmm(q, k.transpose(1, 2))
+    scores.view(-1, n, scores.shape[2])[..., -n:].masked_fill_(later, -torch.inf)
+    return scores.softmax(2)
+
+
+# ---- varlen: one launch over all segments
+
+
+def varlen_kernel():
+    """flash-attn's varlen function where it is installed, else torch's: (q, k, v, Varlen, scale) -> [T, H, d]."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return lambda q, k, v, index, scale: varlen_attn(
+            q, k, v, index.cu_q, index.cu_k, index.max_q, index.max_k, scale=scale, window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1])
+    return lambda q, k, v, index, scale: flash_attn_varlen_func(
+        q, k, v, index.cu_q, index.cu_k, index.max_q, index.max_k, softmax_scale=scale, causal=True, deterministic=True)
+
+
+class _Varlen(torch.autograd.Function):
+    """Only the packed q, k, v are kept: keys are gathered and the attention (about 1 % of a step) run again in the
+    backward. That costs less than the repeated prefixes would hold, and needs the kernels' public functions alone."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale, kernel):
+        ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
+        ctx.save_for_backward(query, key, value)
+        index = layout.varlen(query.device)
+        return kernel(query, key[index.gather], value[index.gather], index, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value = ctx.saved_tensors
+        index = ctx.layout.varlen(query.device)
+        inputs = [x.detach().requires_grad_() for x in (query, key[index.gather], value[index.gather])]
+        with torch.enable_grad():
+            out = ctx.kernel(*inputs, index, ctx.scale)
+        dq, dk, dv = torch.autograd.grad(out, inputs, grad)
+        return dq, index.ungather(dk), index.ungather(dv), None, None, None
+
+
+def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, shared_prefix=None, **options):
+    """transformers' attention interface: this attention where `shared_prefix` gives a Layout, else SDPA.
+
+    query [1, H, T, d] -> ([1, T, H, d], None). What the layout cannot have is refused: a batch, dropout, a soft-cap.
+    """
+    if shared_prefix is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+                                      **options)
+    if len(query) != 1 or dropout or options.get("softcap") is not None:
+        raise ValueError("shared-prefix attention takes a batch of one, no dropout and no soft-cap")
+    out = shared_prefix_attention(query[0], key[0], value[0], shared_prefix,
+                                  scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return out.unsqueeze(0), None

@@ -1,0 +1,122 @@
+"""Attention over the shared-prefix layout: each path against SDPA under the T x T mask, in float64 and float32."""
+
+import pytest
+import torch
+
+from kernels import attention
+from kernels.attention import Layout, Varlen, shared_prefix_attention
+
+LAYOUTS = {
+    "one group": ((5, (3, 4)),), "ragged": ((7, (1, 6, 2)), (1, (3, 1, 1)), (12, (9, 2, 5))), "one tail": ((4, (3,)), (2, (1,))),
+    "no prefix": ((0, (2, 3)), (3, (1, 1))), "all alone": ((0, (1, 1)),), "longer than a block": ((40, (30, 17)), (3, (33, 1)))}
+
+
+def inputs(layout: Layout, H=4, K=2, d=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(layout.tokens)
+    q, k, v = (torch.randn(h, layout.tokens, d, generator=generator, dtype=dtype).requires_grad_() for h in (H, K, K))
+    upstream = torch.randn(layout.tokens, H, d, generator=generator, dtype=dtype)
+    return (q, k, v), upstream
+
+
+def outcome(layout, tensors, upstream, impl, scale=0.4):
+    out = shared_prefix_attention(*tensors, layout, scale=scale, impl=impl)
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+
+
+def test_the_mask_is_the_layouts_definition():
+    """By hand: prefix a b, tails c d and e."""
+    assert Layout(((2, (2, 1)),)).mask().int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("block", [1, 13, 128])
+def test_blocks_equal_the_reference(groups, heads, block, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    layout = Layout(groups)
+    tensors, upstream = inputs(layout, *heads)
+    for ours, truth in zip(outcome(layout, tensors, upstream, "blocks"), outcome(layout, tensors, upstream, "reference")):
+        torch.testing.assert_close(ours, truth, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1.0, 6.0])  # at 6 the largest scores are near 100: all weight on one key
+def test_blocks_in_float32_err_at_most_twice_as_much_as_the_reference(size):
+    layout = Layout(((70, (20, 11)), (31, (40, 3))))
+    tensors, upstream = inputs(layout, d=16)
+    tensors = [(x * size).detach().requires_grad_() for x in tensors]
+    truth = outcome(layout, tensors, upstream, "reference")
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    ours, theirs = (outcome(layout, single, upstream.float(), impl) for impl in ("blocks", "reference"))
+    for a, b, t in zip(ours, theirs, truth):
+        assert (a - t).norm() <= 2 * (b - t).norm() + 1e-7 * t.norm()
+
+
+def test_blocks_are_the_same_twice_and_keep_only_the_inputs_and_the_output():
+    layout = Layout(LAYOUTS["longer than a block"])
+    tensors, upstream = inputs(layout, dtype=torch.float32)
+    for a, b in zip(*(outcome(layout, tensors, upstream, "blocks") for _ in range(2))):
+        assert torch.equal(a, b)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        shared_prefix_attention(*tensors, layout, scale=1.0)
+    assert sum(saved) == sum(x.numel() for x in (*tensors, upstream))
+
+
+def test_sixteen_bit_inputs_are_multiplied_in_float32():
+    layout = Layout(LAYOUTS["ragged"])
+    tensors, upstream = inputs(layout, dtype=torch.bfloat16)
+    wide = [x.detach().float().requires_grad_() for x in tensors]
+    for ours, truth in zip(outcome(layout, tensors, upstream, "blocks"), outcome(layout, wide, upstream.float(), "blocks")):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - truth).norm() <= 4e-3 * truth.norm()  # one rounding of the result, one of the saved output
+
+
+# ---- varlen's bookkeeping, with a kernel in torch ops in place of the CUDA one
+
+
+def plain_varlen(q, k, v, index, scale):
+    """What a varlen kernel computes: per segment, causality aligned at the last key."""
+    out = []
+    for (a, b), (c, d) in zip(*(zip(cu.tolist(), cu.tolist()[1:]) for cu in (index.cu_q, index.cu_k))):
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        out.append(torch.nn.functional.scaled_dot_product_attention(
+            q[a:b].transpose(0, 1), *(x[c:d].transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0) for x in (k, v)),
+            attn_mask=seen, scale=scale).transpose(0, 1))
+        assert b - a <= index.max_q and d - c <= index.max_k
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+def test_varlen_segments_equal_the_reference(groups, monkeypatch):
+    """Outputs, and gradients summed over the prefix's copies."""
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: plain_varlen)
+    layout = Layout(groups)
+    tensors, upstream = inputs(layout)
+    ours = outcome(layout, tensors, upstream, "varlen")
+    for a, truth in zip(ours, outcome(layout, tensors, upstream, "reference")):
+        torch.testing.assert_close(a, truth, atol=1e-6, rtol=1e-6)  # the sum over copies is float32
+
+
+def test_copies_are_summed_in_float32():
+    """-256 + (256 + 1) is 1; a bfloat16 sum of the copies would make it 0."""
+    layout = Layout(((1, (1, 1, 1)),))
+    grad = torch.tensor([-256.0, 0, 256, 0, 1, 0]).bfloat16().view(-1, 1, 1)  # prefix and tail of each segment
+    assert Varlen(layout, "cpu").ungather(grad).flatten().tolist() == [1, 0, 0, 0]
+
+
+# ---- misuse
+
+
+def test_what_does_not_fit_is_refused():
+    (q, k, v), _ = inputs(Layout(((5, (3, 4)),)))
+    with pytest.raises(ValueError, match="do not fit"):
+        shared_prefix_attention(q, k, v, Layout(((5, (3, 3)),)), scale=1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        shared_prefix_attention(q[:3], k, v, Layout(((5, (3, 4)),)), scale=1.0)
+    with pytest.raises(ValueError, match="impl: allowed are"):
+        shared_prefix_attention(q, k, v, Layout(((5, (3, 4)),)), scale=1.0, impl="flash")
+    layout = Layout(((5, (3, 4)),))
+    for batch, options in ((2, {}), (1, {"dropout": 0.1}), (1, {"softcap": 30.0})):
+        with pytest.raises(ValueError, match="batch of one, no dropout and no soft-cap"):
+            attention.attention_forward(None, *(x.expand(batch, *x.shape) for x in (q, k, v)), None, shared_prefix=layout, **options)
