@@ -9,6 +9,7 @@ from repro.records import read_jsonl, write_json, write_jsonl
 from repro.rundir import Run, evaluation_file, logprob_file
 from repro.sampling import sample_to_file
 
+SCORED_AT_ONCE = 8  # queries handed over together, for full packs
 EVALUATION_ORDER = "evaluation"  # the principles' order at evaluation: the same for every iteration and seed
 
 
@@ -48,9 +49,15 @@ def _score_held_out(run: Run, iteration: int, texts: list[str], rows: list[dict]
 
     def score(which: int, select: slice, label: str) -> list[list[list[float]]]:
         with run.model(which, dtype) as model, torch.inference_mode(), matmul_precision(model, spec.train.precision):
-            return [logprob_matrix(model, run.tokenizer, [p], [r[select]], length_normalize=False, score_eos=eos,
-                                   backend=run.record["backend"])[0].tolist()
-                    for _, p, r, _ in tqdm(queries, desc=f"{name} {label}", unit="query")]
+            matrices = []
+            with tqdm(total=len(queries), desc=f"{name} {label}", unit="query") as bar:
+                for k in range(0, len(queries), SCORED_AT_ONCE):
+                    part = queries[k: k + SCORED_AT_ONCE]
+                    matrices += logprob_matrix(
+                        model, run.tokenizer, [p for _, p, _, _ in part], [r[select] for _, _, r, _ in part],
+                        length_normalize=False, score_eos=eos, backend=run.record["backend"]).tolist()
+                    bar.update(len(part))
+            return matrices
 
     own = score(iteration, slice(None), "log-probs")
     initial = [[row[:1] for row in m] for m in own] if iteration == 0 else score(0, slice(1), "under the initial model")

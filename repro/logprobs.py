@@ -62,12 +62,12 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
 
 
 def packs(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *, score_eos: bool,
-          tokens: int) -> list[slice]:
-    """Consecutive queries in parts of at most `tokens` packed tokens each (a query of more is a part of its own): what
-    a caller with a backward after each part gives to `logprob_matrix` at once."""
+          budget: int) -> list[tuple[slice, int]]:
+    """Consecutive queries in parts of at most `budget` packed tokens each (a query of more is a part of its own), and
+    the tokens of each: what a caller with a backward after each part gives to `logprob_matrix` at once."""
     groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
-    lengths = [packed_length(group) for group in groups]
-    return _parts([sum(lengths[k: k + C]) for k in range(0, len(lengths), C)], tokens)
+    lengths = [sum(map(packed_length, groups[k: k + C])) for k in range(0, len(groups), C)]
+    return [(part, sum(lengths[part])) for part in _parts(lengths, budget)]
 
 
 def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]]:

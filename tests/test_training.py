@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import byte_tokenizer
 
-from repro import models
+from repro import models, training
 from repro.config import TrainSpec, Update
 from repro.records import UserError
 from repro.training import TrainingPair, train
@@ -116,3 +117,59 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny):
 def test_too_few_pairs_is_said(tiny):
     with pytest.raises(UserError, match="iteration 2: 3 training pairs left of 8 needed"):
         trained(tiny, SPEC, 3, iteration=2)
+
+
+@pytest.mark.parametrize("backend", ["shared", "reference"])
+def test_packs_of_many_queries_give_the_same_step(tiny, monkeypatch, backend):
+    """One query a backward or all of them in one: the same gradient to rounding."""
+    def norms(tokens):
+        monkeypatch.setitem(training.PACK_TOKENS, "cpu", tokens)
+        seen, told = models.load_model(str(tiny)), []
+        trace = train(seen, byte_tokenizer(), pairs(7), TrainSpec(batch_size=7, batches=1, precision="fp32"), 1,
+                      backend=backend, on_query=told.append)
+        return trace[0]["loss"], trace[0]["grad_norm"], told
+
+    *alone, one_by_one = norms(1)
+    *packed, at_once = norms(10_000)
+    assert one_by_one == [1] * 7 and at_once == [7]
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+
+def test_activations_are_checkpointed_where_they_would_not_fit(tiny, monkeypatch):
+    """By plan, off again afterwards, and without a difference in the weights."""
+    spec, on = TrainSpec(batch_size=4, batches=1, learning_rate=1e-3, precision="fp32"), []
+    enable = transformers.PreTrainedModel.activation_checkpointing_enable
+    monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable",
+                        lambda self, *a, **k: on.append(1) or enable(self, *a, **k))
+    plain, _ = trained(tiny, spec, 4)
+    assert not on
+    monkeypatch.setattr(training, "free_bytes", lambda device: 1000)
+    tight, _ = trained(tiny, spec, 4)
+    assert on and not tight.is_activation_checkpointing
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tight.parameters()))
+
+
+@pytest.mark.parametrize("family, error", [("llama", .05), ("mistral", .05), ("qwen2", .1), ("qwen3", .1), ("mixtral", .4)])
+def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
+    """Two layers' worth: the difference between four layers and two."""
+    from test_logprobs import PROMPTS, RESPONSES, tiny_family
+
+    from repro.logprobs import logprob_matrix, packs
+
+    def kept(layers):
+        model = tiny_family(family, num_hidden_layers=layers)
+        weights, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def note(tensor):
+            if tensor.untyped_storage().data_ptr() not in weights:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            logprob_matrix(model, byte_tokenizer(), PROMPTS, RESPONSES, length_normalize=True, score_eos=False)
+        return sum(storages.values()), model.config
+
+    (four, config), (two, _) = kept(4), kept(2)
+    (_, tokens), = packs(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False, budget=10_000)
+    config.num_hidden_layers = 2
+    assert training.activation_bytes(config, tokens, 4) == pytest.approx(four - two, rel=error)
