@@ -110,7 +110,7 @@ def shared_refusal(config, longest: int, *, dropout: bool = False) -> str | None
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < longest:
         return f"{family}: sliding window {window} is shorter than a pair ({longest} tokens)"
-    if config._attn_implementation not in ("sdpa", ATTENTION):
+    if config._attn_implementation not in ("sdpa", ATTENTION, None):  # None: a config no model was made of yet
         return f"{family}: attention {config._attn_implementation!r} would be replaced by ours; load with 'sdpa'"
     return None
 
