@@ -54,6 +54,7 @@ def test_every_shipped_experiment_runs(name, profile, tiny, tmp_path):
     assert {r["metric"] for r in metrics} >= {"mi", "length_tokens", "accuracy_row", "accuracy_col", "win_rate",
                                               "hack_constitution_overlap", "hack_query_overlap", "hack_repetition"}
     record = json.loads((folder / "run.json").read_text())
+    assert record["backend"] == "shared"  # not the slower path, unasked
     steps = [len(record["stages"][f"train-{k}"]["trace"]) for k in (1, 2, 3)]
     assert steps == [2, 4, 6]
     has_rules = all(p["rule"] for p in json.loads((folder / "constitutions.json").read_text())["principles"])
