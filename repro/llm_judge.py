@@ -10,10 +10,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from repro import prompts
 from repro.asking import Asker
+from repro.config import JudgeSpec
 from repro.endpoint import HOSTED, PICO, PRICES_OF, Call, Endpoint, Ledger, count_tokens
 from repro.records import UserError, digest, loads
 
@@ -128,7 +130,7 @@ def read_logprobs(logprobs) -> str | None:
 
 # ---- which form of answer the server offers
 
-def choose_answer(endpoint: Endpoint, name: str, answer: str, ledger: Ledger, *, tokens_field: str) -> str:
+def choose_answer(endpoint: Endpoint, judge: LLMJudge, answer: str, ledger: Ledger) -> str:
     """`answer`, or for "auto" a JSON schema where one small request shows that the server keeps to it, else text.
 
     The request is made once, and counted and billed like any other. Raises UserError where the server does not
@@ -137,8 +139,7 @@ def choose_answer(endpoint: Endpoint, name: str, answer: str, ledger: Ledger, *,
     if answer == "text":
         return answer
     form = "schema" if answer == "auto" else answer
-    probe = LLMJudge(name=name, host=endpoint.host, model=endpoint.model, answer=form, max_tokens=100,
-                     tokens_field=tokens_field)
+    probe, name = replace(judge, answer=form), judge.name
     messages = [{"role": "system", "content": prompts.JUDGE_SYSTEM},
                 {"role": "user", "content": f"Neither response is shown yet. {prompts.JUDGE_ASKS[form]}"}]
     call = probe._call(messages, 0, {"item": "which form of answer", "order": None})
@@ -229,6 +230,39 @@ def judge_pairs(judge: LLMJudge, pairs: Sequence[Pair], endpoint: Endpoint, ledg
         for line in summary(judge, verdicts, ledger):
             say(line)
     return verdicts
+
+
+def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: Path, say: Callable[[str], None], *,
+              seed: int = 0, dry_run: bool = False, reparse: bool = False) -> tuple[list[Verdict], dict]:
+    """The verdicts of `pairs` by the judge of `spec`, with its ledger in `path`; and what the judge is, for the record
+    of a run. Without a call (`dry_run`, `reparse`) "auto" is the form that the ledger's answers have, else a schema."""
+    ledger = Ledger(path, {"judge": spec.label})
+    tokens_field = "max_completion_tokens" if endpoint.url == HOSTED else "max_tokens"
+    judge = LLMJudge(name=spec.label, host=endpoint.host, model=endpoint.model, answer="schema", seed=seed,
+                     max_tokens=spec.max_tokens, temperature=spec.temperature, tokens_field=tokens_field)
+    if not (dry_run or reparse):
+        answer = choose_answer(endpoint, judge, spec.answer, ledger)
+    elif spec.answer == "auto":
+        judges = [replace(judge, answer=form) for form in ("schema", "text")]
+        answer = max(judges, key=lambda j: sum(c.key in ledger.answers for p in pairs for c in j.calls(p).values())).answer
+    else:
+        answer = spec.answer
+    judge = replace(judge, answer=answer)
+    verdicts = judge_pairs(judge, pairs, endpoint, ledger, say, dry_run=dry_run, reparse=reparse)
+    return verdicts, {"model": judge.model, "host": judge.host, "answer": answer, "max_tokens": judge.max_tokens,
+                      "temperature": judge.temperature, "seed": seed, "usd": ledger.spent / PICO}
+
+
+def judge_shares(rows: Sequence[dict]) -> dict[str, list[float]]:
+    """Of judgments in both orders, per item: how often the judge says A (0, 0.5, 1; `position_rate`), whether it
+    flips (`flip_rate`, of items with two verdicts), whether it gives a verdict (`parsed_share`). Identical texts were
+    not asked and do not count; other judges' judgments have none of these."""
+    asked = [row for row in rows if row.get("orders")]
+    judged = [row for row in asked if row["score"] is not None]
+    out = {"position_rate": [list(row["orders"].values()).count("A") / 2 for row in judged],
+           "flip_rate": [float(row["outcome"] == "flip") for row in judged],
+           "parsed_share": [float(row["score"] is not None) for row in asked]}
+    return {k: v for k, v in out.items() if v}
 
 
 def summary(judge: LLMJudge, verdicts: Sequence[Verdict], ledger: Ledger) -> Iterable[str]:
