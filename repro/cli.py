@@ -276,7 +276,8 @@ def judge_command(args: Judge) -> int:
     spec = JudgeSpec(judges=("openai",), model=args.model, name=args.name, answer=args.answer, max_tokens=args.max_tokens,
                      temperature=args.temperature)
     endpoint = Endpoint(model=args.model, base_url=args.base_url, key_env=args.key_env, price=args.price,
-                        max_usd=args.max_usd, concurrency=args.concurrency, deadline_s=args.deadline, attempts=args.attempts)
+                        max_usd=args.max_usd, concurrency=args.concurrency, deadline_s=args.deadline,
+                        attempts=args.attempts)
     how = {"dry_run": args.dry_run, "reparse": args.reparse}
     if args.admit:
         record = admission.admit(spec, endpoint, archive=args.archive, wanted=args.files, count=args.items, work=args.work,
@@ -316,7 +317,8 @@ def figures_command(args: Figures) -> None:
     print(f"{len(written)} files in {args.out}")
 
 
-COMMANDS = {Run: run_command, Judge: judge_command, Publish: publish_command, Verify: verify_command, Figures: figures_command}
+COMMANDS = {Run: run_command, Judge: judge_command, Publish: publish_command, Verify: verify_command,
+            Figures: figures_command}
 Command = functools.reduce(operator.or_, (
     Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in COMMANDS))
 

@@ -65,7 +65,7 @@ class LLMJudge:
     def _mark(self, pair: Pair) -> str:
         """Depends on every text that it fences, so that no writer of one can know it; the same in both orders."""
         texts = [pair.query, *pair.principles, *sorted((pair.ours, pair.theirs))]
-        mark = hashlib.sha256("\0".join([str(self.seed), *texts]).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        mark = hashlib.sha256("\0".join([str(self.seed), *texts]).encode("utf-8", "surrogatepass")).hexdigest()[:8]
         return f"[{mark}]"
 
     def _call(self, messages: list[dict], seed: int, about: dict) -> Call:
