@@ -36,15 +36,15 @@ class Item:
     archived: float
 
 
-def files(archive: Archive) -> dict[str, tuple[dict, dict, dict]]:
+def files(entries: list[dict]) -> dict[str, tuple[dict, dict, dict]]:
     """Name -> (verdicts, responses of the tuned model, of its baseline): the archived comparisons whose judged texts
     are there. Experiment 1's were never released; of experiment 3 with CoT, the learned baseline's are doubtful."""
     texts = {}
-    for e in archive.entries:
+    for e in entries:
         if e["kind"] == "responses" and e.get("judged", True) is True:
             texts[_model(e, e["model"], e["iteration"])] = e
     out = {}
-    for e in archive.entries:
+    for e in entries:
         if e["kind"] == "verdicts" and e.get("tables"):
             own, base = texts.get(_model(e, e["model"], e["iteration"])), texts.get(_model(e, e["baseline"], 0))
             if own and base:
@@ -61,11 +61,8 @@ def _model(e: dict, model: str, iteration: int) -> tuple:
 def load_items(archive: Archive, wanted: Sequence[str], count: int) -> list[Item]:
     """`count` items of each wanted file, drawn with a fixed seed; identical pairs are left out. The archived prompt's
     post and principles are read from the tuned model's file."""
-    known, items = files(archive), []
+    known, items = files(archive.entries), []
     for file in wanted:
-        if file not in known:
-            raise UserError(f"--files: {file!r} is not an archived comparison with its texts; allowed: all, or any of "
-                            f"{', '.join(map(repr, known))}")
         verdicts, own, base = known[file]
         scores, pairs = archive.verdicts(verdicts)[:, 0], archive.prompts(own)
         ours, theirs = archive.responses(own), archive.responses(base)
@@ -163,9 +160,13 @@ def admit(spec: JudgeSpec, endpoint: Endpoint, *, archive: Path | None, wanted: 
     The ledger with the raw answers stays in `work`: it quotes the archive. Returns the record; None for a dry run.
     """
     entries = load_manifest()
-    root = archive_root(archive, kinds=("verdicts", "responses"), entries=entries)
-    source = Archive(root, entries)
-    wanted = list(files(source)) if list(wanted) == ["all"] else list(wanted) or list(DEFAULT_FILES)
+    known = files(entries)
+    wanted = list(known) if list(wanted) == ["all"] else list(wanted) or list(DEFAULT_FILES)
+    for file in wanted:
+        if file not in known:
+            raise UserError(f"--files: {file!r} is not an archived comparison with its texts; allowed: all, or any of "
+                            f"{', '.join(map(repr, known))}")
+    source = Archive(archive_root(archive, kinds=("verdicts", "responses"), entries=entries), entries)
     items, (planted, control) = load_items(source, wanted, count), load_attacks()
     pairs = [*(i.pair for i in items), *planted, *control]
     with locked(work / spec.label):
