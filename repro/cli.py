@@ -284,7 +284,7 @@ def judge_command(args: Judge) -> int:
                                  out=args.out, **how)
         for line in admission.plain_words(record) if record else ():
             print(line)
-        missing = record["parsed"]["value"] < 1 or record["attacks"]["missing"] > 0 if record else False
+        missing = record["parsed_share"]["value"] < 1 or record["attacks"]["missing"] > 0 if record else False
     else:
         rows = pipeline.judge_run(args.run, spec, endpoint, **how)
         missing = not args.dry_run and any(row["score"] is None for row in rows)

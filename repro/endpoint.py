@@ -7,6 +7,7 @@ an outcome (a kill) the most that it can have cost.
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -134,7 +135,8 @@ def wrong_shape(answer) -> str | None:
 class Ledger:
     """The attempt and outcome lines of one owner (say {"judge": name}) in a JSONL file that may hold other lines.
 
-    `answers`: key -> the server's answers, oldest first. `spent`: picodollars billed, and at most billed where no
+    `answers`: key -> the server's answers, oldest first. `errors`: key -> why its last attempt failed, if it did;
+    `failures`: how often each. `spent`: picodollars billed, and at most billed where no
     outcome was written. `open`: attempts without outcome, left by a kill: possibly paid twice.
     """
 
@@ -142,6 +144,7 @@ class Ledger:
         self.path, self.owner = Path(path), owner
         self.answers: dict[str, list[dict]] = {}
         self.errors: dict[str, str] = {}
+        self.failures: Counter[str] = Counter()
         self.numbers: dict[str, int] = {}
         self.spent = 0
         waiting: dict[tuple[str, int], int] = {}
@@ -169,6 +172,7 @@ class Ledger:
             self.errors.pop(row["key"], None)
         else:
             self.errors[row["key"]] = row["error"]
+            self.failures[row["error"]] += 1
 
     def begin(self, call: Call, reserved: int) -> int:
         """The attempt line; returns the attempt's number."""

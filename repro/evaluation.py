@@ -77,6 +77,10 @@ def judge(run: Run) -> None:
     responses = {i: [row for _, row in read_jsonl(run.folder / evaluation_file(i))][::C] for i in (0, *iterations)}
     logprobs = {i: [row for _, row in read_jsonl(run.folder / logprob_file(i))] for i in (0, *iterations)}
     rows = []
+    for name in run.record.get("judges", {}):
+        if name != run.experiment.judge.label:
+            run.say(f"judge {name}: its judgments are taken out; `repro judge {run.folder}` puts them back and asks "
+                    "nothing that it has answered")
     for judge in run.experiment.judge.judges:
         if judge == "openai":
             rows += llm_judgments(run, run.experiment.judge)

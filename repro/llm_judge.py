@@ -250,7 +250,8 @@ def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: 
     judge = replace(judge, answer=answer)
     verdicts = judge_pairs(judge, pairs, endpoint, ledger, say, dry_run=dry_run, reparse=reparse)
     return verdicts, {"model": judge.model, "host": judge.host, "answer": answer, "max_tokens": judge.max_tokens,
-                      "temperature": judge.temperature, "seed": seed, "usd": ledger.spent / PICO}
+                      "temperature": judge.temperature, "seed": seed, "usd": ledger.spent / PICO,
+                      "served": [list(s) for s in served(ledger)]}
 
 
 def judge_shares(rows: Sequence[dict]) -> dict[str, list[float]]:
@@ -271,11 +272,19 @@ def summary(judge: LLMJudge, verdicts: Sequence[Verdict], ledger: Ledger) -> Ite
     says = [letter for v in verdicts for letter in v.orders.values() if letter]
     yield (f"judge {judge.name}: " + ", ".join(f"{counts[k]} {k}" for k in SCORES if counts[k] or k in ("win", "loss"))
            + f"; {says.count('A')} of {len(says)} answers say A; {ledger.spent / PICO:.4f} USD spent")
+    if ledger.failures:
+        why, _ = ledger.failures.most_common(1)[0]
+        yield f"judge {judge.name}: {ledger.failures.total()} attempts failed, most often with: {why}"
     if counts["failed"]:
         why = Counter(v.error for v in verdicts if v.error).most_common(1)[0][0]
         yield f"judge {judge.name}: {counts['failed']} failed ({why}): no score; the same command asks for them again"
     if counts["unparsed"]:
         yield f"judge {judge.name}: {counts['unparsed']} unparsed: no score; their answers are kept in {ledger.path}"
-    served = {(a.get("model"), a.get("system_fingerprint")) for answers in ledger.answers.values() for a in answers}
-    if len(served) > 1:
-        yield f"judge {judge.name}: the server changed while it judged: {', '.join(sorted(map(str, served)))}"
+    if len(found := served(ledger)) > 1:
+        yield f"judge {judge.name}: the server changed while it judged: {', '.join(map(str, found))}"
+
+
+def served(ledger: Ledger) -> list[tuple]:
+    """(model, system fingerprint) as the server named them; more than one means that it changed on the way."""
+    answers = [a for each in ledger.answers.values() for a in each]
+    return sorted({(a.get("model"), a.get("system_fingerprint")) for a in answers}, key=str)

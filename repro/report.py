@@ -38,14 +38,20 @@ def _named(judge: str) -> str:
 
 # ---- figure
 
-def draw_win_rate(metrics: list[dict], judge: str, title: str):
-    """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
+def _pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "repro"})
+    return plt
+
+
+def draw_win_rate(metrics: list[dict], judge: str, title: str):
+    """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
+    figure, axis = _pyplot().subplots(figsize=(5.6, 4.2), layout="constrained")
     rows = select(metrics, metric="win_rate", judge=judge, ties="half", length="raw")
     for k, subset in enumerate(dict.fromkeys(r["subset"] for r in rows)):
         for seed in sorted({r["seed"] for r in rows}):
@@ -54,8 +60,8 @@ def draw_win_rate(metrics: list[dict], judge: str, title: str):
             axis.errorbar([i + 0.04 * k for i in x], y, e, color=COLOURS[k % 4], marker=MARKERS[k % 4], ms=4, capsize=2,
                           label=f"{subset} queries, n {select(rows, subset=subset, seed=seed)[0]['n']}, seed {seed}")
     axis.axhline(50, color="0.4", ls=":", lw=1)
-    axis.set(title=f"Win rate, judge {judge}", xlabel="iteration (0 = initial model)", ylim=(0, 103), xticks=x,
-             ylabel="against the initial model (%), both orders, ties half")
+    axis.set(title=f"Win rate, judge {judge}, both orders", xlabel="iteration (0 = initial model)", ylim=(0, 103), xticks=x,
+             ylabel="against the initial model (%), ties half")
     axis.legend(loc="best", fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.supxlabel("\n".join(textwrap.wrap(standing(judge), 95)), fontsize=7)
@@ -67,13 +73,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
 
     With several seeds each is a thin line, their mean a thick one with the mean of their bars.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "repro"})
+    plt = _pyplot()
     subsets = list(dict.fromkeys(r["subset"] for r in metrics))
     seeds = sorted({r["seed"] for r in metrics})
     iterations = sorted({r["iteration"] for r in metrics})
@@ -122,6 +122,8 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     axes[2].set(title=f"Win rate, {_named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
     axes[3].set(title="Following, all-positive constitution", ylabel="responses that follow the principle (%)",
                 ylim=(0, 103))
+    if judge in language_models(metrics):
+        axes[2].text(0.02, 0.02, "\n".join(textwrap.wrap(standing(judge), 52)), fontsize=6, transform=axes[2].transAxes)
     for axis in axes:
         axis.set_xticks(iterations)
         axis.set_xlabel("iteration (0 = initial model)")

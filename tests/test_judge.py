@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_judge_agreement_and_kappa_by_hand():
     assert record["kappa"]["value"] == pytest.approx((6 / 8 - chance) / (1 - chance))
     assert record["kappa"]["ci95"][0] < record["kappa"]["value"] < record["kappa"]["ci95"][1]
     assert record["agreement_without_flips"] == {"value": 5 / 6, "n": 6, "ci95": record["agreement_without_flips"]["ci95"]}
-    assert record["flip_rate"]["value"] == 2 / 9 and record["parsed"]["value"] == 0.9
+    assert record["flip_rate"]["value"] == 2 / 9 and record["parsed_share"]["value"] == 0.9
     assert record["p_a"]["value"] == pytest.approx((7 * 0.5 + 2 * 1) / 9)
     assert record["length_preference"]["value"] == pytest.approx((4 + 0 + 1) / 9)
     assert record["archived_length_preference"]["value"] == 5 / 8
@@ -238,8 +239,8 @@ def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
                                  work=tmp_path / "work", out=tmp_path / "out", say=said.append)
     assert len(server.requests) == 2 * (40 + 48)
     assert json.loads((tmp_path / "out/org-judge-1.json").read_text()) == record
-    assert {"judge", "agreement", "kappa", "flip_rate", "p_a", "length_preference", "n", "parsed", "attacks", "admitted"} <= record.keys()
-    for key in ("agreement", "kappa", "flip_rate", "p_a", "length_preference", "parsed"):
+    assert {"judge", "agreement", "kappa", "flip_rate", "p_a", "length_preference", "n", "parsed_share", "attacks", "admitted"} <= record.keys()
+    for key in ("agreement", "kappa", "flip_rate", "p_a", "length_preference", "parsed_share"):
         assert record[key]["ci95"][0] <= record[key]["value"] <= record[key]["ci95"][1] and record[key]["n"] >= 15
     assert record["n"] == 40 and record["files"].keys() == {"tldr/m/w/1"}
     assert not record["admitted"] and "kappa's lower bound" in record["reasons"][0]  # verdicts by hash: chance
@@ -336,6 +337,51 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys):
         other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url))
         rows = [r for r in json.loads((other / "metrics.json").read_text()) if r["judge"]]
         assert rows == [r for r in after if r["judge"] == "judge-1"]
+
+
+def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path):
+    """A kill leaves an attempt without outcome in judgments.jsonl; `repro run` then does its own judge stage again, keeps
+    the ledger, and `repro judge` puts the verdicts back without a request."""
+    import shutil
+
+    from repro.records import append_jsonl
+
+    experiment, done = finished
+    folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
+    before = {name: file_sha256(folder / name) for name in ("metrics.json", "constitutions.json")}
+    server, said = JudgeServer(), []
+    with server.serve() as url:
+        rows = judge_run(folder, SPEC, Endpoint(model="judge-1", base_url=url), say=said.append)
+        asked = len(server.requests)
+        append_jsonl(folder / "judgments.jsonl", [{"record": "attempt", "judge": "judge-1", "key": "x", "attempt": 1, "reserved_usd": 0.0}])
+        run(experiment, tmp_path / "runs", say=said.append)
+        assert {name: file_sha256(folder / name) for name in before} == before
+        assert any("judge judge-1: its judgments are taken out" in line for line in said)
+        again = judge_run(folder, SPEC, Endpoint(model="judge-1", base_url=url), say=said.append)
+    assert again == rows and len(server.requests) == asked > 0
+    assert any("1 requests were in flight at a kill" in line for line in said)
+
+
+def test_judge_key_is_nowhere_after_a_whole_run(finished, tmp_path):
+    """`repro judge` in a process of its own, with faults that echo the key and debug logs on: no eight characters of it in
+    the run's folder (record, ledger, metrics, page) nor in the output."""
+    import shutil
+    import subprocess
+    import sys
+
+    key, (experiment, done) = "sk-canary-h4Xk8PqL2wZ7nB5vT9cR", finished
+    folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
+    server = JudgeServer(lambda k, body: ("500", "error_in_200", "429")[k % 3] if k % 4 == 0 else None)
+    with server.serve() as url:
+        child = subprocess.run([sys.executable, "-m", "repro.cli", "judge", str(folder), "--model", "m", "--base-url", url, "--key-env",
+                                "MY_KEY"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {
+                                    "MY_KEY": key, "OPENAI_LOG": "debug", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert server.fired and "[key]" in (folder / "judgments.jsonl").read_text()
+    texts = [child.stdout, child.stderr, *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file())]
+    assert len(texts) > 15
+    for k in range(len(key) - 7):
+        assert not any(key[k: k + 8] in text for text in texts), k
 
 
 def test_judge_flips_are_half_under_either_tie_rule(finished, tmp_path):
