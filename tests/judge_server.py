@@ -73,8 +73,7 @@ class JudgeServer:
 
     @contextmanager
     def serve(self):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"judge": self}))
-        server.daemon_threads = True
+        server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"judge": self}))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
@@ -83,6 +82,13 @@ class JudgeServer:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no news."""
 
 
 class Handler(BaseHTTPRequestHandler):
