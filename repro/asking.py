@@ -112,7 +112,7 @@ class Asker:
                 self._stop(f"{failure}; the server asks to wait {failure.wait:.0f} s: come back at {at}")
                 return
             if not failure.again or failures >= self.endpoint.attempts:
-                self._row += failure.again
+                self._row += 1
                 if self._row >= IN_A_ROW:
                     self._stop(f"{IN_A_ROW} requests in a row failed, the last with: {failure}")
                 return

@@ -80,6 +80,12 @@ class LLMJudge:
             request |= {"logprobs": True, "top_logprobs": TOP}
         return Call(key=digest([self.name, self.host, self.model, request]), request=request, about=about)
 
+    def all_calls(self, pairs: Iterable[Pair]) -> list[Call]:
+        return [call for pair in pairs for call in self.calls(pair).values()]
+
+    def usable(self, answer: dict) -> bool:
+        return self.verdict(answer) is not None
+
     def verdict(self, answer: dict) -> str | None:
         """"A", "B", or None where the server's answer holds no verdict. Total: no answer raises."""
         choice = answer["choices"][0]
@@ -143,7 +149,7 @@ def choose_answer(endpoint: Endpoint, judge: LLMJudge, answer: str, ledger: Ledg
     messages = [{"role": "system", "content": prompts.JUDGE_SYSTEM},
                 {"role": "user", "content": f"Neither response is shown yet. {prompts.JUDGE_ASKS[form]}"}]
     call = probe._call(messages, 0, {"item": "which form of answer", "order": None})
-    asker = Asker(endpoint, ledger, usable=lambda _: True)
+    asker = Asker(endpoint, ledger)
     asker.run([call], label=f"{name}: {form}?")
     answers, error = ledger.answers.get(call.key), ledger.errors.get(call.key, "")
     refused = asker.stopped is None and re.match(r"HTTP 4", error) and not error.startswith("HTTP 429")
@@ -205,51 +211,41 @@ def estimate(endpoint: Endpoint, judge: LLMJudge, calls: Sequence[Call]) -> str:
             f"{source}); at most {endpoint.max_usd:g} USD")
 
 
-def judge_pairs(judge: LLMJudge, pairs: Sequence[Pair], endpoint: Endpoint, ledger: Ledger, say: Callable[[str], None], *,
-                dry_run: bool = False, reparse: bool = False) -> list[Verdict]:
-    """Ask what the ledger lacks and return each pair's verdict. `dry_run` prints the estimate and asks nothing;
-    `reparse` reads the stored answers again and asks nothing.
+def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: Path, say: Callable[[str], None], *,
+              seed: int = 0, dry_run: bool = False, reparse: bool = False) -> tuple[list[Verdict], dict]:
+    """The verdicts of `pairs` by the judge of `spec`, with its ledger in `path`; and what the judge is, for a record.
 
-    Raises UserError where the run stopped early (key refused, budget used up, server down): the ledger keeps all.
+    Says the estimate, then asks what the ledger lacks. `dry_run` asks nothing; `reparse` reads the stored answers again
+    and asks nothing. Raises UserError where the run stopped early (key refused, budget used up, server down): the
+    ledger keeps all.
     """
-    asker = Asker(endpoint, ledger, usable=lambda answer: judge.verdict(answer) is not None)
-    calls = asker.missing(call for pair in pairs for call in judge.calls(pair).values())
+    ledger = Ledger(path, {"judge": spec.label})
+    judge = LLMJudge(name=spec.label, host=endpoint.host, model=endpoint.model, answer=spec.answer, seed=seed,
+                     max_tokens=spec.max_tokens, temperature=spec.temperature,
+                     tokens_field="max_completion_tokens" if endpoint.url == HOSTED else "max_tokens")
+    if spec.answer == "auto":  # for now the form of the stored answers, else a schema
+        forms = [replace(judge, answer=form) for form in ("schema", "text")]
+        judge = max(forms, key=lambda j: sum(c.key in ledger.answers for c in j.all_calls(pairs)))
     if not reparse:
-        say(estimate(endpoint, judge, calls))
+        say(estimate(endpoint, judge, Asker(endpoint, ledger, judge.usable).missing(judge.all_calls(pairs))))
         if ledger.open:
             say(f"judge {judge.name}: {ledger.open} requests were in flight at a kill: counted at the most they can have "
                 "cost, and possibly paid twice")
+    stopped = None
     if not (dry_run or reparse):
-        asker.run(calls, label=judge.name)
+        judge = replace(judge, answer=choose_answer(endpoint, judge, spec.answer, ledger))
+        asker = Asker(endpoint, ledger, judge.usable)
+        asker.run(judge.all_calls(pairs), label=judge.name)
+        stopped = asker.stopped
     verdicts = [read_verdict(judge, pair, ledger) for pair in pairs]
-    if asker.stopped:
-        have = sum(v.outcome not in ("failed", "unparsed") for v in verdicts)
-        raise UserError(f"judge {judge.name}: {asker.stopped}. {have} of {len(pairs)} verdicts are kept in {ledger.path}; "
-                        "run the same command to go on")
+    if stopped:
+        have = sum(v.score is not None for v in verdicts)
+        raise UserError(f"judge {judge.name}: {stopped}. {have} of {len(pairs)} verdicts are kept in {path}; run the same "
+                        "command to go on")
     if not dry_run:
         for line in summary(judge, verdicts, ledger):
             say(line)
-    return verdicts
-
-
-def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: Path, say: Callable[[str], None], *,
-              seed: int = 0, dry_run: bool = False, reparse: bool = False) -> tuple[list[Verdict], dict]:
-    """The verdicts of `pairs` by the judge of `spec`, with its ledger in `path`; and what the judge is, for the record
-    of a run. Without a call (`dry_run`, `reparse`) "auto" is the form that the ledger's answers have, else a schema."""
-    ledger = Ledger(path, {"judge": spec.label})
-    tokens_field = "max_completion_tokens" if endpoint.url == HOSTED else "max_tokens"
-    judge = LLMJudge(name=spec.label, host=endpoint.host, model=endpoint.model, answer="schema", seed=seed,
-                     max_tokens=spec.max_tokens, temperature=spec.temperature, tokens_field=tokens_field)
-    if not (dry_run or reparse):
-        answer = choose_answer(endpoint, judge, spec.answer, ledger)
-    elif spec.answer == "auto":
-        judges = [replace(judge, answer=form) for form in ("schema", "text")]
-        answer = max(judges, key=lambda j: sum(c.key in ledger.answers for p in pairs for c in j.calls(p).values())).answer
-    else:
-        answer = spec.answer
-    judge = replace(judge, answer=answer)
-    verdicts = judge_pairs(judge, pairs, endpoint, ledger, say, dry_run=dry_run, reparse=reparse)
-    return verdicts, {"model": judge.model, "host": judge.host, "answer": answer, "max_tokens": judge.max_tokens,
+    return verdicts, {"model": judge.model, "host": judge.host, "answer": judge.answer, "max_tokens": judge.max_tokens,
                       "temperature": judge.temperature, "seed": seed, "usd": ledger.spent / PICO,
                       "served": [list(s) for s in served(ledger)]}
 

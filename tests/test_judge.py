@@ -334,7 +334,11 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys):
         assert sum("done before, skipped" in line for line in said) == 7, said
 
         own = dataclasses.replace(experiment, judge=SPEC, name="own")
-        other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url))
+        with pytest.raises(UserError, match="the budget is used up"):
+            run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0), max_usd=0))
+        said.clear()
+        other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0)))
+        assert sum("done before, skipped" in line for line in said) == 4  # a raised budget trains nothing again
         rows = [r for r in json.loads((other / "metrics.json").read_text()) if r["judge"]]
         assert rows == [r for r in after if r["judge"] == "judge-1"]
 

@@ -166,8 +166,10 @@ def test_judge_finds_out_what_the_server_offers(offers, form, undisturbed, tmp_p
     server, said = JudgeServer(offers=offers), []
     for _ in range(2):
         with server.serve() as url:
-            verdicts, facts = ask_judge(replace(SPEC, answer="auto"), pairs, endpoint(url), tmp_path / "l.jsonl", said.append)
+            verdicts, facts = ask_judge(replace(SPEC, answer="auto"), pairs, endpoint(url), tmp_path / "l.jsonl",
+                                        lambda line: said.append((line, len(server.requests))))
         assert facts["answer"] == form and [v.outcome for v in verdicts] == [v["outcome"] for v in expected]
+    assert "10 requests to make, about" in said[0][0] and said[0][1] == 0  # the estimate comes before any request
     assert sum("Neither response is shown" in r[0] for r in server.requests) == 1
     kinds = {body.get("response_format", {}).get("type") for body in server.bodies[1:]}
     assert kinds == ({"json_schema"} if form == "schema" else {None})
@@ -203,7 +205,7 @@ def test_judge_a_against_b_and_b_against_a_add_up_to_one_hundred(tmp_path):
 def test_judge_estimate_is_within_a_fifth_of_the_bill(tmp_path):
     pairs = made_pairs(24)
     for answer in ("text", "schema", "logprobs"):
-        server = JudgeServer(lambda k, body: ("429", "500", None, None, None, None)[k % 6], unparsed=10**9)
+        server = JudgeServer(lambda k, body: {3: "429", 9: "500"}.get(k % 16), unparsed=10**9)
         _, said = judged(server, pairs, tmp_path / f"{answer}.jsonl", spec=replace(SPEC, answer=answer), attempts=9)
         estimate = float(re.search(r"48 requests to make, about ([\d.]+) USD", said[0])[1])
         assert estimate == pytest.approx(server.billed / PICO, rel=0.2), answer
