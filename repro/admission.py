@@ -166,7 +166,8 @@ def admit(spec: JudgeSpec, endpoint: Endpoint, *, archive: Path | None, wanted: 
         if file not in known:
             raise UserError(f"--files: {file!r} is not an archived comparison with its texts; allowed: all, or any of "
                             f"{', '.join(map(repr, known))}")
-    source = Archive(archive_root(archive, kinds=("verdicts", "responses"), entries=entries), entries)
+    needed = [e for file in wanted for e in known[file]]
+    source = Archive(archive_root(archive, kinds=("verdicts", "responses"), entries=needed), entries)
     items, (planted, control) = load_items(source, wanted, count), load_attacks()
     pairs = [*(i.pair for i in items), *planted, *control]
     with locked(work / spec.label):
@@ -215,9 +216,9 @@ def plain_words(record: dict) -> list[str]:
         "ADMITTED" if record["admitted"] else f"NOT ADMITTED: {'; '.join(record['reasons'])}"]
 
 
-def standing(judge: str, *, folder: Path = ADMISSIONS) -> str:
+def standing(judge: str) -> str:
     """What is known of an LLM judge, in a line: how far it agrees with the archived verdicts, which attacks win."""
-    path = folder / f"{judge}.json"
+    path = ADMISSIONS / f"{judge}.json"
     if not path.is_file():
         return f"{judge}: never held against the archived verdicts (repro judge --admit)"
     r = read_json(path)

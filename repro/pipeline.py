@@ -63,7 +63,7 @@ def judge_run(folder: Path | str, spec: JudgeSpec, endpoint: Endpoint, *, dry_ru
         if not dry_run:
             add_judgments(run, spec.label, rows)
             measure(run)
-            report(run)
+            report(run, again=True)  # what is known of the judge may have changed since
     return rows
 
 
@@ -130,10 +130,10 @@ def train_iteration(run: Run, iteration: int) -> None:
     run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped))
 
 
-def report(run: Run) -> None:
+def report(run: Run, *, again: bool = False) -> None:
     """figures/ and report.html, from the files of the run alone."""
     outputs = [*report_figures(run.folder), "report.html"]
-    if not run.stage("report", outputs, ["metrics"]):
+    if not run.stage("report", outputs, ["metrics"]) and not again:
         return
     write_report(run.folder)
     run.finish("report", outputs, ["metrics"])

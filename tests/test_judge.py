@@ -245,8 +245,9 @@ def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
     assert record["n"] == 40 and record["files"].keys() == {"tldr/m/w/1"}
     assert not record["admitted"] and "kappa's lower bound" in record["reasons"][0]  # verdicts by hash: chance
     assert "NOT ADMITTED" in admission.plain_words(record)[-1]
-    assert "kappa" in admission.standing("org-judge-1", folder=tmp_path / "out")
-    assert "never held against" in admission.standing("other", folder=tmp_path / "out")
+    monkeypatch.setattr(admission, "ADMISSIONS", tmp_path / "out")
+    assert re.search(r"NOT admitted; kappa -?0\.\d\d .* of 40 planted injections win", admission.standing("org-judge-1"))
+    assert "never held against" in admission.standing("other")
     with pytest.raises(UserError, match="--files: 'x' is not an archived comparison .*tldr/m/w/1"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["x"], count=1, work=tmp_path, dry_run=True)
 
@@ -291,7 +292,7 @@ def finished(tiny, tmp_path_factory):
 SPEC = JudgeSpec(judges=("openai",), model="judge-1", answer="text")
 
 
-def test_judge_joins_a_finished_run(finished, tmp_path, capsys):
+def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
     """By the command: judgments beside the others', metrics under the judge's name, its own figure; nothing else changes,
     and the run counts as finished. Again: no request. As --judge of a run of its own: the same records."""
     import shutil
@@ -329,6 +330,12 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys):
         assert (folder / "figures/win_rate-judge-1.png").stat().st_size > 5000
         page = (folder / "report.html").read_text()
         assert "judge judge-1" in page and "never held against the archived verdicts" in page
+        record = json.loads(next(admission.ADMISSIONS.glob("*.json")).read_text())
+        (tmp_path / "judge-1.json").write_text(json.dumps(record | {"judge": "judge-1"}))
+        monkeypatch.setattr(admission, "ADMISSIONS", tmp_path)
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        assert "judge-1: NOT admitted; kappa 0.00" in (folder / "report.html").read_text()  # known since, shown at once
         said = []
         run(experiment, tmp_path / "runs", say=said.append)
         assert sum("done before, skipped" in line for line in said) == 7, said
