@@ -7,6 +7,7 @@ end an answer that drips.
 """
 
 import asyncio
+import contextlib
 import random
 import re
 import time
@@ -73,7 +74,7 @@ class Asker:
     async def _run(self, todo: list[Call], key: str, label: str) -> None:
         from openai import AsyncOpenAI
 
-        self._settled = asyncio.Condition()
+        self._settled, self._end = asyncio.Condition(), asyncio.Event()
         queue = iter(todo)
         async with AsyncOpenAI(api_key=key or "none", base_url=self.endpoint.url, max_retries=0,
                                timeout=self.endpoint.deadline_s) as client:
@@ -121,15 +122,21 @@ class Asker:
             if failure.wait is not None:  # everyone waits: the limit is the account's, not this request's
                 wait = max(0.0, failure.wait)
                 self._not_before = max(self._not_before, time.monotonic() + wait)
-            await asyncio.sleep(wait)
+            await self._pause(wait)
 
     def _stop(self, why: str) -> None:
         self.stopped = self.stopped or why
+        self._end.set()
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not past the end of the run."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._end.wait(), seconds)
 
     async def _reserve(self, most: int) -> bool:
         """Wait until the budget holds the most that this attempt can cost; False once it never will."""
         while (wait := self._not_before - time.monotonic()) > 0 and not self.stopped:
-            await asyncio.sleep(min(wait, 0.2))
+            await self._pause(wait)
         async with self._settled:
             while not self.stopped and self.ledger.spent + self._reserved + most > self._cap:
                 if not self._in_flight:

@@ -147,6 +147,9 @@ class Handler(BaseHTTPRequestHandler):
     def fault_429_hour(self, body):
         self.error(429, [("Retry-After", "3600")])
 
+    def fault_429_30(self, body):
+        self.error(429, [("Retry-After", "30")])
+
     def fault_quota(self, body):
         self.error(429, code="insufficient_quota")
 

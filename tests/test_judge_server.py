@@ -116,6 +116,15 @@ def test_judge_stops_at_a_fault_that_no_retry_mends(fault, says, undisturbed, tm
     assert not answered & set(mended.requests)  # nothing was asked again
 
 
+def test_judge_does_not_sleep_past_its_end(undisturbed, tmp_path):
+    """One request is told to wait 30 s, another that the key is refused: the run ends now."""
+    server = JudgeServer(lambda k, body: ("429_30", "revoked")[k], latency=0.05)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="the server refused the key"):
+        judged(server, undisturbed[0][:4], tmp_path / "l.jsonl", concurrency=2)
+    assert time.monotonic() - began < 10
+
+
 def test_judge_says_what_failed_and_asks_it_again_at_the_next_run(undisturbed, tmp_path):
     pairs, expected = undisturbed[0][:8], undisturbed[1][:8]
     victim = pairs[2].ours
