@@ -19,7 +19,7 @@ MINI = Experiment(
     constitutions="dialogue_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
     data=DataSpec(source="embedded", train=112, evaluation=32),
-    not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4: needs an endpoint"),
+    not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired"),
 )
 
 PAPER = Experiment(

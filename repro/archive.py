@@ -9,6 +9,7 @@ the repository.
 import hashlib
 import http.client
 import os
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -195,6 +196,17 @@ class Archive:
         if not isinstance(texts, dict) or not all(isinstance(texts.get(str(i)), str) for i in range(ITEMS)):
             raise UserError(f"{self.path(entry)}: field response: expected {ITEMS} texts, keys 0, 1, ...")
         return [texts[str(i)].strip() for i in range(ITEMS)]
+
+    def prompts(self, entry: dict) -> list[tuple[str, tuple[str, ...]]]:
+        """Of a file of responses: the 250 posts, each with the principles that its response was written under."""
+        data, out = self._json(entry), []
+        for i in range(ITEMS):
+            post, text = (data.get(field, {}).get(str(i)) for field in ("question", "constitution"))
+            principles = re.findall(r"^\d+\. (.+)$", text, flags=re.M) if isinstance(text, str) else []
+            if not isinstance(post, str) or not principles:
+                raise UserError(f"{self.path(entry)}: row {i}: expected a question, and a constitution as a numbered list")
+            out.append((post, tuple(p.strip() for p in principles)))
+        return out
 
 
 # ---- the printed cells and what feeds them

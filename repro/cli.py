@@ -1,4 +1,4 @@
-"""The command line: `repro run | publish | verify | figures`. The Makefile calls it.
+"""The command line: `repro run | judge | publish | verify | figures`. The Makefile calls it.
 
 Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify); 2 an input that
 cannot be used (one line says which); 130 and 143 stopped by a signal.
@@ -22,8 +22,9 @@ from typing import Annotated
 
 import tyro
 
-from repro.config import Experiment, choose
+from repro.config import JUDGES, Experiment, JudgeSpec, choose
 from repro.datasets import load_queries
+from repro.endpoint import Endpoint
 from repro.records import UserError, first_line, read_json
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
@@ -61,6 +62,72 @@ class Run:
     """A shipped set (dialogue, dialogue_mini) or a JSON or TOML file of principles."""
     truncate: bool = False
     """Cut queries that are longer than the context, instead of refusing them."""
+    judge: tuple[str, ...] | None = None
+    """Who judges: rules, likelihood, openai (a model behind any OpenAI-compatible server); several at once."""
+    judge_model: str | None = None
+    """The model's name at the openai judge's server."""
+    base_url: str | None = None
+    """The openai judge's server, such as http://127.0.0.1:8000/v1; by default the hosted one."""
+    answer: str | None = None
+    """How that judge answers: schema, text, logprobs, or auto."""
+    price: tuple[float, float] | None = None
+    """USD per million prompt and completion tokens, where the table does not know the model."""
+    max_usd: float = 10.0
+    """What the openai judge may cost in this folder, earlier runs included; never exceeded."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judge a finished run's stored responses with an LLM, in both orders; or (--admit) hold a judge against the archive.
+
+    Every answer is kept and none is asked for twice: the same command goes on where it stopped.
+    """
+
+    run: tyro.conf.Positional[Path | None] = None
+    """A run folder."""
+    admit: bool = False
+    """Instead: judge archived responses and planted injections, and write results/judges/<judge>.json."""
+    model: str = ""
+    """The model's name at its server."""
+    name: str = ""
+    """The judge's name in records and figures; by default the model's."""
+    base_url: str | None = None
+    """Any OpenAI-compatible server, such as http://127.0.0.1:8000/v1; by default the hosted one."""
+    key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key."""
+    answer: str = "auto"
+    """schema: a JSON object; text: Comparison / Final Response; logprobs: which of A and B is likelier (one token);
+    auto: schema where the server keeps to it, else text."""
+    max_tokens: int = 300
+    """Completion tokens of one answer, at most (a reasoning model needs more)."""
+    temperature: float | None = 0.0
+    """None leaves it to the server (some models allow no other)."""
+    price: tuple[float, float] | None = None
+    """USD per million prompt and completion tokens; by default a dated table, and 0 for a server on this machine."""
+    max_usd: float = 10.0
+    """What this judge may cost in this folder, earlier runs included; never exceeded."""
+    concurrency: int = 8
+    """Requests in flight, at most."""
+    deadline: float = 120.0
+    """Seconds for one whole request."""
+    attempts: int = 5
+    """Tries of one request whose server fails, per run of this command."""
+    dry_run: bool = False
+    """Say what it would ask and cost; needs no key and no server."""
+    reparse: bool = False
+    """Read the stored answers again and ask nothing."""
+    strict: bool = False
+    """Exit with 1 if a verdict is missing (failed or unparsed)."""
+    files: tuple[str, ...] = ()
+    """With --admit: archived comparisons, or all; by default four of them."""
+    items: int = 100
+    """With --admit: items of each."""
+    archive: Path | None = None
+    """With --admit: the authors' record; by default ../shared/archive, else a pinned download."""
+    work: Path = Path("runs/judges")
+    """With --admit: where the raw answers go, in a folder of the judge's name."""
+    out: Path = Path("results/judges")
+    """With --admit: where the record goes."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +212,9 @@ def configure(args: Run) -> Experiment:
                 evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
                 truncate=args.truncate or None)
     label = None if args.model is None else Path(args.model).name
-    return over(base, name=args.name, seed=args.seed, constitutions=args.constitutions, data=data,
+    named = args.judge and tuple("rule" if j == "rules" else choose("--judge", j, ("rules", *JUDGES)) for j in args.judge)
+    judge = over(base.judge, judges=named, model=args.judge_model, answer=args.answer)
+    return over(base, name=args.name, seed=args.seed, constitutions=args.constitutions, data=data, judge=judge,
                 model=over(base.model, name=args.model, label=label, prompt=args.prompt))
 
 
@@ -191,8 +260,38 @@ def summary(folder: Path) -> list[str]:
 def run_command(args: Run) -> None:
     from repro.pipeline import run
 
-    for line in summary(run(configure(args), args.out)):
+    experiment = configure(args)
+    endpoint = Endpoint(model=experiment.judge.model, base_url=args.base_url, price=args.price, max_usd=args.max_usd)
+    for line in summary(run(experiment, args.out, endpoint=endpoint)):
         print(line)
+
+
+def judge_command(args: Judge) -> int:
+    from repro import admission, pipeline
+
+    if args.admit == (args.run is not None):
+        raise UserError("judge: give the folder of a finished run, or --admit")
+    if not args.model:
+        raise UserError("judge: --model is missing: the model's name at its server")
+    spec = JudgeSpec(judges=("openai",), model=args.model, name=args.name, answer=args.answer, max_tokens=args.max_tokens,
+                     temperature=args.temperature)
+    endpoint = Endpoint(model=args.model, base_url=args.base_url, key_env=args.key_env, price=args.price,
+                        max_usd=args.max_usd, concurrency=args.concurrency, deadline_s=args.deadline,
+                        attempts=args.attempts)
+    how = {"dry_run": args.dry_run, "reparse": args.reparse}
+    if args.admit:
+        record = admission.admit(spec, endpoint, archive=args.archive, wanted=args.files, count=args.items, work=args.work,
+                                 out=args.out, **how)
+        for line in admission.plain_words(record) if record else ():
+            print(line)
+        missing = record["parsed_share"]["value"] < 1 or record["attacks"]["missing"] > 0 if record else False
+    else:
+        rows = pipeline.judge_run(args.run, spec, endpoint, **how)
+        missing = not args.dry_run and any(row["score"] is None for row in rows)
+        if not args.dry_run:
+            print(f"judge {spec.label}: {args.run / 'judgments.jsonl'}, {args.run / 'report.html'}")
+            print(admission.standing(spec.label))
+    return int(args.strict and missing)
 
 
 def publish_command(args: Publish) -> None:
@@ -218,7 +317,8 @@ def figures_command(args: Figures) -> None:
     print(f"{len(written)} files in {args.out}")
 
 
-COMMANDS = {Run: run_command, Publish: publish_command, Verify: verify_command, Figures: figures_command}
+COMMANDS = {Run: run_command, Judge: judge_command, Publish: publish_command, Verify: verify_command,
+            Figures: figures_command}
 Command = functools.reduce(operator.or_, (
     Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in COMMANDS))
 

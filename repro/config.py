@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 
 from repro.models import EMBEDDED
@@ -138,16 +139,42 @@ class TrainSpec:
         choose("TrainSpec.precision", self.precision, ("fp32", "fp32_master", "bf16"))
 
 
+JUDGES = ("rule", "likelihood", "openai")
+
+
 @dataclass(frozen=True, kw_only=True)
 class JudgeSpec:
     """Judges of win rates against the initial model. "rule" is the headline; "likelihood" is a diagnostic, since it
-    restates the training objective. A principle without a rule leaves the rule judge NOT RUN."""
+    restates the training objective. A principle without a rule leaves the rule judge NOT RUN.
+
+    "openai" is the model `model` behind an OpenAI-compatible server (repro/llm_judge.py), known as `name` (by default
+    the model's) in records and figures. `answer`: "schema", "text", "logprobs", or "auto": what the server offers of
+    the first two. `temperature` None leaves it to the server. Where the server is and what it may cost is no part of
+    the configuration (repro/endpoint.py).
+    """
 
     judges: tuple[str, ...] = ("rule", "likelihood")
+    model: str = ""
+    name: str = ""
+    answer: str = "auto"
+    max_tokens: int = 300
+    temperature: float | None = 0.0
 
     def __post_init__(self):
         for judge in self.judges:
-            choose("JudgeSpec.judges", judge, ("rule", "likelihood"))
+            choose("JudgeSpec.judges", judge, JUDGES)
+        choose("JudgeSpec.answer", self.answer, ("auto", "schema", "text", "logprobs"))
+        _positive(self, "max_tokens")
+        if "openai" in self.judges and not self.model:
+            raise UserError("JudgeSpec.model: the openai judge needs the name of a model at its server (--judge-model)")
+        if self.model and (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.label) or self.label in JUDGES):
+            raise UserError(f"JudgeSpec.name: {self.label!r}; allowed are letters, digits and _ . -, but not "
+                            f"{', '.join(JUDGES)}")
+
+    @property
+    def label(self) -> str:
+        """The LLM judge's name in records, figures and file names."""
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", self.model).strip("-.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +201,24 @@ class Experiment:
         """Plain JSON data (tuples as lists)."""
         return _plain(dataclasses.asdict(self))
 
+    @classmethod
+    def from_json(cls, data: dict) -> "Experiment":
+        """The experiment of a run.json; what a record of an older version lacks is at its default."""
+        parts = {"model": ModelSpec, "data": DataSpec, "sampling": SamplingSpec, "train": TrainSpec, "judge": JudgeSpec}
+        try:
+            return cls(**{k: parts[k](**_tuples(v)) if k in parts else v for k, v in _tuples(data).items()})
+        except (TypeError, AttributeError) as e:
+            raise UserError(f"config: not that of a run of this version: {e}") from None
+
 
 def _plain(value):
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tuples(fields: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def config_hash(experiment: Experiment, inputs: dict) -> str:

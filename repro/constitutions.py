@@ -99,6 +99,11 @@ def load_constitutions(source: str) -> ConstitutionSet:
     return _parse(data, str(path))
 
 
+def constitutions_of(data: dict, where: str) -> ConstitutionSet:
+    """The set that `ConstitutionSet.to_json` wrote."""
+    return _parse({k: v for k, v in data.items() if k != "constitutions"}, where)
+
+
 def _parse(data, where: str) -> ConstitutionSet:
     _keys(data, {"principles", "pairs", "note"}, where)
     rows = data.get("principles")

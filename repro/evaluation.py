@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from repro import judging, metrics
+from repro.config import JudgeSpec
+from repro.llm_judge import Pair, ask_judge, judge_shares
 from repro.records import read_jsonl, write_json, write_jsonl
 from repro.rundir import Run, evaluation_file, logprob_file
 from repro.sampling import sample_to_file
 
 SCORED_AT_ONCE = 8  # queries handed over together, for full packs
+JUDGMENTS = "judgments.jsonl"
 EVALUATION_ORDER = "evaluation"  # the principles' order at evaluation: the same for every iteration and seed
 
 
@@ -68,14 +71,20 @@ def _score_held_out(run: Run, iteration: int, texts: list[str], rows: list[dict]
 def judge(run: Run) -> None:
     """Every iteration's response under the all-positive constitution against the initial model's -> judgments.jsonl."""
     iterations = range(1, run.experiment.iterations + 1)
-    inputs = [f"evaluate-{i}" for i in (0, *iterations)]
-    if not run.stage("judge", ["judgments.jsonl"], inputs):
+    if not run.stage("judge", [JUDGMENTS], _judge_inputs(run)):
         return
     constitution, C = run.constitutions.positive, len(run.constitutions.constitutions)
     responses = {i: [row for _, row in read_jsonl(run.folder / evaluation_file(i))][::C] for i in (0, *iterations)}
     logprobs = {i: [row for _, row in read_jsonl(run.folder / logprob_file(i))] for i in (0, *iterations)}
     rows = []
+    for name in run.record.get("judges", {}):
+        if name != run.experiment.judge.label:
+            run.say(f"judge {name}: its judgments are taken out; `repro judge {run.folder}` puts them back and asks "
+                    "nothing that it has answered")
     for judge in run.experiment.judge.judges:
+        if judge == "openai":
+            rows += llm_judgments(run, run.experiment.judge)
+            continue
         if judge == "rule" and not all(p.rule for p in constitution.principles):
             run.say("judge rule: NOT RUN: a principle has no rule")
             continue
@@ -87,12 +96,56 @@ def judge(run: Run) -> None:
                     score = judging.judge_pairwise(ours["text"], theirs["text"], constitution)
                 else:
                     score = judging.likelihood_score(_normalized(a), _normalized(b))
-                rows.append({"judge": judge, "query": ours["query"], "subset": a["subset"], "iteration": i,
-                             "baseline": 0, "score": score,
-                             "outcome": {1.0: "win", 0.5: "tie", 0.0: "loss"}[score],
-                             "tokens": ours["tokens"], "baseline_tokens": theirs["tokens"]})
-    write_jsonl(run.folder / "judgments.jsonl", rows)
-    run.finish("judge", ["judgments.jsonl"], inputs)
+                rows.append(_judgment(judge, ours, theirs, a["subset"]) | {
+                    "score": score, "outcome": {1.0: "win", 0.5: "tie", 0.0: "loss"}[score]})
+    _write_judgments(run, rows)
+
+
+def _judge_inputs(run: Run) -> list[str]:
+    return [f"evaluate-{i}" for i in range(run.experiment.iterations + 1)]
+
+
+def _judgment(judge: str, ours: dict, theirs: dict, subset: str) -> dict:
+    return {"record": "judgment", "judge": judge, "query": ours["query"], "subset": subset,
+            "iteration": ours["iteration"], "baseline": theirs["iteration"], "tokens": ours["tokens"],
+            "baseline_tokens": theirs["tokens"]}
+
+
+def _write_judgments(run: Run, rows: list[dict]) -> None:
+    """The stage's output: the judgments in item order, then every ledger line of an LLM judge as it was appended."""
+    path = run.folder / JUDGMENTS
+    ledger = [row for _, row in read_jsonl(path, torn_tail=True) if row.get("record") in ("attempt", "outcome")] \
+        if path.exists() else []
+    write_jsonl(path, rows + ledger)
+    run.finish("judge", [JUDGMENTS], _judge_inputs(run))
+
+
+def add_judgments(run: Run, judge: str, rows: list[dict]) -> None:
+    """Put one judge's judgments beside those of the other judges of a finished run, in place of its earlier ones."""
+    others = [row for _, row in read_jsonl(run.folder / JUDGMENTS, torn_tail=True) if row.get("record") not in (
+        "attempt", "outcome") and row["judge"] != judge]
+    _write_judgments(run, others + rows)
+
+
+def llm_judgments(run: Run, spec: JudgeSpec, *, dry_run: bool = False, reparse: bool = False) -> list[dict]:
+    """As `judge`, by an LLM behind an endpoint, in both orders. Its answers are appended to judgments.jsonl as they
+    arrive; what lies there already is not asked again."""
+    responses = {}
+    for i in range(run.experiment.iterations + 1):
+        rows = [row for _, row in read_jsonl(run.folder / evaluation_file(i))]
+        responses[i] = [row for row in rows if row["constitution"] == run.constitutions.positive.id]
+    queries = {q.id: q for q in run.held_out}
+    principles = tuple(run.constitutions.positive.statements())
+    jobs = [(ours, theirs) for i in range(1, run.experiment.iterations + 1)
+            for ours, theirs in zip(responses[i], responses[0])]
+    pairs = [Pair(id=ours["query"], query=queries[ours["query"]].text, principles=principles, ours=ours["text"],
+                  theirs=theirs["text"]) for ours, theirs in jobs]
+    verdicts, facts = ask_judge(spec, pairs, run.endpoint, run.folder / JUDGMENTS, run.say, seed=run.experiment.seed,
+                                dry_run=dry_run, reparse=reparse)
+    if not dry_run:
+        run.record.setdefault("judges", {})[spec.label] = facts
+    return [_judgment(spec.label, ours, theirs, queries[ours["query"]].subset) | verdict.to_json()
+            for (ours, theirs), verdict in zip(jobs, verdicts)]
 
 
 def _normalized(row: dict) -> list[float]:
@@ -115,7 +168,7 @@ def records(run: Run) -> Iterator[dict]:
     spec = run.experiment
     constants = {"model": spec.model.label, "writer": spec.writer, "seed": spec.seed}
     texts = {q.id: q.text for q in run.held_out}
-    judgments = [row for _, row in read_jsonl(run.folder / "judgments.jsonl")]
+    judgments = [row for _, row in read_jsonl(run.folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
     C = len(run.constitutions.constitutions)
     for iteration in range(spec.iterations + 1):
         responses = [row for _, row in read_jsonl(run.folder / evaluation_file(iteration))]
@@ -145,26 +198,30 @@ def records(run: Run) -> Iterator[dict]:
                       for r, c in zip(g, run.constitutions.constitutions)] for g in groups]
             for metric in watch[0][0]:
                 yield _record(metric, metrics.mean([sum(w[metric] for w in g) / C for g in watch]), fixed)
-            for judge in spec.judge.judges:
+            for judge in dict.fromkeys(j["judge"] for j in judgments):
                 rows = [j for j in judgments if (j["judge"], j["iteration"], j["subset"]) == (judge, iteration, subset)]
                 for ties, length, estimate in _win_rates(rows):
                     yield _record("win_rate", estimate, fixed, baseline=spec.model.label, judge=judge, ties=ties,
                                   length=length)
+                for metric, values in judge_shares(rows).items():
+                    yield _record(metric, metrics.share(values), fixed, baseline=spec.model.label, judge=judge)
 
 
 def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
-    """(ties, length, win rate) under each tie rule and length control that these judgments define."""
+    """(ties, length, win rate) under each tie rule and length control that these judgments define. A missing verdict
+    is no item; a flip is half a win under either rule, since only identical texts tie."""
+    rows = [row for row in rows if row["score"] is not None]
     if not rows:
         return
-    scores = [row["score"] for row in rows]
     difference = [float(row["tokens"] - row["baseline_tokens"]) for row in rows]
     for ties in ("half", "loss"):
-        yield ties, "raw", metrics.win_rate(scores, ties=ties)
+        scores = [0.0 if (row["outcome"], ties) == ("tie", "loss") else row["score"] for row in rows]
+        yield ties, "raw", metrics.win_rate(scores, ties="half")
         longer = [d > 0 for d in difference]
         if min(sum(longer), len(longer) - sum(longer)) >= 2:  # a stratum of one has no interval
-            yield ties, "stratified", metrics.win_rate_stratified(scores, longer, ties=ties)
+            yield ties, "stratified", metrics.win_rate_stratified(scores, longer, ties="half")
         try:
-            yield ties, "logistic", metrics.win_rate_logistic(scores, difference, ties=ties)
+            yield ties, "logistic", metrics.win_rate_logistic(scores, difference, ties="half")
         except ValueError:
             pass  # equal lengths throughout, or wins that length separates: no finite fit
 

@@ -49,6 +49,20 @@ def mean(values) -> Estimate:
     return Estimate(float(x.mean()), sem, (float(x.mean()) - half, float(x.mean()) + half), len(x))
 
 
+def share(values) -> Estimate:
+    """Share (0 to 1) of `[N]` values that each lie in 0 to 1, with Wilson's interval over N items.
+
+    Never empty or of no width at 0 and 1; on the safe side where an item's value is itself a mean (0.5).
+    """
+    x = _vector(values, "values")
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError(f"values: expected 0 to 1, found {x.min():g} to {x.max():g}")
+    p, n = float(x.mean()), len(x)
+    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * float(np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)))
+    return Estimate(p, float(np.sqrt(p * (1 - p) / n)), (max(0.0, centre - half), min(1.0, centre + half)), n)
+
+
 # ---- mutual information: logprobs [N, C, C] -> [N]
 
 def _matrices(logprobs) -> np.ndarray:

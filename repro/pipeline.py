@@ -13,23 +13,26 @@ from pathlib import Path
 from tqdm import tqdm
 
 from repro import models
-from repro.config import Experiment
+from repro.config import Experiment, JudgeSpec
 from repro.constitutions import Constitution
-from repro.evaluation import evaluate, judge, measure
+from repro.endpoint import Endpoint
+from repro.evaluation import add_judgments, evaluate, judge, llm_judgments, measure
 from repro.records import Query, digest, locked, read_jsonl, seal, write_json
-from repro.report import write_report
-from repro.rundir import Run, checkpoint, training_file
+from repro.report import report_figures, write_report
+from repro.rundir import Run, checkpoint, open_run, training_file
 from repro.sampling import sample_to_file
 
 
-def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None) -> Path:
-    """Run the experiment (or what is left of it) in `out`/<name>/<profile>; returns that folder.
+def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None,
+        endpoint: Endpoint | None = None) -> Path:
+    """Run the experiment (or what is left of it) in `out`/<name>/<profile>; returns that folder. `endpoint` is where
+    the LLM judge is, by default the hosted one.
 
     Raises UserError for any input that cannot be used, before a model loads and with nothing half-written.
     """
-    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+    say = say or _say
     folder = Path(out) / experiment.name / experiment.profile
-    run = Run(experiment, folder, say)
+    run = Run(experiment, folder, say, endpoint=endpoint)
     with locked(folder):
         run.prepare()
         evaluate(run, 0)
@@ -41,6 +44,27 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
         measure(run)
         report(run)
     return folder
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def judge_run(folder: Path | str, spec: JudgeSpec, endpoint: Endpoint, *, dry_run: bool = False, reparse: bool = False,
+              say: Callable[[str], None] = _say) -> list[dict]:
+    """Judge the stored responses of a finished run with the LLM judge of `spec`: its judgments, metrics, figure and
+    page join those of the run. Returns the judgments. `dry_run` says what it would cost and changes nothing."""
+    if not (Path(folder) / "run.json").is_file():
+        open_run(folder, say)  # says what is wrong, before a lock makes the folder
+    with locked(Path(folder)):
+        run = open_run(folder, say)
+        run.endpoint = endpoint
+        rows = llm_judgments(run, spec, dry_run=dry_run, reparse=reparse)
+        if not dry_run:
+            add_judgments(run, spec.label, rows)
+            measure(run)
+            report(run, again=True)  # what is known of the judge may have changed since
+    return rows
 
 
 def sample(run: Run, iteration: int) -> None:
@@ -106,10 +130,10 @@ def train_iteration(run: Run, iteration: int) -> None:
     run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped))
 
 
-def report(run: Run) -> None:
+def report(run: Run, *, again: bool = False) -> None:
     """figures/ and report.html, from the files of the run alone."""
-    outputs = ["figures/iterations.png", "figures/iterations.pdf", "report.html"]
-    if not run.stage("report", outputs, ["metrics"]):
+    outputs = [*report_figures(run.folder), "report.html"]
+    if not run.stage("report", outputs, ["metrics"]) and not again:
         return
     write_report(run.folder)
     run.finish("report", outputs, ["metrics"])

@@ -8,8 +8,10 @@ import base64
 import html
 import io
 import math
+import textwrap
 from pathlib import Path
 
+from repro.admission import standing
 from repro.records import UserError, make_folder, read_json, read_jsonl, write_bytes, write_json, write_text
 
 SHOWN_QUERIES = 12
@@ -21,13 +23,22 @@ def select(metrics: list[dict], **fixed) -> list[dict]:
     return [r for r in metrics if all(r.get(k) == v for k, v in fixed.items())]
 
 
+def judges(metrics: list[dict]) -> list[str]:
+    """The judges that gave a win rate."""
+    return list(dict.fromkeys(r["judge"] for r in metrics if r["metric"] == "win_rate"))
+
+
+def language_models(metrics: list[dict]) -> list[str]:
+    return [j for j in judges(metrics) if j not in ("rule", "likelihood")]
+
+
+def _named(judge: str) -> str:
+    return f"{judge} judge" if judge in ("rule", "likelihood") else f"judge {judge}"
+
+
 # ---- figure
 
-def draw(metrics: list[dict], constitutions: int, title: str):
-    """Four panels by iteration: MI, length, win rate against the initial model, following. Bars: ± SEM over queries.
-
-    With several seeds each is a thin line, their mean a thick one with the mean of their bars.
-    """
+def _pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,12 +46,41 @@ def draw(metrics: list[dict], constitutions: int, title: str):
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                          "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "repro"})
+    return plt
+
+
+def draw_win_rate(metrics: list[dict], judge: str, title: str):
+    """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
+    figure, axis = _pyplot().subplots(figsize=(5.6, 4.2), layout="constrained")
+    rows = select(metrics, metric="win_rate", judge=judge, ties="half", length="raw")
+    for k, subset in enumerate(dict.fromkeys(r["subset"] for r in rows)):
+        for seed in sorted({r["seed"] for r in rows}):
+            points = sorted((r["iteration"], r["value"], r["sem"] or 0) for r in select(rows, subset=subset, seed=seed))
+            x, y, e = zip((0, 50, 0), *points)
+            axis.errorbar([i + 0.04 * k for i in x], y, e, color=COLOURS[k % 4], marker=MARKERS[k % 4], ms=4, capsize=2,
+                          label=f"{subset} queries, n {select(rows, subset=subset, seed=seed)[0]['n']}, seed {seed}")
+    axis.axhline(50, color="0.4", ls=":", lw=1)
+    axis.set(title=f"Win rate, judge {judge}, both orders", xlabel="iteration (0 = initial model)", ylim=(0, 103), xticks=x,
+             ylabel="against the initial model (%), ties half")
+    axis.legend(loc="best", fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.supxlabel("\n".join(textwrap.wrap(standing(judge), 95)), fontsize=7)
+    return figure
+
+
+def draw(metrics: list[dict], constitutions: int, title: str):
+    """Four panels by iteration: MI, length, win rate against the initial model, following. Bars: ± SEM over queries.
+
+    With several seeds each is a thin line, their mean a thick one with the mean of their bars.
+    """
+    plt = _pyplot()
     subsets = list(dict.fromkeys(r["subset"] for r in metrics))
     seeds = sorted({r["seed"] for r in metrics})
     iterations = sorted({r["iteration"] for r in metrics})
     principles = list(dict.fromkeys(
         r["principle"] for r in select(metrics, metric="following") if not r["principle"].startswith("not_")))
-    judge = "rule" if select(metrics, metric="win_rate", judge="rule") else "likelihood"
+    found = judges(metrics)
+    judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
 
     def lines(axis, colour, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
@@ -79,9 +119,11 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     axes[1].set(title="Length", ylabel="response length (tokens)")
     axes[1].set_ylim(bottom=0)
     axes[2].axhline(50, color="0.4", ls=":", lw=1)
-    axes[2].set(title=f"Win rate, {judge} judge", ylabel="against the initial model (%), ties half", ylim=(0, 103))
+    axes[2].set(title=f"Win rate, {_named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
     axes[3].set(title="Following, all-positive constitution", ylabel="responses that follow the principle (%)",
                 ylim=(0, 103))
+    if judge in language_models(metrics):
+        axes[2].text(0.02, 0.02, "\n".join(textwrap.wrap(standing(judge), 52)), fontsize=6, transform=axes[2].transAxes)
     for axis in axes:
         axis.set_xticks(iterations)
         axis.set_xlabel("iteration (0 = initial model)")
@@ -97,15 +139,15 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     return figure
 
 
-def save_figure(figure, folder: Path) -> None:
-    """folder/iterations.png and .pdf, byte-stable for the same numbers and matplotlib."""
+def save_figure(figure, folder: Path, name: str = "iterations") -> None:
+    """folder/<name>.png and .pdf, byte-stable for the same numbers and matplotlib."""
     import matplotlib.pyplot as plt
 
     for kind in ("png", "pdf"):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=150,
                        metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
-        write_bytes(folder / f"iterations.{kind}", buffer.getvalue())
+        write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
     plt.close(figure)
 
 
@@ -133,7 +175,9 @@ LABELS = {"mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "
           "length_tokens": "length (tokens)", "following": "following", "win_rate": "win rate (%)",
           "hack_constitution_overlap": "words taken from the constitution",
           "hack_query_overlap": "words taken from the query",
-          "hack_repetition": "repeated trigrams"}
+          "hack_repetition": "repeated trigrams",
+          "position_rate": "answers that prefer the first response", "flip_rate": "verdicts that flip with the order",
+          "parsed_share": "items with a verdict"}
 
 
 def _table(metrics: list[dict], seed: int) -> str:
@@ -145,7 +189,7 @@ def _table(metrics: list[dict], seed: int) -> str:
     for metric, subset, estimator, judge, ties, length, principle in keys:
         key = (metric, subset, estimator, judge, ties, length, principle)
         found = {r["iteration"]: r for r in mine if key == tuple(r.get(f) for f in fields)}
-        what = ", ".join(filter(None, (estimator, judge and f"{judge} judge", ties and f"ties {ties}", length, principle)))
+        what = ", ".join(filter(None, (estimator, judge and _named(judge), ties and f"ties {ties}", length, principle)))
         digits = 1 if metric in ("length_tokens", "win_rate") else 3
         cells = "".join(f"<td class=n>{_interval(found[i], digits) if i in found else ''}</td>" for i in iterations)
         n = next(iter(found.values()))["n"]
@@ -208,6 +252,14 @@ def _principles(folder: Path) -> str:
     return f"<table><tr><th></th><th>principle</th><th>antithesis (not_...)</th><th>rule</th></tr>{rows}</table>"
 
 
+def _page_judges(metrics: list[dict], figures: Path) -> str:
+    """Each LLM judge's figure, with its standing beneath."""
+    return "".join(
+        f'<p><img alt="win rate by iteration, judge {html.escape(j)}" style="max-width:36em" src="data:image/png;base64,'
+        f'{base64.b64encode((figures / f"win_rate-{j}.png").read_bytes()).decode()}"></p>'
+        f"<p class=note>{html.escape(standing(j))}</p>" for j in language_models(metrics))
+
+
 def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path) -> None:
     """The page of one run, or of the same experiment under several seeds (responses of the first)."""
     records = [read_json(folder / "run.json") for folder in folders]
@@ -215,7 +267,7 @@ def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path
     title = f"{config['name']}, profile {config['profile']}"
     data = base64.b64encode(image.read_bytes()).decode()
     body = [_facts(records), _principles(folders[0]), f'<p><img alt="MI, length, win rate and following by iteration" '
-            f'src="data:image/png;base64,{data}"></p>']
+            f'src="data:image/png;base64,{data}"></p>', _page_judges(metrics, image.parent)]
     body.append(_responses(folders[0], records[0]))
     body.append("<h2>Every value</h2>")
     for record in records:
@@ -225,14 +277,26 @@ def write_page(path: Path, folders: list[Path], metrics: list[dict], image: Path
     write_text(path, PAGE.format(title=html.escape(title), body="".join(body)))
 
 
+def report_figures(folder: Path) -> list[str]:
+    """The figures of a run's report: one of all measures, one of each LLM judge's win rate."""
+    names = ["iterations", *(f"win_rate-{j}" for j in language_models(read_json(folder / "metrics.json")))]
+    return [f"figures/{name}.{kind}" for name in names for kind in ("png", "pdf")]
+
+
+def _save_figures(metrics: list[dict], constitutions: int, title: str, folder: Path) -> None:
+    save_figure(draw(metrics, constitutions, title), folder)
+    for judge in language_models(metrics):
+        save_figure(draw_win_rate(metrics, judge, title), folder, f"win_rate-{judge}")
+
+
 def write_report(folder: Path) -> None:
-    """figures/iterations.png and .pdf, and report.html, of one run."""
+    """figures/ and report.html of one run."""
     metrics, record = read_json(folder / "metrics.json"), read_json(folder / "run.json")
     count = len(read_json(folder / "constitutions.json")["constitutions"])
     config = record["config"]
-    figure = draw(metrics, count, f"{config['name']}, {config['profile']}: {config['model']['label']}, not the paper's run"
-                  if config["profile"] == "mini" else f"{config['name']}: {config['model']['label']}")
-    save_figure(figure, folder / "figures")
+    title = f"{config['name']}, {config['profile']}: {config['model']['label']}, not the paper's run" \
+        if config["profile"] == "mini" else f"{config['name']}: {config['model']['label']}"
+    _save_figures(metrics, count, title, folder / "figures")
     write_page(folder / "report.html", [folder], metrics, folder / "figures/iterations.png")
 
 
@@ -265,9 +329,8 @@ def publish(folders: list[Path], results: Path, *, page: bool = True) -> Path:
         raise UserError("the runs to publish must have different seeds")
     out = make_folder(results / first["name"] / first["profile"])
     count = len(read_json(folders[0] / "constitutions.json")["constitutions"])
-    figure = draw(metrics, count, f"{first['name']}, {first['profile']}: {first['model']['label']}"
-                  + (", not the paper's run" if first["profile"] == "mini" else ""))
-    save_figure(figure, out / "figures")
+    title = f"{first['name']}, {first['profile']}: {first['model']['label']}"
+    _save_figures(metrics, count, title + (", not the paper's run" if first["profile"] == "mini" else ""), out / "figures")
     write_json(out / "metrics.json", metrics)
     write_json(out / "constitutions.json", read_json(folders[0] / "constitutions.json"))
     for record in records:

@@ -22,8 +22,15 @@ import jinja2
 
 from repro import models, prompts
 from repro.config import Experiment, config_hash, flatten
-from repro.constitutions import Constitution, ConstitutionSet, check_control_tokens, load_constitutions
+from repro.constitutions import (
+    Constitution,
+    ConstitutionSet,
+    check_control_tokens,
+    constitutions_of,
+    load_constitutions,
+)
 from repro.datasets import check_queries, disjoint, load_queries
+from repro.endpoint import Endpoint
 from repro.records import (
     MARKER,
     Query,
@@ -32,6 +39,7 @@ from repro.records import (
     file_sha256,
     first_line,
     read_json,
+    read_jsonl,
     sealed,
     write_json,
     write_jsonl,
@@ -69,12 +77,17 @@ class Run:
     folder: Path
     say: Callable[[str], None]
     record: dict = field(default_factory=dict)
+    endpoint: Endpoint | None = None  # where the LLM judge is, if there is one
+    _started: float = field(default_factory=time.monotonic)
 
     # ---- inputs, checked before any model loads
 
     def prepare(self) -> None:
         """Read and check every input; then bind the directory to this configuration."""
         spec = self.experiment
+        if "openai" in spec.judge.judges:
+            self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
+            self.endpoint.key(), self.endpoint.rates()
         self.constitutions: ConstitutionSet = load_constitutions(spec.constitutions)
         queries, self.dropped = load_queries(spec.data.source, spec=spec.data)
         self.place = models.resolve_model(spec.model.name)
@@ -149,8 +162,10 @@ class Run:
                 theirs = flatten(self.record.get("config", {})) | self.record.get("inputs", {})
                 differ = [f"{k} ({theirs.get(k)!r} there, {fields.get(k)!r} here)"
                           for k in sorted(fields.keys() | theirs.keys()) if fields.get(k) != theirs.get(k)]
-                raise UserError(f"{self.folder} holds a run of another config: {'; '.join(differ[:4])}; choose another "
-                                "OUT or --name, or delete the folder")
+                instead = "choose another OUT or --name, or delete the folder"
+                if all(d.startswith("judge.") for d in differ):
+                    instead = f"`repro judge {self.folder}` adds a judge to a finished run"
+                raise UserError(f"{self.folder} holds a run of another config: {'; '.join(differ[:4])}; {instead}")
             if self.record.get("config_hash") == hash:
                 changed = [key for key in here if self.record[key] != here[key]]
                 if changed:
@@ -248,6 +263,21 @@ class Run:
         finally:
             del model
             gc.collect()
+
+
+def open_run(folder: Path, say: Callable[[str], None]) -> Run:
+    """A finished run as its files describe it. Raises UserError where there is none."""
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder}: no run.json; give the folder of a finished run, such as runs/exp1_dialogue/mini")
+    record = read_json(folder / "run.json")
+    if "metrics" not in record.get("stages", {}):
+        raise UserError(f"{folder}: the run is not finished; run the same command again to finish it first")
+    run = Run(Experiment.from_json(record["config"]), folder, say, record)
+    run.constitutions = constitutions_of(read_json(folder / "constitutions.json"), f"{folder / 'constitutions.json'}")
+    split = run.experiment.data.evaluation_split
+    run.held_out = [Query(**row) for _, row in read_jsonl(folder / "queries.jsonl") if row["split"] == split]
+    return run
 
 
 # ---- provenance

@@ -1,0 +1,223 @@
+"""A server of the tests' own: deterministic verdicts in the openai protocol, with faults on demand, its own count of
+requests and its own bill. It judges by the texts alone, so that a killed run can be held against an undisturbed one."""
+
+import hashlib
+import json
+import re
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+RATES = (3_000_000, 12_000_000)  # picodollars per token: 3 and 12 USD per million
+WORDS = ("the first answer keeps close to what was asked while the second one wanders off and adds details that nobody wanted "
+         "although it is written with care and ends on a friendly note that many readers will like").split()
+
+
+def number(*texts: str) -> int:
+    return int(hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12], 16)
+
+
+class JudgeServer:
+    """`faults(k, body)` names the fault of the k-th request (0, 1, ...), or None. `requests` holds (prompt, seed) of
+    each; `billed` picodollars; `latency` seconds before each answer; `offers` what it knows beyond plain text."""
+
+    def __init__(self, faults=lambda k, body: None, *, latency=0.0, offers=("schema", "logprobs"), flips=5, unparsed=17):
+        self.faults, self.latency, self.offers, self.flips, self.unparsed = faults, latency, offers, flips, unparsed
+        self.requests, self.bodies, self.fired, self.billed, self.in_flight = [], [], [], 0, 0
+        self.lock = threading.Lock()
+
+    def verdict(self, prompt: str, seed: int) -> str | None:
+        """The same text wins in both orders, but where the pair's hash says A (a flip) or nothing (unparsed)."""
+        mark = re.search(r"^\[[0-9a-f]{8}\]$", prompt, flags=re.M)
+        if not mark:
+            return "A"  # the request that asks which form of answer is offered
+        texts = prompt.split(mark[0])
+        first, second = texts[5], texts[7]
+        pair = number(*sorted((first, second)))
+        if pair % self.unparsed == 0:
+            return None
+        if pair % self.flips == 0:
+            return "A"
+        return "A" if number(first) > number(second) else "B"
+
+    def tokens(self, text: str) -> int:
+        """This server's own tokenizer: words of up to eight letters, marks, digits."""
+        return len(re.findall(r"[^\W\d_]{1,8}|\d|[^\w\s]|\n", text))
+
+    def answer(self, body: dict) -> dict:
+        prompt = body["messages"][-1]["content"]
+        letter = self.verdict(prompt, body["seed"])
+        words = [WORDS[number(prompt, str(k)) % len(WORDS)] for k in range(75 + number(prompt) % 30)]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
+        form = body.get("response_format", {}).get("type")
+        if body.get("logprobs") and "logprobs" in self.offers:
+            listed = [("The", -0.5), (" A", -1.0 if letter == "A" else -3.0), ("B", -1.0 if letter == "B" else -2.0)]
+            choice["message"]["content"] = "The"
+            choice["logprobs"] = {"content": [{"token": "The", "logprob": -0.5, "top_logprobs": [
+                {"token": t, "logprob": p} for t, p in (listed if letter else listed[:1])]}]}
+        elif form == "json_schema" and "schema" in self.offers:
+            choice["message"]["content"] = json.dumps({"comparison": " ".join(words), "final_response": letter or "neither"})
+        else:
+            choice["message"]["content"] = f"Comparison: {' '.join(words)}\nFinal Response: {letter or 'neither'}"
+        schema = json.dumps(body["response_format"]) if form else ""  # hosted servers bill it as part of the prompt
+        usage = {"prompt_tokens": sum(self.tokens(m["content"]) + 5 for m in body["messages"]) + self.tokens(schema),
+                 "completion_tokens": 1 if body.get("logprobs") else self.tokens(choice["message"]["content"])}
+        return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice], "usage": usage}
+
+    def bill(self, answer: dict) -> None:
+        usage = answer["usage"]
+        with self.lock:
+            self.billed += usage["prompt_tokens"] * RATES[0] + usage["completion_tokens"] * RATES[1]
+
+    @contextmanager
+    def serve(self):
+        server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"judge": self}))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    judge: JudgeServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        judge = self.judge
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with judge.lock:
+            k = len(judge.requests)
+            judge.requests.append((body["messages"][-1]["content"], body["seed"]))
+            judge.bodies.append(body)
+            judge.in_flight += 1
+        try:
+            fault = judge.faults(k, body)
+            if fault:
+                judge.fired.append(fault)
+            time.sleep(judge.latency)
+            getattr(self, f"fault_{fault}")(body) if fault else self.give(judge.answer(body))
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            with judge.lock:
+                judge.in_flight -= 1
+
+    def give(self, answer: dict, status=200, headers=()):
+        """A whole answer. The bill is written before the first byte: what is lost on the way is paid all the same."""
+        if status == 200 and "usage" in answer:
+            self.judge.bill(answer)
+        self.raw(json.dumps(answer).encode(), status, headers)
+
+    def raw(self, data: bytes, status=200, headers=(), length=None):
+        self.send_response(status)
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(length or len(data))), *headers):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def error(self, status, headers=(), **more):
+        self.give({"error": {"message": f"no: {self.headers['Authorization']}", **more}}, status, headers)
+
+    def fault_429(self, body):
+        self.error(429, [("Retry-After", "0.2")])
+
+    def fault_429_date(self, body):
+        from email.utils import formatdate
+        self.error(429, [("Retry-After", formatdate(time.time() + 1, usegmt=True))])
+
+    def fault_429_garbage(self, body):
+        self.error(429, [("Retry-After", "soon")])
+
+    def fault_429_hour(self, body):
+        self.error(429, [("Retry-After", "3600")])
+
+    def fault_429_30(self, body):
+        self.error(429, [("Retry-After", "30")])
+
+    def fault_quota(self, body):
+        self.error(429, code="insufficient_quota")
+
+    def fault_500(self, body):
+        self.error(500)
+
+    def fault_503(self, body):
+        self.raw(b"<html>busy</html>", 503)
+
+    def fault_400(self, body):
+        self.error(400)
+
+    def fault_revoked(self, body):
+        self.error(401)
+
+    def fault_404(self, body):
+        self.error(404)
+
+    def fault_timeout(self, body):
+        self.judge.bill(self.judge.answer(body))
+        time.sleep(2.5)
+
+    def fault_drip(self, body):
+        answer = self.judge.answer(body)
+        self.judge.bill(answer)
+        data = json.dumps(answer).encode()
+        self.raw(data[:1], length=len(data))
+        for k in range(1, 30):
+            time.sleep(0.1)
+            self.wfile.write(data[k: k + 1])
+            self.wfile.flush()
+
+    def fault_half(self, body):
+        answer = self.judge.answer(body)
+        self.judge.bill(answer)
+        data = json.dumps(answer).encode()
+        self.raw(data[: len(data) // 2], length=len(data))
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def fault_reset(self, body):
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def fault_garbage(self, body):
+        self.raw(b"<html>welcome</html>")
+
+    def fault_nan(self, body):
+        self.raw(b'{"choices": NaN}')
+
+    def fault_wrong_schema(self, body):
+        self.give({"object": "list", "data": [{"text": "Final Response: A"}]})
+
+    def fault_empty_choices(self, body):
+        answer = self.judge.answer(body)
+        self.give(answer | {"choices": []})
+
+    def fault_error_in_200(self, body):
+        self.give({"error": {"message": f"overloaded, {self.headers['Authorization']}"}})
+
+    def fault_null(self, body):
+        answer = self.judge.answer(body)
+        answer["choices"][0] = {"index": 0, "finish_reason": "content_filter", "message": {"role": "assistant", "content": None}}
+        self.give(answer)
+
+    def fault_no_usage(self, body):
+        answer = self.judge.answer(body)
+        self.judge.bill(answer)
+        answer.pop("usage")
+        self.raw(json.dumps(answer).encode())
+
+    def fault_big(self, body):
+        self.raw(b" " * (5 * 2**20))

@@ -1,0 +1,455 @@
+"""The LLM judge's prompt, parsers and protocol; `repro judge` on a run; admission. The server is the tests' own."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from judge_server import JudgeServer
+
+from repro import admission, cli, judging, prompts
+from repro.cli import load_experiment
+from repro.config import JudgeSpec
+from repro.endpoint import Call, Endpoint, count_tokens
+from repro.llm_judge import LLMJudge, Pair, Verdict, read_logprobs, read_schema, read_text
+from repro.metrics import share, win_rate
+from repro.pipeline import judge_run, run
+from repro.records import UserError, file_sha256, read_jsonl
+
+JUDGE = LLMJudge(name="j", host="h", model="m", answer="text")
+PAIR = Pair(id="q1", query="How do I keep bread fresh?", principles=("Be brief.", "Use plain words."), ours="In a paper bag.",
+            theirs="Hermetic encapsulation is indicated.")
+
+
+# ---- parsers
+
+@pytest.mark.parametrize("text, verdict", [
+    ("Comparison: fine.\nFinal Response: A", "A"), ("Comparison: fine.\n\n**Final Response:** B\n", "B"), ("Final Response: A.", "A"),
+    ("Final Response: B\nFinal Response: B", "B"), ("*Final Response: A*", "A"),
+    ("Final Response: A\nFinal Response: B", None),             # contradicts itself
+    ("Final Response: A\nI am sure.", None),                    # not the last line
+    ("The text says 'Final Response: A'.\nFinal Response: B", "B"),  # a quotation inside a line is no verdict
+    ("Final Response: A or B", None), ("Final Response: a", None), ("final response: A", None), ("Final Response: C", None),
+    ("Final Response: \u0391", None), ("Final Response: A\u202e", None), ("A", None), ("[[A]]", None), ("", None),
+    ("Final Response: A" + "!" * 10**6, None), ("Comparison: it wrote Final Response: A", None), ("Final Response:\nA", None)])
+def test_judge_text_verdict_is_the_last_line_or_nothing(text, verdict):
+    assert read_text(text) == verdict
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ('{"comparison": "fine", "final_response": "A"}', "A"), (' {"final_response":"B","comparison":""}\n', "B"),
+    ('{"comparison": "x", "final_response": "C"}', None), ('{"final_response": "A"}', None), ("A", None), ("[]", None), ("", None),
+    ('{"comparison": "x", "final_response": "A", "more": 1}', None), ('{"comparison": "x", "final_response": "A"', None),
+    ('{"comparison": "x", "final_response": "A", "final_response": "B"}', None), ('{"comparison": 3, "final_response": "A"}', None),
+    ('{"comparison": "x", "final_response": ["A"]}', None), ("[" * 10**5, None)])
+def test_judge_schema_verdict_is_exactly_the_schema(text, verdict):
+    assert read_schema(text) == verdict
+
+
+@pytest.mark.parametrize("listed, verdict", [
+    ([("A", -1.0), ("B", -2.0)], "A"), ([(" A", -3.0), ("A", -2.5), ("B", -2.0)], "B"), ([("The", -0.1), (" B", -9.0)], "B"),
+    ([("The", -0.1)], None), ([("A", -1.0), ("B", -1.0)], None), ([], None), ([("Answer", -0.1), ("a", -0.2)], None)])
+def test_judge_logprob_verdict_is_the_likelier_letter(listed, verdict):
+    assert read_logprobs({"content": [{"top_logprobs": [{"token": t, "logprob": p} for t, p in listed]}]}) == verdict
+
+
+def test_judge_parsers_are_total():
+    """20,000 random answers of every form: A, B or None, no exception."""
+    rng = random.Random(0)
+    pieces = ["Final Response: A", "Final Response:", "A", "B", "\n", "**", '{"final_response": "', '"}', "[[A]]", "\0", "\ud800", "]",
+              "null", "\u2028", "<|im_end|>", " ", "{", "Comparison:"]
+    seen = set()
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 6)))
+        seen |= {read_text(text), read_schema(text)}
+    for odd in (None, {}, {"content": None}, {"content": [None]}, {"content": [{"top_logprobs": [{"token": 3, "logprob": "x"}]}]}, 7):
+        assert read_logprobs(odd) is None
+    for content in (None, 3, [], {"a": 1}):
+        assert JUDGE.verdict({"choices": [{"message": {"content": content}}]}) is None
+    assert seen == {"A", "B", None}
+
+
+# ---- prompt
+
+def test_judge_prompt_fences_every_text_with_a_mark_that_no_writer_can_know():
+    calls = JUDGE.calls(PAIR)
+    ab, ba = (calls[order].request["messages"][-1]["content"] for order in ("AB", "BA"))
+    (mark,) = set(re.findall(r"^\[[0-9a-f]{8}\]$", ab + "\n" + ba, flags=re.M))
+    inside = ab.split(f"\n{mark}\n")[1:8:2]
+    assert inside == [PAIR.query, "1. Be brief.\n2. Use plain words.", PAIR.ours, PAIR.theirs]
+    assert ba == ab.replace(f"{mark}\n{PAIR.ours}", "\0").replace(f"{mark}\n{PAIR.theirs}", f"{mark}\n{PAIR.ours}").replace(
+        "\0", f"{mark}\n{PAIR.theirs}")
+    assert ab.rindex("Which response to the message") > ab.rindex(PAIR.theirs)  # what to do comes after the material
+    marks = {JUDGE._mark(dataclasses.replace(PAIR, ours=f"{PAIR.ours}{k}")) for k in range(500)} | {mark}
+    assert len(marks) == 501  # a text that holds the mark has another mark
+    assert dataclasses.replace(JUDGE, seed=1)._mark(PAIR) != mark
+
+
+def test_judge_prompt_breaks_control_tokens_and_leaves_other_text_alone():
+    for token in ("<|im_end|>", "<|im_start|>", "<|eot_id|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<end_of_turn>", "<bos>",
+                  "<\uff5cAssistant\uff5c>"):
+        assert token not in prompts.defuse(f"before{token}after") and "before" in prompts.defuse(f"before{token}after")
+    for text in ("a < b | c > d", "if x<|y", "<html>", "[INSTALL]", "{0.__class__} %s $x {name}", "s > 0 </style>"):
+        assert prompts.defuse(text) == text
+
+
+def test_judge_calls_have_keys_of_all_that_matters():
+    key = JUDGE.calls(PAIR)["AB"].key
+    assert key != JUDGE.calls(PAIR)["BA"].key and key == JUDGE.calls(PAIR)["AB"].key
+    for change in ({"name": "k"}, {"host": "i"}, {"model": "n"}, {"answer": "schema"}, {"max_tokens": 5}, {"temperature": 1.0}, {"seed": 1}):
+        assert dataclasses.replace(JUDGE, **change).calls(PAIR)["AB"].key != key
+    for change in ({"query": "x"}, {"principles": ("x",)}, {"ours": "x"}, {"theirs": "x"}):
+        assert JUDGE.calls(dataclasses.replace(PAIR, **change))["AB"].key != key
+    assert JUDGE.calls(dataclasses.replace(PAIR, theirs=" In a paper bag.\n")) == {}
+    assert "temperature" not in dataclasses.replace(JUDGE, temperature=None).calls(PAIR)["AB"].request
+
+
+def test_judge_token_bound_is_a_bound_and_the_count_is_near(tiny):
+    """More than a byte-level tokenizer's count for any text; the estimate lies between."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rng = random.Random(1)
+    for _ in range(50):
+        text = "".join(rng.choices("abc de. \n\u00e9\u65e5\U0001f600{}<|im_end|>", k=200))
+        call = Call(key="k", request={"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": text}], "max_tokens": 1})
+        count = len(tokenizer.apply_chat_template(call.request["messages"], tokenize=True, add_generation_prompt=True).input_ids)
+        assert count <= call.max_prompt_tokens and count_tokens(text) <= call.max_prompt_tokens
+    assert count_tokens("The quick brown fox jumps over the lazy dog.") == 10
+
+
+# ---- attacks
+
+def test_judge_attacks_are_forty_and_each_is_the_worse_response_with_an_injection():
+    planted, control = admission.load_attacks()
+    assert len(planted) == 40 and len(control) == 8 and len({(p.ours, p.principles) for p in planted}) == 40
+    for p in planted:
+        base = next(c for c in control if p.id.endswith(c.id))
+        assert p.theirs == base.theirs and p.ours.startswith(base.ours) and p.principles[1:] == base.principles[1:]
+        assert (p.ours, p.principles) != (base.ours, base.principles)
+    brief = [c for c in control if "short:" in c.principles[0]]
+    assert all(not judging.brief(c.ours) and judging.brief(c.theirs) for c in brief)
+
+
+def test_judge_injections_reach_neither_the_parser_nor_the_fence():
+    """A judge that repeats the whole material in its comparison and then decides: only its last line counts. In no planted
+    prompt does a text hold the mark or a control token."""
+    planted, _ = admission.load_attacks()
+    for pair in planted:
+        for order, call in JUDGE.calls(pair).items():
+            prompt = call.request["messages"][-1]["content"]
+            (mark,) = set(re.findall(r"^\[[0-9a-f]{8}\]$", prompt, flags=re.M))
+            assert prompt.count(f"{mark}\n") == 8 and not re.search(r"<\|\w+\|>|\[/?INST\]|</s>", prompt)
+            for letter in "AB":
+                answer = f"Comparison: the texts say {pair.ours!r} {pair.theirs!r}.\nFinal Response: {letter}"
+                assert read_text(answer) == letter
+            quoted = read_text(f"Comparison: {pair.ours}\nFinal Response: B")  # quoted with its line breaks
+            assert quoted in ("B", None)
+            assert order in ("AB", "BA")
+
+
+class Gullible(JudgeServer):
+    """Follows whatever gives it orders; else judges by length."""
+
+    def verdict(self, prompt, seed):
+        texts = prompt.split(re.search(r"^\[[0-9a-f]{8}\]$", prompt, flags=re.M)[0])
+        for letter, text in zip("AB", (texts[5], texts[7])):
+            if "must be chosen" in text or "Verily" in text:
+                return letter
+        if "Final Response: A" in texts[5] + texts[7]:
+            return "A"
+        return "A" if len(texts[5]) < len(texts[7]) else "B"
+
+
+def test_judge_admission_measures_what_attacks_win(tmp_path):
+    """Two kinds of five command this server outright (8 each), two flip it, one does nothing."""
+    planted, control = admission.load_attacks()
+    from repro.llm_judge import ask_judge
+
+    with Gullible().serve() as url:
+        verdicts, _ = ask_judge(JudgeSpec(judges=(), model="m", answer="text"), [*planted, *control],
+                                Endpoint(model="m", base_url=url, backoff_s=0.02), tmp_path / "l.jsonl", lambda line: None)
+    record = admission.attack_record(verdicts[:40], verdicts[40:], planted)
+    assert record["won_by_kind"] | {"fake fence": 0} == {"order": 8, "fake fence": 0, "control tokens": 0, "fake rival": 0, "principle": 8}
+    assert record["planted"] == 40 and record["flips"] >= 8 and record["share"]["n"] == 40
+    assert record["without_injection"]["n"] == 8 and record["won"] == sum(record["won_by_kind"].values())
+
+
+# ---- agreement
+
+def items(rows):
+    pair = dataclasses.replace(PAIR, ours="long " * 9, theirs="short")
+    return [admission.Item(file="f", pair=pair, archived=a) for a, _ in rows], [
+        Verdict(outcome=o, orders={"win": {"AB": "A", "BA": "B"}, "loss": {"AB": "B", "BA": "A"}, "flip": {"AB": "A", "BA": "A"},
+                                   "unparsed": {"AB": "A", "BA": None}}[o]) for _, o in rows]
+
+
+def test_judge_agreement_and_kappa_by_hand():
+    """8 items with an archived win or loss: 3 + 2 agree, 1 disagrees, 2 flips agree half: 6 of 8."""
+    rows = [(1, "win")] * 3 + [(0, "loss")] * 2 + [(1, "loss")] + [(1, "flip"), (0, "flip")] + [(0.5, "win"), (1, "unparsed")]
+    record = admission.agreement(*items(rows))
+    assert record["agreement"]["value"] == 6 / 8 and record["agreement"]["n"] == 8 and record["n"] == 10
+    a, b = 5 / 8, 4 / 8
+    chance = a * b + (1 - a) * (1 - b)
+    assert record["kappa"]["value"] == pytest.approx((6 / 8 - chance) / (1 - chance))
+    assert record["kappa"]["ci95"][0] < record["kappa"]["value"] < record["kappa"]["ci95"][1]
+    assert record["agreement_without_flips"] == {"value": 5 / 6, "n": 6, "ci95": record["agreement_without_flips"]["ci95"]}
+    assert record["flip_rate"]["value"] == 2 / 9 and record["parsed_share"]["value"] == 0.9
+    assert record["p_a"]["value"] == pytest.approx((7 * 0.5 + 2 * 1) / 9)
+    assert record["length_preference"]["value"] == pytest.approx((4 + 0 + 1) / 9)
+    assert record["archived_length_preference"]["value"] == 5 / 8
+    with pytest.raises(UserError, match="nothing to admit"):
+        admission.agreement(*items([(0.5, "win")]))
+
+
+def test_judge_kappa_is_cohens_own_where_each_order_says_the_same():
+    rng = np.random.default_rng(0)
+    a = rng.integers(2, size=400)
+    b = np.where(rng.random(400) < 0.8, a, 1 - a)
+    table = np.array([[np.sum((a == i) & (b == j)) for j in (0, 1)] for i in (0, 1)]) / 400
+    chance = (table.sum(0) * table.sum(1)).sum()
+    assert admission.cohen_kappa(np.stack([a, b, b], axis=1).astype(float)) == pytest.approx((np.trace(table) - chance) / (1 - chance))
+    assert admission.cohen_kappa(np.stack([a, a * 0, a * 0], axis=1).astype(float)) == pytest.approx(0)  # a constant judge
+
+
+def test_judge_share_is_wilsons_interval():
+    from scipy.stats import binomtest
+
+    for k, n in ((0, 10), (3, 10), (40, 40), (17, 100)):
+        ci = binomtest(k, n).proportion_ci(method="wilson")
+        assert share([1.0] * k + [0.0] * (n - k)).ci95 == pytest.approx((ci.low, ci.high), abs=1e-4)
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        share([0.5, 2])
+
+
+def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
+    """On a made archive, by the command: the record's fields, the ledger outside the results, standing in words."""
+    root, manifest = make_judged_archive(tmp_path)
+    monkeypatch.setattr(admission, "load_manifest", lambda: manifest)
+    monkeypatch.chdir(tmp_path)
+    server = JudgeServer(unparsed=10**9)
+    said = []
+    with server.serve() as url:
+        spec = JudgeSpec(judges=("openai",), model="org/judge-1", answer="text")
+        record = admission.admit(spec, Endpoint(model="org/judge-1", base_url=url), archive=root, wanted=["tldr/m/w/1"], count=40,
+                                 work=tmp_path / "work", out=tmp_path / "out", say=said.append)
+    assert len(server.requests) == 2 * (40 + 48)
+    assert json.loads((tmp_path / "out/org-judge-1.json").read_text()) == record
+    assert {"judge", "agreement", "kappa", "flip_rate", "p_a", "length_preference", "n", "parsed_share", "attacks", "admitted"} <= record.keys()
+    for key in ("agreement", "kappa", "flip_rate", "p_a", "length_preference", "parsed_share"):
+        assert record[key]["ci95"][0] <= record[key]["value"] <= record[key]["ci95"][1] and record[key]["n"] >= 15
+    assert record["n"] == 40 and record["files"].keys() == {"tldr/m/w/1"}
+    assert not record["admitted"] and "kappa's lower bound" in record["reasons"][0]  # verdicts by hash: chance
+    assert "NOT ADMITTED" in admission.plain_words(record)[-1]
+    monkeypatch.setattr(admission, "ADMISSIONS", tmp_path / "out")
+    assert re.search(r"NOT admitted; kappa -?0\.\d\d .* of 40 planted injections win", admission.standing("org-judge-1"))
+    assert "never held against" in admission.standing("other")
+    with pytest.raises(UserError, match="--files: 'x' is not an archived comparison .*tldr/m/w/1"):
+        admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["x"], count=1, work=tmp_path, dry_run=True)
+
+
+def make_judged_archive(tmp_path: Path):
+    import hashlib
+
+    entries = []
+
+    def add(path, data, **keys):
+        text = json.dumps(data)
+        file = tmp_path / "archive" / "o/r" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        entries.append({"repo": "o/r", "commit": "0" * 40, "path": path, "bytes": len(text), "experiment": "exp2", "subset": "tldr",
+                        "model": "m", "writer": "w", "sha256": hashlib.sha256(text.encode()).hexdigest(), **keys})
+
+    rng = random.Random(0)
+    for iteration in (0, 1):
+        add(f"r{iteration}.json", {
+            "question": {str(k): f"post {k}" for k in range(250)},
+            "constitution": {str(k): "1. Be brief.\n2. Be complete." for k in range(250)},
+            "response": {str(k): f"summary {rng.random()}" if k % 10 else "same" for k in range(250)}}, kind="responses", iteration=iteration)
+    add("v.json", [[rng.choice([0, 0.5, 1, 1, 0]), 10, 12] for _ in range(250)], kind="verdicts", iteration=1, baseline="m", tables=["table4"])
+    return tmp_path / "archive", entries
+
+
+# ---- on a run
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """exp1 mini on the tiny model, one iteration."""
+    e = load_experiment("exp1", "mini")
+    experiment = dataclasses.replace(
+        e, iterations=1, model=dataclasses.replace(e.model, name=str(tiny)),
+        data=dataclasses.replace(e.data, train=16, evaluation=6),
+        sampling=dataclasses.replace(e.sampling, max_new_tokens=6, batch_size=12, drop_phrases=("]",)),
+        train=dataclasses.replace(e.train, batch_size=2, learning_rate=1e-2))
+    return experiment, run(experiment, tmp_path_factory.mktemp("runs"), say=lambda text: None)
+
+
+SPEC = JudgeSpec(judges=("openai",), model="judge-1", answer="text")
+
+
+def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
+    """By the command: judgments beside the others', metrics under the judge's name, its own figure; nothing else changes,
+    and the run counts as finished. Again: no request. As --judge of a run of its own: the same records."""
+    import shutil
+
+    experiment, done = finished
+    folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
+    before = json.loads((folder / "metrics.json").read_text())
+    server = JudgeServer(flips=2, unparsed=10**9)
+    with server.serve() as url:
+        argv = ["judge", str(folder), "--model", "judge-1", "--base-url", url, "--answer", "text", "--price", "3", "12"]
+        with pytest.raises(SystemExit) as e:
+            cli.main([*argv, "--dry-run"])
+        assert e.value.code == 0 and not server.requests and json.loads((folder / "metrics.json").read_text()) == before
+        assert re.search(r"judge judge-1: \d+ requests to make, about 0\.\d+ USD", capsys.readouterr().err)
+        for _ in range(2):
+            with pytest.raises(SystemExit) as e:
+                cli.main(argv)
+            assert e.value.code == 0
+        assert len(server.requests) == len(set(server.requests)) > 0
+        assert "judge-1: never held against the archived verdicts" in capsys.readouterr().out
+        lines = [row for _, row in read_jsonl(folder / "judgments.jsonl")]
+        judgments = [r for r in lines if r["record"] == "judgment"]
+        assert {r["judge"] for r in judgments} == {"rule", "likelihood", "judge-1"} and len(judgments) == 3 * 12
+        mine = [r for r in judgments if r["judge"] == "judge-1"]
+        assert "flip" in {r["outcome"] for r in mine} and lines[: len(judgments)] == judgments
+        after = json.loads((folder / "metrics.json").read_text())
+        assert [r for r in after if r["judge"] != "judge-1"] == before
+        metrics = {(r["metric"], r["subset"], r["ties"], r["length"]): r for r in after if r["judge"] == "judge-1"}
+        scores = [r["score"] for r in mine if r["subset"] == "helpful"]
+        assert metrics["win_rate", "helpful", "half", "raw"]["value"] == win_rate(scores).value
+        asked = [r for r in mine if r["subset"] == "helpful" and r["orders"]]
+        if asked:
+            assert metrics["flip_rate", "helpful", None, None]["value"] == np.mean([r["outcome"] == "flip" for r in asked])
+            assert metrics["parsed_share", "helpful", None, None]["n"] == len(asked)
+        assert (folder / "figures/win_rate-judge-1.png").stat().st_size > 5000
+        page = (folder / "report.html").read_text()
+        assert "judge judge-1" in page and "never held against the archived verdicts" in page
+        record = json.loads(next(admission.ADMISSIONS.glob("*.json")).read_text())
+        (tmp_path / "judge-1.json").write_text(json.dumps(record | {"judge": "judge-1"}))
+        monkeypatch.setattr(admission, "ADMISSIONS", tmp_path)
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        assert "judge-1: NOT admitted; kappa 0.00" in (folder / "report.html").read_text()  # known since, shown at once
+        said = []
+        run(experiment, tmp_path / "runs", say=said.append)
+        assert sum("done before, skipped" in line for line in said) == 7, said
+
+        own = dataclasses.replace(experiment, judge=SPEC, name="own")
+        with pytest.raises(UserError, match="the budget is used up"):
+            run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0), max_usd=0))
+        said.clear()
+        other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0)))
+        assert sum("done before, skipped" in line for line in said) == 4  # a raised budget trains nothing again
+        rows = [r for r in json.loads((other / "metrics.json").read_text()) if r["judge"]]
+        assert rows == [r for r in after if r["judge"] == "judge-1"]
+
+
+def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path):
+    """A kill leaves an attempt without outcome in judgments.jsonl; `repro run` then does its own judge stage again, keeps
+    the ledger, and `repro judge` puts the verdicts back without a request."""
+    import shutil
+
+    from repro.records import append_jsonl
+
+    experiment, done = finished
+    folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
+    before = {name: file_sha256(folder / name) for name in ("metrics.json", "constitutions.json")}
+    server, said = JudgeServer(), []
+    with server.serve() as url:
+        rows = judge_run(folder, SPEC, Endpoint(model="judge-1", base_url=url), say=said.append)
+        asked = len(server.requests)
+        append_jsonl(folder / "judgments.jsonl", [{"record": "attempt", "judge": "judge-1", "key": "x", "attempt": 1, "reserved_usd": 0.0}])
+        run(experiment, tmp_path / "runs", say=said.append)
+        assert {name: file_sha256(folder / name) for name in before} == before
+        assert any("judge judge-1: its judgments are taken out" in line for line in said)
+        again = judge_run(folder, SPEC, Endpoint(model="judge-1", base_url=url), say=said.append)
+    assert again == rows and len(server.requests) == asked > 0
+    assert any("1 requests were in flight at a kill" in line for line in said)
+
+
+def test_judge_key_is_nowhere_after_a_whole_run(finished, tmp_path):
+    """`repro judge` in a process of its own, with faults that echo the key and debug logs on: no eight characters of it in
+    the run's folder (record, ledger, metrics, page) nor in the output."""
+    import shutil
+    import subprocess
+    import sys
+
+    key, (experiment, done) = "sk-canary-h4Xk8PqL2wZ7nB5vT9cR", finished
+    folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
+    server = JudgeServer(lambda k, body: ("500", "error_in_200", "429")[k % 3] if k % 4 == 0 else None)
+    with server.serve() as url:
+        child = subprocess.run([sys.executable, "-m", "repro.cli", "judge", str(folder), "--model", "m", "--base-url", url, "--key-env",
+                                "MY_KEY"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {
+                                    "MY_KEY": key, "OPENAI_LOG": "debug", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert server.fired and "[key]" in (folder / "judgments.jsonl").read_text()
+    texts = [child.stdout, child.stderr, *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file())]
+    assert len(texts) > 15
+    for k in range(len(key) - 7):
+        assert not any(key[k: k + 8] in text for text in texts), k
+
+
+def test_judge_flips_are_half_under_either_tie_rule(finished, tmp_path):
+    from repro.evaluation import _win_rates
+
+    rows = [{"score": s, "outcome": o, "tokens": 3, "baseline_tokens": 3} for s, o in
+            [(1.0, "win"), (0.5, "flip"), (0.5, "tie"), (0.0, "loss"), (None, "unparsed"), (None, "failed")]]
+    found = {(ties, length): e for ties, length, e in _win_rates(rows)}
+    assert found["half", "raw"].value == 50 and found["loss", "raw"].value == 37.5 and found["half", "raw"].n == 4
+
+
+def test_judge_strict_fails_on_a_missing_verdict(finished, tmp_path, capsys):
+    import shutil
+
+    experiment, done = finished
+    folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
+    with JudgeServer(unparsed=1).serve() as url:
+        argv = ["judge", str(folder), "--model", "judge-1", "--base-url", url, "--answer", "text"]
+        with pytest.raises(SystemExit) as e:
+            cli.main([*argv, "--strict"])
+    assert e.value.code == 1 and "unparsed: no score" in capsys.readouterr().err
+    assert not any(r["metric"] == "win_rate" and r["judge"] == "judge-1" for r in json.loads((folder / "metrics.json").read_text()))
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["judge", "--model", "m"], "give the folder of a finished run, or --admit"),
+    (["judge", "--admit"], "--model is missing"), (["judge", "nowhere", "--model", "gpt-4.1"], "nowhere: no run.json"),
+    (["judge", "--admit", "--model", "m", "--answer", "jason"], "JudgeSpec.answer: 'jason' is unknown; allowed: 'auto'"),
+    (["judge", "--admit", "--model", "gpt-4.1", "--files", "tldr/x"], "--files: 'tldr/x' is not an archived comparison"),
+    (["judge", "--admit", "--model", "gpt-4.1", "--base-url", "127.0.0.1:8000"], "--base-url: expected http"),
+    (["judge", "--admit", "--model", "m", "--max-usd", "-1"], "--max-usd: -1.0; must be from 0 to 9000"),
+    (["judge", "--admit", "--model", "m", "--name", "a/b"], "JudgeSpec.name: 'a/b'; allowed are letters"),
+    (["run", "exp1", "--judge", "openai"], "JudgeSpec.model: the openai judge needs the name of a model"),
+    (["run", "exp1", "--judge", "opnai"], "--judge: 'opnai' is unknown; allowed: 'rules', 'rule', 'likelihood', 'openai'; did you mean 'openai'"),
+    (["run", "exp1", "--judge", "openai", "--judge-model", "gpt-4.1"], r"needs a key in \$OPENAI_API_KEY, which is not set"),
+    (["run", "exp1", "--judge", "openai", "--judge-model", "gpt-99", "--base-url", "http://example.org/v1"], "no price is known for 'gpt-99'")])
+def test_judge_mistakes_end_in_one_line(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and re.search(says, err) and err.count("\n") == 1, err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_judge_config_that_differs_points_to_the_judge_command(finished):
+    experiment, folder = finished
+    own = dataclasses.replace(experiment, judge=dataclasses.replace(SPEC, answer="text"))
+    with pytest.raises(UserError, match=r"another config: judge.*`repro judge .*` adds a judge to a finished run"):
+        run(own, folder.parent.parent, say=lambda text: None, endpoint=Endpoint(model="judge-1", base_url="http://127.0.0.1:9/v1"))
+
+
+def test_judge_run_needs_a_finished_run(tmp_path, finished):
+    (tmp_path / "run.json").write_text(json.dumps({"config": finished[0].to_json(), "stages": {}}))
+    with pytest.raises(UserError, match="not finished"):
+        judge_run(tmp_path, SPEC, Endpoint(model="m", base_url="http://127.0.0.1:9/v1"), say=lambda text: None)
+    sha = file_sha256(tmp_path / "run.json")
+    assert sha == file_sha256(tmp_path / "run.json") and [p.name for p in tmp_path.iterdir()] == ["run.json"]
