@@ -63,7 +63,8 @@ def linear_nll(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor |
         raise ValueError(f"mode: allowed are 'auto' and {', '.join(map(repr, MODES))}, found {mode!r}")
     if (head_grad and mode in ("frozen_head", "loss_only")) or (hidden_grad and mode == "loss_only"):
         raise ValueError(f"mode {mode!r} has no gradient for an input that requires one")
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
+    device = "cpu" if hidden.is_meta else hidden.device.type
+    with torch.autocast(device, enabled=False):  # it would round the logits to 16 bits
         if triton:
             from kernels import linear_nll_triton as gpu
 

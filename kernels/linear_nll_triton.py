@@ -1,8 +1,9 @@
 """The Triton side of kernels/linear_nll.py, for 16-bit inputs on a GPU (float32 too, for the tests' interpreter).
 
 Plain matrix products are cuBLAS's, with float32 results. U is kept in float16 times 2^10, whatever the inputs: its
-largest entry is 1 and its rounding error 2^-12, an eighth of bfloat16's; where the weight is bfloat16, U is written
-a second time for the one product that shares an operand with it, U W. Entries are indexed in 64 bits.
+largest entry is 1 and its rounding error 2^-12, an eighth of bfloat16's. A bfloat16 weight shares one product with U,
+U W: by rows of U, from a copy of them in bfloat16; by slabs of the vocabulary, from a copy of the weight's in float16.
+Entries are indexed in 64 bits.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def softcapped(z, CAP: tl.constexpr):
     return CAP * tl.where(y < 0.04, x * (1 + y * (-1 / 3 + y * (2 / 15 - y * (17 / 315)))), far)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first"])
 def row_kernel(z_ptr, bias_ptr, target_ptr, stats_ptr, nll_ptr, u_ptr, v_ptr, N, V, first, CAP: tl.constexpr,
                SCALE: tl.constexpr, BIAS: tl.constexpr, U: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row of a slab of float32 logits [n, V], whose first row is token `first`: maximum, log of the
@@ -46,7 +47,7 @@ def row_kernel(z_ptr, bias_ptr, target_ptr, stats_ptr, nll_ptr, u_ptr, v_ptr, N,
         z = tl.load(z_ptr + row * V + column, mask=column < V, other=float("-inf"))
         if BIAS:
             z += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)
-        if CAP:
+        if CAP is not None:
             z = tl.where(column < V, softcapped(z, CAP), float("-inf"))
         at_target += tl.where(column == target, z, 0.0)
         new = tl.maximum(largest, z)
@@ -65,10 +66,10 @@ def row_kernel(z_ptr, bias_ptr, target_ptr, stats_ptr, nll_ptr, u_ptr, v_ptr, N,
             z = tl.load(z_ptr + row * V + column, mask=column < V, other=0.0)
             if BIAS:
                 z += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)
-            if CAP:
+            if CAP is not None:
                 z = softcapped(z, CAP)
             u = tl.exp((z - m) - log_sum) - tl.where(column == target, 1.0, 0.0)
-            if CAP:
+            if CAP is not None:
                 u *= 1 - (z / CAP) * (z / CAP)
             if U:
                 tl.store(u_ptr + row * V + column, (u * SCALE).to(u_ptr.dtype.element_ty), mask=column < V)
@@ -77,34 +78,41 @@ def row_kernel(z_ptr, bias_ptr, target_ptr, stats_ptr, nll_ptr, u_ptr, v_ptr, N,
 
 
 @triton.jit
-def tile_logits(x_ptr, w_ptr, bias_ptr, rows, columns, N, V, D, CAP: tl.constexpr, BIAS: tl.constexpr,
-                UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """The float32 logits [BM, BN] of `rows` of x and `columns` (rows of w); what lies outside repeats the last one."""
-    x_row = x_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * D
-    w_row = w_ptr + tl.minimum(columns, V - 1).to(tl.int64)[None, :] * D
+def tile_logits(x_ptr, w_ptr, bias_ptr, row, column, N, V, D, CAP: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """The float32 logits [BM, BN] of rows `row`.. of x and `column`.. of w; what lies outside repeats the last one.
+    The corner is placed in 64 bits, the tile in 32 within it: fewer registers."""
+    rows = tl.minimum(tl.arange(0, BM), N - 1 - row)
+    columns = tl.minimum(tl.arange(0, BN), V - 1 - column)
+    k = tl.arange(0, BK)
+    x_at = x_ptr + row.to(tl.int64) * D + (rows[:, None] * D + k[None, :])
+    w_at = w_ptr + column.to(tl.int64) * D + (columns[None, :] * D + k[:, None])
     z = tl.zeros([BM, BN], tl.float32)
     for start in range(0, D, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(x_row + k[None, :], mask=k[None, :] < D, other=0.0)
-        w = tl.load(w_row + k[:, None], mask=k[:, None] < D, other=0.0)
+        x = tl.load(x_at, mask=k[None, :] < D - start, other=0.0)
+        w = tl.load(w_at, mask=k[:, None] < D - start, other=0.0)
         if UPCAST:  # the interpreter multiplies bfloat16 as integers
             x, w = x.to(tl.float32), w.to(tl.float32)
         z = tl.dot(x, w, z, input_precision="ieee")
+        x_at += BK
+        w_at += BK
     if BIAS:
-        z += tl.load(bias_ptr + tl.minimum(columns, V - 1)).to(tl.float32)[None, :]
-    return softcapped(z, CAP) if CAP else z
+        z += tl.load(bias_ptr + column + columns).to(tl.float32)[None, :]
+    if CAP is not None:
+        z = softcapped(z, CAP)
+    return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def lse_kernel(x_ptr, w_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, at_target_ptr, N, V, D, CAP: tl.constexpr,
                BIAS: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """One program per tile of logits, which it never writes: maximum and sum of its columns for each row (each [tiles
     of V, N]), and the target's logit where it is among them. Row tiles first: they share w in the cache."""
     across = tl.cdiv(N, BM)
     tile = tl.program_id(0) // across
-    rows = (tl.program_id(0) % across) * BM + tl.arange(0, BM)
-    columns = tile * BN + tl.arange(0, BN)
-    z = tile_logits(x_ptr, w_ptr, bias_ptr, rows, columns, N, V, D, CAP, BIAS, UPCAST, BM, BN, BK)
+    row = (tl.program_id(0) % across) * BM
+    z = tile_logits(x_ptr, w_ptr, bias_ptr, row, tile * BN, N, V, D, CAP, BIAS, UPCAST, BM, BN, BK)
+    rows, columns = row + tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     z = tl.where((columns < V)[None, :], z, float("-inf"))
     m = tl.max(z, 1)
     here = tile.to(tl.int64) * N + rows
@@ -115,7 +123,7 @@ def lse_kernel(x_ptr, w_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, at_target_p
     tl.store(at_target_ptr + rows, found, mask=(rows < N) & (target >= tile * BN) & (target < tile * BN + BN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "tiles"])
 def finalise_kernel(max_ptr, sum_ptr, target_ptr, at_target_ptr, stats_ptr, nll_ptr, N, V, tiles, BM: tl.constexpr):
     """The tiles' maxima and sums of BM rows, combined in the order of the vocabulary -> stats [2, N] and NLL."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -138,27 +146,24 @@ def finalise_kernel(max_ptr, sum_ptr, target_ptr, at_target_ptr, stats_ptr, nll_
     tl.store(nll_ptr + rows, log_sum + (m - at_target), mask=rows < N)
 
 
-@triton.jit
-def u_kernel(x_ptr, w_ptr, bias_ptr, target_ptr, stats_ptr, u_ptr, v_ptr, N, V, D, first, width, CAP: tl.constexpr,
-             SCALE: tl.constexpr, BIAS: tl.constexpr, SECOND: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr,
-             BN: tl.constexpr, BK: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "first"])
+def u_kernel(x_ptr, w_ptr, bias_ptr, target_ptr, stats_ptr, u_ptr, N, V, D, first, width, CAP: tl.constexpr,
+             SCALE: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr):
     """One program per tile of U [N, width] = columns first .. first + width - 1, from logits computed again."""
     across = tl.cdiv(N, BM)
-    rows = (tl.program_id(0) % across) * BM + tl.arange(0, BM)
-    place = (tl.program_id(0) // across) * BN + tl.arange(0, BN)
-    columns = first + place
-    z = tile_logits(x_ptr, w_ptr, bias_ptr, rows, columns, N, V, D, CAP, BIAS, UPCAST, BM, BN, BK)
+    row, place = (tl.program_id(0) % across) * BM, (tl.program_id(0) // across) * BN
+    z = tile_logits(x_ptr, w_ptr, bias_ptr, row, first + place, N, V, D, CAP, BIAS, UPCAST, BM, BN, BK)
+    rows, columns = row + tl.arange(0, BM), first + place + tl.arange(0, BN)
     m = tl.load(stats_ptr + rows, mask=rows < N, other=float("inf"))
     log_sum = tl.load(stats_ptr + N + rows, mask=rows < N, other=0.0)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     u = tl.exp((z - m[:, None]) - log_sum[:, None]) - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
-    if CAP:
+    if CAP is not None:
         u *= 1 - (z / CAP) * (z / CAP)
-    here = rows.to(tl.int64)[:, None] * width + place[None, :]
-    inside = (rows < N)[:, None] & (place < width)[None, :]
+    here = row.to(tl.int64) * width + place + (tl.arange(0, BM)[:, None] * width + tl.arange(0, BN)[None, :])
+    inside = (rows < N)[:, None] & (columns < first + width)[None, :]
     tl.store(u_ptr + here, (u * SCALE).to(u_ptr.dtype.element_ty), mask=inside)
-    if SECOND:
-        tl.store(v_ptr + here, u.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -169,9 +174,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scaled_half(y: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 y -> y s in float16 and 1 / s, s a power of two that brings the largest entry to 2^14 .. 2^15."""
-    s = torch.exp2(torch.floor(15 - torch.log2(y.abs().amax().clamp(1e-30, 1e30))))
-    return (y * s).half(), 1 / s
+    """y -> y s in float16 and 1 / s, s a power of two that brings the largest entry to 2^14 .. 2^15."""
+    largest = torch.linalg.vector_norm(y, ord=torch.inf).float().clamp(1e-30, 1e30)
+    s = torch.exp2(torch.floor(15 - torch.log2(largest)))
+    return torch.mul(y, s, out=torch.empty_like(y, dtype=torch.float16)), 1 / s
 
 
 def operands(weight: Tensor) -> tuple[torch.dtype, float, bool]:
@@ -192,25 +198,24 @@ def statistics(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, s
     return nll, stats
 
 
-def u_slabs(x, weight, target, bias, softcap, stats, kept) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(columns, U [N, width], its copy or None), slab by slab of the vocabulary: views of what was kept, or computed
-    again. Slabs of columns: each part of dW is then written once, and only dX [N, D] is summed over them."""
+def u_slabs(x, weight, target, bias, softcap, stats, kept) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, U [N, width]), slab by slab of the vocabulary: views of what was kept, or computed again. Slabs of
+    columns: each part of dW is then written once, and only dX [N, D] is summed over them."""
     (N, D), V = x.shape, len(weight)
-    dtype, scale, second = operands(weight)
+    dtype, scale, _ = operands(weight)
     width = max(1, linear_nll.SLAB_ELEMENTS // max(N, D))
     width = width // 128 * 128 or width
     for first in range(0, V, width):
         columns = slice(first, min(first + width, V))
         if kept is not None:
-            yield columns, kept[:, columns], None
+            yield columns, kept[:, columns]
             continue
         tile, n = _tile(x), columns.stop - first
         u = x.new_empty(N, n, dtype=dtype)
-        copy = x.new_empty(N, n) if second else None
         u_kernel[(triton.cdiv(N, tile["BM"]) * triton.cdiv(n, tile["BN"]),)](
-            x, weight, weight if bias is None else bias, target, stats, u, u if copy is None else copy, N, V, D, first, n,
-            CAP=softcap, SCALE=scale, BIAS=bias is not None, SECOND=second, **tile)
-        yield columns, u, copy
+            x, weight, weight if bias is None else bias, target, stats, u, N, V, D, first, n,
+            CAP=softcap, SCALE=scale, BIAS=bias is not None, **tile)
+        yield columns, u
 
 
 def _tile(x: Tensor) -> dict:
@@ -263,10 +268,10 @@ class LinearNLL(torch.autograd.Function):
             scale = operands(weight)[1]
             y, unscale = scaled_half(x.float() * g) if scale != 1 else (x * g, 1.0)
             h, unscale_h = scaled_half(g) if scale != 1 else (g, 1.0)
-            for columns, u, copy in u_slabs(x, weight, target, bias, ctx.softcap, stats, kept):
+            for columns, u in u_slabs(x, weight, target, bias, ctx.softcap, stats, kept):
                 if need_x and uw is None:
-                    W = weight[columns]
-                    dX += product(u, W).div_(scale) if copy is None else product(copy, W)
+                    W, unscale_w = scaled_half(weight[columns]) if weight.dtype == torch.bfloat16 else (weight[columns], 1.0)
+                    dX += product(u, W).mul_(unscale_w / scale)
                 if need_weight:
                     torch.mul(product(u.T, y), unscale / scale, out=dW[columns])
                 if need_bias:
