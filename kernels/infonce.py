@@ -32,6 +32,8 @@ def symmetric_infonce(x: Tensor, offsets: Tensor | None = None, shape: tuple[int
         obstacle = f"it takes float32, found {x.dtype}"
     elif max(shape[1:]) > LARGEST:
         obstacle = f"C and R are at most {LARGEST}, found {shape[1]} x {shape[2]}"
+    elif x.numel() >= 2**31:
+        obstacle = f"at most 2^31 - 1 tokens, found {x.numel()}"
     impl = choose(impl, x.device.type, obstacle)
     if impl == "triton":
         from kernels.infonce_triton import SymmetricInfoNCE

@@ -15,8 +15,8 @@ def infonce_kernel(x_ptr, offsets_ptr, weight_ptr, loss_ptr, N, B, C, R, RAGGED:
     cell = tl.program_id(0).to(tl.int64) * C * R + c * R + r
     t = tl.arange(0, TP)[None, None, :]
     if RAGGED:
-        start = tl.load(offsets_ptr + cell, mask=real, other=0)
-        length = tl.load(offsets_ptr + cell + 1, mask=real, other=0) - start
+        start = tl.load(offsets_ptr + cell, mask=real, other=0).to(tl.int32)  # N < 2^31: half the registers
+        length = tl.load(offsets_ptr + cell + 1, mask=real, other=0).to(tl.int32) - start
         longest = tl.max(length)
         first_token, tokens = start[:, :, None], length[:, :, None]
         total = tl.zeros([CP, RP, TP], tl.float32)
