@@ -23,7 +23,7 @@ setup: $(STAMP)  ## Make the environment in .venv (every other target does this 
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or pass PYTHON=..."; exit 2; }
-	@echo "setting up .venv (about 1 GB, once)"
+	@echo "setting up .venv (about 2 GB, once)"
 	@$(PYTHON) -m venv --clear .venv
 ifeq ($(CPU_TORCH),yes)
 	@$(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) torch==$(TORCH)+cpu

@@ -270,7 +270,9 @@ class LinearNLL(torch.autograd.Function):
             h, unscale_h = scaled_half(g) if scale != 1 else (g, 1.0)
             for columns, u in u_slabs(x, weight, target, bias, ctx.softcap, stats, kept):
                 if need_x and uw is None:
-                    W, unscale_w = scaled_half(weight[columns]) if weight.dtype == torch.bfloat16 else (weight[columns], 1.0)
+                    W, unscale_w = weight[columns], 1.0
+                    if W.dtype == torch.bfloat16:
+                        W, unscale_w = scaled_half(W)
                     dX += product(u, W).mul_(unscale_w / scale)
                 if need_weight:
                     torch.mul(product(u.T, y), unscale / scale, out=dW[columns])
