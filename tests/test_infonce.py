@@ -67,12 +67,13 @@ def test_the_matrix(shape, scale, impl):
 
 
 def test_long_segments_lose_no_digits():
-    """600 tokens a segment, added one after the other in this tile: a plain sum would fail here by a factor of 10."""
+    """Sums (not means) of 600 tokens, which this tile adds one after the other: no worse than sums in float64 that are
+    rounded to float32. A plain running sum is."""
     shape = (1, 33, 33)
     offsets = torch.arange(33 * 33 + 1) * 600
-    nll = 2 + torch.randn(int(offsets[-1]), generator=torch.Generator().manual_seed(2), dtype=torch.float64).float()
-    exact = run(nll.double(), offsets, shape, impl="torch")
-    assert_no_worse(run(nll, offsets, shape, impl="triton"), exact, exact)
+    nll = (2 + 0.01 * torch.randn(int(offsets[-1]), generator=torch.Generator().manual_seed(2), dtype=torch.float64)).float()
+    ours, theirs = (run(nll, offsets, shape, impl=impl, length_normalize=False) for impl in ("triton", "torch"))
+    assert_no_worse(ours, theirs, run(nll.double(), offsets, shape, impl="torch", length_normalize=False))
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

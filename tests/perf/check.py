@@ -30,7 +30,7 @@ from repro.losses import symmetric_infonce
 from repro.training import matmul_precision
 
 BASELINE = Path(__file__).resolve().parents[2] / "results" / "bench" / "check.json"
-LAYERS, PROMPT, RESPONSE, PAIRS, REPETITIONS = 6, 120, 20, 7, 6
+LAYERS, PROMPT, RESPONSE, PAIRS, REPETITIONS = 4, 72, 12, 7, 6
 Z, MARGIN = 4.0, 0.15
 
 

@@ -34,12 +34,12 @@ class Watch(TorchDispatchMode):
         for t in torch.utils._pytree.tree_leaves(out):
             if not isinstance(t, torch.Tensor):
                 continue
-            if t.ndim >= 2 and t.shape[-1] == self.vocabulary:
-                self.rows = max(self.rows, t.numel() // self.vocabulary)
             storage = t.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self.known and key not in inputs:
-                self.known.add(key)
+                self.known.add(key)  # new memory, not a view: W^T is no logits
+                if t.ndim >= 2 and t.shape[-1] == self.vocabulary:
+                    self.rows = max(self.rows, t.numel() // self.vocabulary)
                 self.live += size
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self.freed, key, size)
