@@ -19,7 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 
 import torch
 import triton

@@ -127,7 +127,7 @@ def main() -> int:
         command = [sys.executable, str(Path(__file__).with_name("aot.py")), "--quiet"]
         command += ["--rebaseline"] * args.rebaseline + ["--plant"] * (args.plant == "registers")
         result = subprocess.run(command, capture_output=True, text=True)
-        for line in result.stdout.splitlines() + ([result.stderr] if result.returncode not in (0, 1) else []):
+        for line in result.stdout.splitlines() or [result.stderr] * bool(result.returncode):
             fault(line)
         print(f"compiled kernels: {time.time() - started:.0f} s", flush=True)
     else:
