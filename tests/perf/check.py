@@ -5,8 +5,8 @@
 First the shared path must equal the reference. Then, against results/bench/check.json: FLOPs, bytes held for the
 backward, peak bytes and operations of a step may not grow by one, and no logits are made but for scored tokens; the
 Triton kernels as in aot.py; and reference / shared wall time, interleaved, may not fall below the baseline by more than
-noise. The noise is measured: the spread of the baseline's own repetitions, and the error of this run's median; Z of
-them are allowed, and MARGIN more on a processor other than the baseline's. `--rebaseline` writes the baseline anew;
+noise. The noise is measured: the spread of the baseline's own repetitions (LEAST at least), and the error of this run's
+median; Z of them are allowed, and MARGIN more on a processor other than the baseline's. `--rebaseline` writes the baseline anew;
 `--plant` makes one thing slower on purpose, to see the check fail. Prints one JSON object last; exits with 1 on a fault.
 """
 
@@ -31,7 +31,7 @@ from repro.training import matmul_precision
 
 BASELINE = Path(__file__).resolve().parents[2] / "results" / "bench" / "check.json"
 LAYERS, PROMPT, RESPONSE, PAIRS, REPETITIONS = 4, 72, 12, 7, 6
-Z, MARGIN = 4.0, 0.15
+Z, MARGIN, LEAST = 4.0, 0.15, 0.02
 
 
 def processor() -> str:
@@ -75,10 +75,15 @@ class Case:
         return [r / s for r, s in zip(seconds["reference"], seconds["shared"])]
 
 
-def error_of_median(values: list[float]) -> float:
-    """Standard error of the median, from the median absolute deviation, as for a normal distribution."""
+def spread(values: list[float]) -> float:
+    """Standard deviation by the median absolute deviation: one repetition that another program disturbed is no noise."""
     middle = statistics.median(values)
-    return 1.2533 * 1.4826 * statistics.median(abs(v - middle) for v in values) / math.sqrt(len(values))
+    return 1.4826 * statistics.median(abs(v - middle) for v in values)
+
+
+def error_of_median(values: list[float]) -> float:
+    """Standard error of the median, as for a normal distribution."""
+    return 1.2533 * spread(values) / math.sqrt(len(values))
 
 
 def main() -> int:
@@ -149,7 +154,7 @@ def main() -> int:
                 continue
             logs = [math.log(r) for r in case.ratios(PAIRS)]
             known = [math.log(m) for m in before["medians"]]
-            band = Z * math.hypot(statistics.stdev(known), error_of_median(logs))
+            band = Z * math.hypot(max(spread(known), LEAST), error_of_median(logs))
             band += 0 if old["processor"] == processor() else MARGIN
             now, least = math.exp(statistics.median(logs)), math.exp(statistics.median(known) - band)
             ratio[f"{C}x{C}"] = {"now": now, "least": least, "pairs": PAIRS}
