@@ -35,7 +35,7 @@ def run(quick: bool) -> dict:
 
     from repro.rundir import commit
 
-    os.environ["BENCH_QUICK"] = "1" if quick else "0"
+    os.environ |= {"BENCH_QUICK": "1" if quick else "0", "TRITON_INTERPRET": "0"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         code = pytest.main([str(Path(__file__).with_name("bench_cases.py")), "-q", "-W", "ignore", "--benchmark-json", str(out), "-p",
