@@ -1,6 +1,7 @@
 """What a step costs, exactly: FLOPs, bytes held for the backward, peak bytes, operations, and the largest logits made."""
 
 import contextlib
+import gc
 import weakref
 
 import torch
@@ -68,7 +69,10 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 def costs(step, weights, vocabulary: int = VOCABULARY) -> dict[str, int]:
     """The costs of `step()`, a forward and backward that leaves its gradients in `weights` (they are dropped)."""
     saved = Saved({w.untyped_storage().data_ptr() for w in weights})
+    gc.collect()
+    gc.disable()  # cycles are collected when it pleases the collector: the peak would depend on it
     with contextlib.ExitStack() as stack:
+        stack.callback(gc.enable)
         flops = stack.enter_context(FlopCounterMode(display=False))
         watch = stack.enter_context(Watch(vocabulary))
         stack.enter_context(saved)
