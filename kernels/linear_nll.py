@@ -92,7 +92,7 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) 
 def slabs(N: int, V: int) -> list[slice]:
     """Rows of logits that are held at a time."""
     rows = max(1, SLAB_ELEMENTS // V)
-    return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
+    return [slice(start, min(start + rows, N)) for start in range(0, max(N, 1), rows)]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class _LinearNLL(torch.autograd.Function):
         X, W, b = _wide(hidden), _wide(weight), None if bias is None else _wide(bias)
         scaled = X * g  # the upstream gradient enters on [N, D], never on [N, V]
         dX = torch.empty_like(X) if need_hidden else None
-        dW = torch.zeros_like(W) if need_weight else None
+        dW = torch.empty_like(W) if need_weight else None
         db = torch.zeros_like(b) if need_bias else None
         for rows in slabs(*lse.shape, len(weight)) if ctx.mode == "recompute" else [slice(None)]:
             u = kept if kept is not None else _to_u(_logits(X[rows], W, b, ctx.softcap), lse[rows], target[rows],
@@ -160,7 +160,10 @@ class _LinearNLL(torch.autograd.Function):
             if need_hidden:
                 dX[rows] = (u @ W) * g[rows]
             if need_weight:
-                torch.addmm(dW, u.T, scaled[rows], out=dW)
+                if rows.start:
+                    torch.addmm(dW, u.T, scaled[rows], out=dW)
+                else:  # written, not added to zeros: at few tokens the bytes of dW are what costs
+                    torch.mm(u.T, scaled[rows], out=dW)
             if need_bias:
                 db += u.T @ g[rows, 0]
         return (None if dX is None else dX.to(hidden.dtype), None if dW is None else dW.to(weight.dtype), None,

@@ -1,8 +1,8 @@
 """`make bench`: every case of bench_cases.py, one table, one JSON object as the last line, the same under results/bench/.
 
-    .venv/bin/python tests/perf/bench.py [--quick] [--table]
+    .venv/bin/python tests/perf/bench.py [--quick] [--only step|head|infonce] [--table]
 
-`--quick` runs small cases and writes no record. `--table` runs nothing: it writes the tables of kernels/README.md from
+`--quick` runs small cases and writes no record. `--only` runs one kind of case and replaces its rows in the record. `--table` runs nothing: it writes the tables of kernels/README.md from
 the records bench_cpu.json and kernels_aot.json.
 """
 
@@ -27,7 +27,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def run(quick: bool) -> dict:
+def run(quick: bool, only: str | None) -> dict:
     """The record of one run: machine, versions, commit, a row a case."""
     import pytest
     import torch
@@ -39,13 +39,14 @@ def run(quick: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         code = pytest.main([str(Path(__file__).with_name("bench_cases.py")), "-q", "-W", "ignore", "--benchmark-json", str(out), "-p",
-                            "no:cacheprovider", "--benchmark-columns=median,rounds", "--override-ini", "python_files=bench_*.py"])
+                            "no:cacheprovider", "--benchmark-columns=median,rounds", "--override-ini", "python_files=bench_*.py", *(["-k", f"test_{only}"] if only else [])])
         if code:
             sys.exit(int(code))
         cases = json.loads(out.read_text())["benchmarks"]
     return {"benchmark": "bench", "machine": platform.machine(), "processor": processor(),
-            "threads": torch.get_num_threads(), "device": "cpu", "quick": quick, "commit": commit(),
-            "versions": {p: installed(p) for p in PACKAGES}, "rows": [case["extra_info"] for case in cases]}
+            "threads": torch.get_num_threads(), "device": "cpu", "quick": quick,
+            "versions": {p: installed(p) for p in PACKAGES},
+            "rows": [case["extra_info"] | {"commit": commit()} for case in cases]}
 
 
 def title(row: dict) -> str:
@@ -99,12 +100,20 @@ def with_tables(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=("step", "head", "infonce"))
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
         README.write_text(with_tables(README.read_text()))
         return
-    record = run(args.quick)
+    record = run(args.quick, args.only)
+    if args.only and not args.quick and RECORD.exists():
+        old = json.loads(RECORD.read_text())
+        same = ("processor", "threads", "versions")
+        if any(old[k] != record[k] for k in same):
+            sys.exit("bench: --only needs a record of the same processor and versions; run all of it")
+        rows = record["rows"] + [row for row in old["rows"] if row["what"] != args.only]
+        record["rows"] = sorted(rows, key=lambda row: ("step", "head", "infonce").index(row["what"]))
     print(*table(record), sep="\n")
     if not args.quick:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")

@@ -55,9 +55,7 @@ def interleaved(benchmark, runs: dict, rounds: int, reset) -> None:
 
 @pytest.fixture(scope="module")
 def model():
-    model = smollm2(LAYERS)
-    with matmul_precision(model, "fp32_master"):
-        yield model
+    return smollm2(LAYERS)
 
 
 def with_logits_to_keep(model, prompts, responses):
@@ -98,15 +96,17 @@ def test_step(benchmark, model, lengths, C, queries):
     runs = {"shared (ours)": ours, "reference": lambda: ours("reference"), "transformers, logits_to_keep": transformers}
     reset = lambda: model.zero_grad(set_to_none=True)  # noqa: E731
     found, losses = {}, []
-    for name, run in runs.items():
-        reset()
-        found[name] = costs(lambda r=run: losses.append(r()), list(model.parameters()), VOCABULARY)
+    with matmul_precision(model, "fp32_master"):
+        for name, run in runs.items():
+            reset()
+            found[name] = costs(lambda r=run: losses.append(r()), list(model.parameters()), VOCABULARY)
     assert max(losses) - min(losses) < 2e-2, losses  # one loss, products in bfloat16
     benchmark.extra_info |= {
         "what": "step", "model": f"smollm2-135m shape, {LAYERS} layers", "lengths": lengths, "C": C, "R": C, "queries": queries,
         "prompt": PROMPT, "response": RESPONSE, "precision": "fp32_master", "implementations": found,
         "floor_flops": found["shared (ours)"]["flops"]}
-    interleaved(benchmark, runs, min(ROUNDS, 2) if C * queries > 8 else ROUNDS, reset)
+    with matmul_precision(model, "fp32_master"):
+        interleaved(benchmark, runs, min(ROUNDS, 2) if C * queries > 8 else ROUNDS, reset)
 
 
 def alternatives(hidden, weight, target):
@@ -156,22 +156,16 @@ def test_head(benchmark, head):
     def reset():
         hidden.grad = weight.grad = None
 
-    reset()
-    runs["reference"]()
-    truth, found = hidden.grad, {}
-    for name, run in runs.items():
-        if not callable(run):
-            continue
+    found, truth = {}, []
+    for name in sorted(filter(lambda n: callable(runs[n]), runs), key="reference".__ne__):  # the reference first
         reset()
-        run()
-        assert (hidden.grad - truth).norm() < 1e-4 * truth.norm(), name
-        reset()
-        if "compile" in name:
-            found[name] = {"note": "compiled: its operations are not seen, so its costs are not counted"}
-        else:
-            found[name] = costs(run, [hidden, weight], V)
+        counted = costs(lambda r=runs[name]: (r(), truth.append(hidden.grad)), [hidden, weight], V)
+        assert (truth[-1] - truth[0]).norm() < 1e-4 * truth[0].norm(), name
+        found[name] = counted if "compile" not in name else {
+            "note": "compiled: its operations are not seen, so its costs are not counted"}
     benchmark.extra_info |= {"what": "head", "head": head, "N": N, "D": D, "V": V, "precision": "fp32",
                              "implementations": found, "floor_flops": 6 * N * D * V}
+    found |= {name: found.pop(name) for name in runs if name in found}  # in the order of `runs`
     interleaved(benchmark, runs, ROUNDS, reset)
 
 

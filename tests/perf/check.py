@@ -1,12 +1,12 @@
 """Fails when a change makes the suite slower: exact costs, compiled kernels, and the wall time's ratio to the reference.
 
-    .venv/bin/python tests/perf/check.py [--rebaseline] [--plant recompute-prompt|full-logits|registers]
+    .venv/bin/python tests/perf/check.py [--rebaseline [costs]] [--plant recompute-prompt|full-logits|registers]
 
 First the shared path must equal the reference. Then, against results/bench/check.json: FLOPs, bytes held for the
 backward, peak bytes and operations of a step may not grow by one, and no logits are made but for scored tokens; the
 Triton kernels as in aot.py; and reference / shared wall time, interleaved, may not fall below the baseline by more than
 noise. The noise is measured: the spread of the baseline's own repetitions (LEAST at least), and the error of this run's
-median; Z of them are allowed, and MARGIN more on a processor other than the baseline's. `--rebaseline` writes the baseline anew;
+median; Z of them are allowed, and MARGIN more on a processor other than the baseline's; twice below is a fault. `--rebaseline` writes the baseline anew, `--rebaseline costs` all but the ratios;
 `--plant` makes one thing slower on purpose, to see the check fail. Prints one JSON object last; exits with 1 on a fault.
 """
 
@@ -31,7 +31,7 @@ from repro.training import matmul_precision
 
 BASELINE = Path(__file__).resolve().parents[2] / "results" / "bench" / "check.json"
 LAYERS, PROMPT, RESPONSE, PAIRS, REPETITIONS = 4, 72, 12, 7, 6
-Z, MARGIN, LEAST = 4.0, 0.15, 0.02
+Z, MARGIN, LEAST = 4.0, 0.15, 0.03
 
 
 def processor() -> str:
@@ -88,7 +88,7 @@ def error_of_median(values: list[float]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rebaseline", action="store_true")
+    parser.add_argument("--rebaseline", nargs="?", const="all", choices=("all", "costs"))
     parser.add_argument("--plant", choices=("recompute-prompt", "full-logits", "registers"))
     args = parser.parse_args()
     if args.plant and args.rebaseline:
@@ -102,7 +102,10 @@ def main() -> int:
 
     model = smollm2(LAYERS)
     if args.plant == "full-logits":
-        model.model.register_forward_hook(lambda module, args, output: model.lm_head(output[0]) is None)
+        def every_logit(module, args, output) -> None:
+            model.lm_head(output[0])
+
+        model.model.register_forward_hook(every_logit)
     with matmul_precision(model, "fp32"):
         for C in (2, 4):
             case = Case(model, C, args.plant)
@@ -130,7 +133,7 @@ def main() -> int:
 
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         command = [sys.executable, str(Path(__file__).with_name("aot.py")), "--quiet"]
-        command += ["--rebaseline"] * args.rebaseline + ["--plant"] * (args.plant == "registers")
+        command += ["--rebaseline"] * bool(args.rebaseline) + ["--plant"] * (args.plant == "registers")
         result = subprocess.run(command, capture_output=True, text=True)
         for line in result.stdout.splitlines() or [result.stderr] * bool(result.returncode):
             fault(line)
@@ -143,7 +146,7 @@ def main() -> int:
         for C in (2, 4):
             case = Case(model, C, args.plant)
             before = old.get("ratio", {}).get(f"{C}x{C}")
-            if args.rebaseline:
+            if args.rebaseline == "all":
                 medians = [statistics.median(case.ratios(PAIRS)) for _ in range(REPETITIONS)]
                 ratio[f"{C}x{C}"] = {"medians": medians, "pairs": PAIRS}
                 print(f"{C} x {C}: reference / shared {statistics.median(medians):.3f}, repetitions {min(medians):.3f} "
@@ -152,20 +155,24 @@ def main() -> int:
             if before is None:
                 fault(f"{C} x {C}: no baseline of the ratio: --rebaseline")
                 continue
-            logs = [math.log(r) for r in case.ratios(PAIRS)]
             known = [math.log(m) for m in before["medians"]]
-            band = Z * math.hypot(max(spread(known), LEAST), error_of_median(logs))
-            band += 0 if old["processor"] == processor() else MARGIN
-            now, least = math.exp(statistics.median(logs)), math.exp(statistics.median(known) - band)
-            ratio[f"{C}x{C}"] = {"now": now, "least": least, "pairs": PAIRS}
-            line = (f"{C} x {C}: reference / shared {now:.2f}; baseline {math.exp(statistics.median(known)):.2f}, "
-                    f"least {least:.2f} (noise {band:.0%})")
-            print(line)
-            if now < least:
+            for attempt in (1, 2):  # another program can disturb one measurement; a slower path is slower twice
+                logs = [math.log(r) for r in case.ratios(PAIRS)]
+                band = Z * math.hypot(max(spread(known), LEAST), error_of_median(logs))
+                band += 0 if old["processor"] == processor() else MARGIN
+                now, least = math.exp(statistics.median(logs)), math.exp(statistics.median(known) - band)
+                ratio[f"{C}x{C}"] = {"now": now, "least": least, "pairs": PAIRS, "attempt": attempt}
+                line = (f"{C} x {C}: reference / shared {now:.2f}; baseline {math.exp(statistics.median(known)):.2f}, "
+                        f"least {least:.2f} (noise {band:.0%})")
+                print(line, flush=True)
+                if now >= least:
+                    break
+            else:
                 fault(line)
     if args.rebaseline:
-        new = {"processor": processor(), "layers": LAYERS, "prompt": PROMPT, "response": RESPONSE,
-               "costs": old.get("costs", {}) | {torch.__version__: record}, "ratio": ratio}
+        new = old | {"layers": LAYERS, "prompt": PROMPT, "response": RESPONSE,
+                     "costs": old.get("costs", {}) | {torch.__version__: record}}
+        new |= {"processor": processor(), "ratio": ratio} if args.rebaseline == "all" else {}
         BASELINE.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
     print(json.dumps({"check": "fail" if faults else "pass", "faults": faults, "costs": record, "ratio": ratio,
                       "seconds": round(time.time() - started)}))
