@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 verify figures test lint clean
+.PHONY: help setup exp1 verify figures test bench bench-check lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -23,7 +23,7 @@ setup: $(STAMP)  ## Make the environment in .venv (every other target does this 
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or pass PYTHON=..."; exit 2; }
-	@echo "setting up .venv (about 1 GB, once)"
+	@echo "setting up .venv (about 2 GB, once)"
 	@$(PYTHON) -m venv --clear .venv
 ifeq ($(CPU_TORCH),yes)
 	@$(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) torch==$(TORCH)+cpu
@@ -44,6 +44,16 @@ figures: $(STAMP)  ## The paper's figures redrawn from it -> results/figures
 
 test: $(STAMP)  ## The test suite
 	@exec $(BIN)/python -m pytest
+
+bench: .venv/.bench  ## The core against the reference and public kernels; ARGS=--quick for a minute's worth
+	@exec $(BIN)/python tests/perf/bench.py $(ARGS)
+
+bench-check: $(STAMP)  ## Fails when a change makes the core slower, or a kernel spill
+	@exec $(BIN)/python tests/perf/check.py $(ARGS)
+
+.venv/.bench: $(STAMP)
+	@$(PIP) --editable '.[bench]'
+	@touch $@
 
 lint: $(STAMP)  ## ruff
 	@exec $(BIN)/ruff check .

@@ -11,24 +11,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import reference
+from kernels import choose, reference
 
 SLAB_ELEMENTS = 1 << 25       # logits held at a time: 128 MiB in float32
 STORE_BYTES = 1 << 30         # U is kept for the backward up to this size, else its slabs are computed again
+NARROW = 900                  # on a GPU, a hidden size up to which computing U again is cheaper than moving it
 MODES = ("store", "recompute", "frozen_head", "loss_only")
 
 
-def plan(N: int, V: int, itemsize: int, *, hidden_grad: bool, head_grad: bool) -> str:
-    """The mode for N tokens and V entries: by what needs a gradient, then by the bytes of U.
+def plan(N: int, V: int, itemsize: int, *, hidden_grad: bool, head_grad: bool, narrow: bool = False) -> str:
+    """The mode for N tokens and V entries: by what needs a gradient, then by the bytes of U (`itemsize` an entry).
 
     loss_only: no gradient, 2NDV FLOPs. frozen_head: the head needs none, U W is taken slab by slab, 4NDV, N x D
-    kept. store: U kept, 6NDV. recompute: nothing kept but the log-sum-exp, 8NDV.
+    kept. store: U kept, 6NDV. recompute: nothing kept but the log-sum-exp, 8NDV; also where U is cheaper to compute
+    again than to write and read (`narrow`; kernels/README.md has the arithmetic).
     """
     if not (hidden_grad or head_grad):
         return "loss_only"
     if not head_grad:
         return "frozen_head"
-    return "store" if N * V * itemsize <= STORE_BYTES else "recompute"
+    return "recompute" if narrow or N * V * itemsize > STORE_BYTES else "store"
 
 
 def linear_nll(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
@@ -36,26 +38,38 @@ def linear_nll(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor |
     """Per-token NLL [N] in nats, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
 
     hidden [N, D], weight [V, D] and bias [V]: one float dtype and device; target [N] int64 in 0..V-1. `softcap` c
-    replaces z by c tanh(z / c) (Gemma). `mode`: "auto" (see `plan`) or one of MODES. `impl`: None, or "reference"
-    for the eager truth. Deterministic; nothing is mutated, so `retain_graph` is safe. Raises ValueError on shapes,
-    dtypes or a mode that do not fit, and on a mode that gives no gradient where one is needed.
+    replaces z by c tanh(z / c) (Gemma). `mode`: "auto" (see `plan`) or one of MODES. `impl`: None, "torch", "triton"
+    or "reference", the eager truth; None is Triton for 16-bit inputs on a GPU and torch elsewhere (float32 products
+    leave a GPU's tensor cores idle, and beside them there is nothing to save). Deterministic, no host
+    synchronisation; nothing is mutated, so `retain_graph` is safe. Raises ValueError on shapes, dtypes, a mode or an
+    `impl` that do not fit, and on a mode that gives no gradient where one is needed.
     """
     N, V = _check(hidden, weight, target, bias)
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    obstacle = None if half or (impl and hidden.dtype == torch.float32) else f"it takes 16-bit inputs, found {hidden.dtype}"
+    impl = choose(impl, hidden.device.type, obstacle)
     if impl == "reference":
         return reference.linear_nll(hidden, weight, target, bias=bias, softcap=softcap)
-    if impl is not None:
-        raise ValueError(f"impl: allowed are None and 'reference', found {impl!r}")
+    triton = impl == "triton"
     grad = torch.is_grad_enabled()
     head_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     hidden_grad = grad and hidden.requires_grad
-    planned = plan(N, V, 8 if hidden.dtype == torch.float64 else 4, hidden_grad=hidden_grad, head_grad=head_grad)
+    itemsize = 8 if hidden.dtype == torch.float64 else 2 if triton and half else 4  # of an entry of U
+    planned = plan(N, V, itemsize, hidden_grad=hidden_grad, head_grad=head_grad,
+                   narrow=triton and hidden.shape[1] <= NARROW)
     if mode == "auto":
         mode = planned
     if mode not in MODES:
         raise ValueError(f"mode: allowed are 'auto' and {', '.join(map(repr, MODES))}, found {mode!r}")
     if (head_grad and mode in ("frozen_head", "loss_only")) or (hidden_grad and mode == "loss_only"):
         raise ValueError(f"mode {mode!r} has no gradient for an input that requires one")
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
+    device = "cpu" if hidden.is_meta else hidden.device.type
+    with torch.autocast(device, enabled=False):  # it would round the logits to 16 bits
+        if triton:
+            from kernels import linear_nll_triton as gpu
+
+            x = (hidden.contiguous(), weight.contiguous(), target.contiguous(), bias, softcap)
+            return gpu.statistics(*x)[0] if mode == "loss_only" else gpu.LinearNLL.apply(*x, mode)
         if mode == "loss_only":
             return _forward(hidden, weight, target, bias, softcap, keep=None)[0]
         return _LinearNLL.apply(hidden, weight, target, bias, softcap, mode)
@@ -75,9 +89,10 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) 
     return N, V
 
 
-def _slabs(N: int, V: int) -> list[slice]:
+def slabs(N: int, V: int) -> list[slice]:
+    """Rows of logits that are held at a time."""
     rows = max(1, SLAB_ELEMENTS // V)
-    return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
+    return [slice(start, min(start + rows, N)) for start in range(0, max(N, 1), rows)]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -107,7 +122,7 @@ def _forward(hidden, weight, target, bias, softcap, keep: str | None):
     N, V = len(hidden), len(weight)
     nll, lse = hidden.new_empty(N), hidden.new_empty(N)
     kept = hidden.new_empty(N, {"U": V, "UW": hidden.shape[1]}[keep]) if keep else None
-    for rows in _slabs(N, V):
+    for rows in slabs(N, V):
         z = _logits(hidden[rows], weight, bias, softcap)
         lse[rows] = z.logsumexp(1)
         nll[rows] = lse[rows] - z.gather(1, target[rows].unsqueeze(1)).squeeze(1)
@@ -137,15 +152,18 @@ class _LinearNLL(torch.autograd.Function):
         X, W, b = _wide(hidden), _wide(weight), None if bias is None else _wide(bias)
         scaled = X * g  # the upstream gradient enters on [N, D], never on [N, V]
         dX = torch.empty_like(X) if need_hidden else None
-        dW = torch.zeros_like(W) if need_weight else None
+        dW = torch.empty_like(W) if need_weight else None
         db = torch.zeros_like(b) if need_bias else None
-        for rows in _slabs(*lse.shape, len(weight)) if ctx.mode == "recompute" else [slice(None)]:
+        for rows in slabs(*lse.shape, len(weight)) if ctx.mode == "recompute" else [slice(None)]:
             u = kept if kept is not None else _to_u(_logits(X[rows], W, b, ctx.softcap), lse[rows], target[rows],
                                                     ctx.softcap)
             if need_hidden:
                 dX[rows] = (u @ W) * g[rows]
             if need_weight:
-                torch.addmm(dW, u.T, scaled[rows], out=dW)
+                if rows.start:
+                    torch.addmm(dW, u.T, scaled[rows], out=dW)
+                else:  # written, not added to zeros: at few tokens the bytes of dW are what costs
+                    torch.mm(u.T, scaled[rows], out=dW)
             if need_bias:
                 db += u.T @ g[rows, 0]
         return (None if dX is None else dX.to(hidden.dtype), None if dW is None else dW.to(weight.dtype), None,

@@ -21,14 +21,21 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 def symmetric_infonce(logprobs: Tensor) -> Tensor:
     """Mean over B of the symmetric InfoNCE loss of each C x R matrix (arXiv 2404.14313, Eq. 2 and Figure 6).
 
-    logprobs: [B, C, R] with C = R; entry [b, j, k] scores response k under constitution j, and response j was
-    sampled under constitution j. Loss = half the cross-entropy of each row to the diagonal (which response
-    belongs to this constitution) plus half that of each column (which constitution to this response).
-    Its value at chance is log C; the bound of Eq. 2 is log C minus it.
+    logprobs: [B, C, R]; entry [b, j, k] scores response k under constitution j, and response j was sampled under
+    constitution j. Loss = half the cross-entropy of each row to the diagonal (which response belongs to this
+    constitution) plus half that of each column (which constitution to this response). SAMI has C = R; rows and
+    columns beyond the diagonal are negatives only. Its value at chance is log C (half log C plus half log R); the
+    bound of Eq. 2 is log C minus it.
     """
     rows = logprobs.log_softmax(dim=2).diagonal(dim1=1, dim2=2)
     columns = logprobs.log_softmax(dim=1).diagonal(dim1=1, dim2=2)
     return -(rows + columns).mean() / 2
+
+
+def segments(values: Tensor, offsets: Tensor, *, mean: bool) -> Tensor:
+    """The mean (or sum) of each segment: values [N], offsets int64 [S + 1]; returns [S]."""
+    reduce = torch.mean if mean else torch.sum
+    return torch.stack([reduce(values[start:end]) for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist())])
 
 
 def linear_nll(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels import reference
+from kernels import infonce
 
 
 def symmetric_infonce(logprobs: Tensor) -> Tensor:
@@ -18,4 +18,4 @@ def symmetric_infonce(logprobs: Tensor) -> Tensor:
     """
     if logprobs.ndim != 3 or logprobs.shape[1] != logprobs.shape[2] or logprobs.shape[1] < 2:
         raise ValueError(f"logprobs must be [B, C, R] with C = R >= 2, found {tuple(logprobs.shape)}")
-    return reference.symmetric_infonce(logprobs)
+    return infonce.symmetric_infonce(logprobs)

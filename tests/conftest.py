@@ -1,9 +1,13 @@
 """A tiny random model with a byte-level tokenizer, made here: the tests need no download."""
 
 import os
+import shutil
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: a second thread only waits; children inherit it
+if not shutil.which("nvidia-smi"):  # without a GPU the Triton kernels are tested in the interpreter; read on its import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with one: torch's deterministic mode asks for it
 
 from pathlib import Path
 

@@ -9,15 +9,15 @@ from kernels import reference
 from kernels.linear_nll import linear_nll, plan
 
 
-def inputs(N, D, V, *, scale=1.0, bias=False, dtype=torch.float32, seed=0):
+def inputs(N, D, V, *, scale=1.0, bias=False, dtype=torch.float32, seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, D, generator=g, dtype=torch.float64) * scale
     weight = torch.randn(V, D, generator=g, dtype=torch.float64)
     b = torch.randn(V, generator=g, dtype=torch.float64) if bias else None
     target = torch.randint(V, (N,), generator=g)
     upstream = torch.randn(N, generator=g, dtype=torch.float64)
-    leaf = [None if t is None else t.to(dtype).requires_grad_() for t in (hidden, weight, b)]
-    return *leaf, target, upstream
+    leaf = [None if t is None else t.to(device, dtype).requires_grad_() for t in (hidden, weight, b)]
+    return *leaf, target.to(device), upstream.to(device)
 
 
 def run(op, hidden, weight, bias, target, upstream, **options):
@@ -110,6 +110,7 @@ def test_the_planner():
     both = {"hidden_grad": True, "head_grad": True}
     assert plan(10, 100, 4, hidden_grad=False, head_grad=False) == "loss_only"
     assert plan(10, 100, 4, hidden_grad=True, head_grad=False) == "frozen_head"
+    assert plan(1280, 49152, 2, narrow=True, **both) == "recompute"
     assert plan(1280, 49152, 4, **both) == "store" and plan(10_000, 128_256, 4, **both) == "recompute"
 
 
@@ -162,7 +163,8 @@ def test_flops_equal_the_formula(mode):
     ({"hidden": torch.zeros(3)}, "hidden must be"), ({"weight": torch.zeros(5, 3)}, "hidden must be"),
     ({"target": torch.zeros(2, dtype=torch.int64)}, "target must be"), ({"target": torch.zeros(4)}, "target must be"),
     ({"bias": torch.zeros(3)}, "bias must be"), ({"weight": torch.zeros(5, 2).bfloat16()}, "weight is torch.bfloat16"),
-    ({"mode": "fast"}, "mode: allowed"), ({"impl": "cuda"}, "impl: allowed"), ({"mode": "loss_only"}, "no gradient")])
+    ({"mode": "fast"}, "mode: allowed"), ({"impl": "cuda"}, "impl: allowed"), ({"mode": "loss_only"}, "no gradient"),
+    ({"hidden": torch.zeros(4, 2).double(), "weight": torch.zeros(5, 2).double(), "impl": "triton"}, "takes 16-bit inputs")])
 def test_what_does_not_fit_is_refused(change, reason):
     x = {"hidden": torch.zeros(4, 2, requires_grad=True), "weight": torch.zeros(5, 2),
          "target": torch.zeros(4, dtype=torch.int64)} | change

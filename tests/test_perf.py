@@ -1,0 +1,55 @@
+"""The measuring tools of tests/perf measure what they say, and kernels/README.md shows what the records hold."""
+
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PERF = Path(__file__).parent / "perf"
+sys.path.insert(0, str(PERF))
+pytest.importorskip("triton", reason="Triton is built for Linux only")
+
+import aot  # noqa: E402
+import bench  # noqa: E402
+import check  # noqa: E402
+from costs import costs  # noqa: E402
+
+
+def test_costs_of_a_step_known_by_hand():
+    x, w = torch.randn(8, 16), torch.randn(64, 16, requires_grad=True)
+
+    def step():
+        (x @ w.T).exp().sum().backward()
+
+    found = costs(step, [w], 64)
+    assert found["flops"] == 2 * 2 * 8 * 16 * 64  # forward and dW
+    assert found["logit_rows"] == 8  # w.T is [16, 64], and a view
+    assert found["saved_bytes"] == 4 * (8 * 16 + 8 * 64)  # x, and exp's result
+    assert 4 * 2 * 8 * 64 <= found["peak_bytes"] < 4 * 4 * (8 * 64 + 64 * 16)
+    assert w.grad is None and found == costs(step, [w], 64)
+
+
+def test_a_regression_of_a_compiled_kernel_is_a_fault():
+    good = {"registers": 100, "spilled": 0, "shared": 1000, "matrix": 4}
+    key, other = "sm_90 u_kernel CAP=None", "sm_90 row_kernel CAP=None"
+    assert aot.compare({key: good}, {key: good}) == []
+    assert aot.compare({key: good | {"registers": 110}}, {key: good}) == []
+    for change in ({"registers": 111}, {"shared": 1101}, {"spilled": 4}, {"matrix": 0}):
+        assert len(aot.compare({key: good | change}, {key: good})) == 1, change
+    assert aot.compare({other: good | {"matrix": 0}}, {other: good}) == []
+    assert "not in the baseline" in aot.compare({key: good}, {})[0]
+
+
+def test_the_error_of_a_median():
+    g = torch.Generator().manual_seed(0)
+    medians = torch.randn(4000, 25, generator=g).median(1).values
+    estimates = [check.error_of_median(row.tolist()) for row in torch.randn(400, 25, generator=g)]
+    assert sum(estimates) / 400 == pytest.approx(medians.std().item(), rel=0.15)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the record is of Linux")
+def test_the_readme_shows_the_records():
+    text = bench.README.read_text()
+    assert bench.with_tables(text) == text, "run: .venv/bin/python tests/perf/bench.py --table"
