@@ -159,16 +159,24 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
     assert guard.rows > 3 * scored  # the guard sees what it must forbid
 
     one = groups[0]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        logprob_matrix(model, tokenizer, [PROMPTS[0][:1]], [RESPONSES[0]], length_normalize=True, score_eos=False)
+
+    def flops(backward):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            values = logprob_matrix(model, tokenizer, [PROMPTS[0][:1]], [RESPONSES[0]], length_normalize=True, score_eos=False)
+            if backward:
+                values.sum().backward()
+        return counter.get_total_flops()
+
     T, D, heads, kv = packed_length(one), config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = D // heads
     linear = D * (heads + 2 * kv) * head_dim + heads * head_dim * D + 3 * D * config.intermediate_size
     shared = shared_length(one)
     first, second = (len(pair.ids) for pair in one)  # under QUERY_BLOCK: [prefix, tail 1] square, tail 2 by its keys
-    attention = 2 * (first * first + (second - shared) * second) * heads * head_dim  # scores and values
+    attention = (first * first + (second - shared) * second) * heads * head_dim  # one product of scores' size
     head = sum(len(p.ids) - p.start for p in one) * D * config.vocab_size
-    assert counter.get_total_flops() == 2 * (config.num_hidden_layers * (T * linear + attention) + head)
+    assert flops(backward=False) == 2 * (config.num_hidden_layers * (T * linear + 2 * attention) + head)
+    # a backward is two products for each; attention's scores are computed again, the head's are not
+    assert flops(backward=True) == 2 * (config.num_hidden_layers * (3 * T * linear + 7 * attention) + 3 * head)
 
 
 @pytest.mark.parametrize("prompts, responses, backend", [
