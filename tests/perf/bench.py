@@ -50,8 +50,9 @@ def run(quick: bool, only: str | None) -> dict:
 
 
 def title(row: dict) -> str:
-    return {"step": "step, {lengths} lengths, C=R={C}, {queries} queries a call", "infonce": "symmetric_infonce, C=R={C}",
-            "head": "head of {head}: N {N}, D {D}, V {V}"}[row["what"]].format(**row)
+    text = {"step": "step, {lengths} lengths, C=R={C}, {queries} queries a call", "infonce": "symmetric_infonce, C=R={C}",
+            "head": "head of {head}: N {N}, D {D}, V {V}, {precision}"}[row["what"]].format(**row)
+    return f"{text} ({row['note']})" if "note" in row else text
 
 
 def table(record: dict) -> list[str]:
