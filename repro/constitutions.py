@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repro.config import choose
-from repro.judging import RULES
 from repro.records import UserError, loads, read_text
+from repro.rules import RULES
 
 DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Principle:
-    """`rule` names a rule judge of repro/judging.py. `private`: responses under the antithesis stay in the run
+    """`rule` names a rule of repro/rules.py. `private`: responses under the antithesis stay in the run
     directory (never in a report or a committed result)."""
 
     name: str
