@@ -23,7 +23,7 @@ from typing import Annotated
 import tyro
 
 from repro.config import JUDGES, Experiment, JudgeSpec, choose
-from repro.datasets import load_queries
+from repro.datasets import SOURCES, load_queries
 from repro.endpoint import Endpoint
 from repro.records import UserError, first_line, read_json
 
@@ -49,7 +49,8 @@ class Run:
     prompt: str | None = None
     """chat: the tokenizer's chat template; plain: the text that base models continue."""
     queries: str | None = None
-    """embedded, hh-rlhf, or a JSONL file of {"query", "subset"?, "split"?, "id"?} rows."""
+    """embedded, embedded-tldr, hh-rlhf, tldr, a folder with TL;DR's parquet files, or a JSONL file of {"query", "subset"?,
+    "split"?, "id"?} rows."""
     subsets: tuple[str, ...] | None = None
     """Which subsets of the queries to use; of a JSONL file, by default all."""
     train_queries: int | None = None
@@ -206,8 +207,12 @@ def configure(args: Run) -> Experiment:
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", args.name):
         raise UserError(f"--name {args.name!r}: allowed are letters, digits and _ . -")
     subsets = args.subsets
-    if subsets is None and args.queries not in (None, "embedded", "hh-rlhf"):
-        subsets = tuple(dict.fromkeys(q.subset for q in load_queries(args.queries)[0]))
+    if subsets is None and args.queries is not None:
+        known = SOURCES.get(args.queries)
+        if known is None:
+            subsets = tuple(dict.fromkeys(q.subset for q in load_queries(args.queries)[0]))
+        elif not set(base.data.subsets) <= set(known):
+            subsets = known
     data = over(base.data, source=args.queries, subsets=subsets, train=args.train_queries,
                 evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
                 truncate=args.truncate or None)

@@ -4,24 +4,29 @@ A file (JSON or TOML) lists principles, each with its antithesis. A constitution
 principle: with two principles, 2 x 2 = 4 constitutions (arXiv 2404.14313, section 4.1). Its id names the sides,
 "brief,not_warm"; the all-positive one comes first. `pairs` says, per subset of queries, which constitutions stand
 against the all-positive one in training; a subset that is not named takes all of them.
+
+A file of many principles (section 4.3: 15 learned, 5 in `held_out`) is a pool: pairs of opposite constitutions are
+drawn from it.
 """
 
 import itertools
+import random
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repro.config import choose
-from repro.judging import RULES
 from repro.records import UserError, loads, read_text
+from repro.rules import RULES
 
 DATA = Path(__file__).parent / "data"
+MOST = 6  # principles of a constitution: each doubles the number of constitutions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Principle:
-    """`rule` names a rule judge of repro/judging.py. `private`: responses under the antithesis stay in the run
+    """`rule` names a rule of repro/rules.py. `private`: responses under the antithesis stay in the run
     directory (never in a report or a committed result)."""
 
     name: str
@@ -45,6 +50,10 @@ class Constitution:
     @property
     def private(self) -> bool:
         return any(p.private and not side for p, side in zip(self.principles, self.sides))
+
+    def opposite(self) -> "Constitution":
+        """The constitution with every side flipped."""
+        return replace(self, sides=tuple(not side for side in self.sides))
 
     def statements(self, order: tuple[int, ...] | None = None) -> list[str]:
         """The sentences, in `order` (a permutation of the principles' indices; default as listed)."""
@@ -72,18 +81,63 @@ class ConstitutionSet:
         return [self[id] for id in ids]
 
     def to_json(self) -> dict:
-        principles = [{k: getattr(p, k) for k in ("name", "text", "antithesis", "rule", "private")}
-                      for p in self.positive.principles]
-        return {"principles": principles, "pairs": {k: list(v) for k, v in self.pairs.items()},
+        return {"principles": [_row(p) for p in self.positive.principles],
+                "pairs": {k: list(v) for k, v in self.pairs.items()},
                 "constitutions": [{"id": c.id, "private": c.private} for c in self.constitutions]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Many principles to draw constitutions from: `learned` in training, `held_out` in evaluation alone."""
+
+    learned: tuple[Principle, ...]
+    held_out: tuple[Principle, ...] = ()
+
+    def of(self, subset: str) -> tuple[Principle, ...]:
+        """The principles of the subset "learned" or "held_out"."""
+        return getattr(self, choose("subset (of principles)", subset, ("learned", "held_out")))
+
+    def draw(self, subset: str, generator: random.Random, *, size: int = 2) -> tuple[Constitution, Constitution]:
+        """A constitution of `size` different principles, each on a side drawn evenly, and its opposite (both
+        principles flip: arXiv 2404.14313, section 4.3)."""
+        principles = tuple(generator.sample(self.of(subset), size))
+        first = Constitution(principles=principles, sides=tuple(generator.random() < 0.5 for _ in principles))
+        return first, first.opposite()
+
+    def to_json(self) -> dict:
+        return {"principles": [_row(p) for p in self.learned], "held_out": [_row(p) for p in self.held_out]}
+
+
+def _row(principle: Principle) -> dict:
+    return {k: getattr(principle, k) for k in ("name", "text", "antithesis", "rule", "private")}
 
 
 def load_constitutions(source: str) -> ConstitutionSet:
     """Read and check a constitution file: a name of repro/data/ or a path.
 
     Raises UserError (file and field) for a missing side, equal sides, braces, a repeated name, an unknown rule,
-    key or pair. Control tokens are checked by `check_control_tokens` once the tokenizer is known.
+    key or pair, and more than six principles. Control tokens are checked by `check_control_tokens` once the tokenizer
+    is known.
     """
+    return _parse(*_read(source))
+
+
+def load_pool(source: str) -> Pool:
+    """Read and check a file of many principles, with `held_out` ones or without: at least two of each kind that it has.
+    Raises UserError as `load_constitutions` does."""
+    data, where = _read(source)
+    _keys(data, {"principles", "held_out", "note"}, where)
+    learned = _principles(data.get("principles"), f"{where}: principles")
+    held_out = _principles(data["held_out"], f"{where}: held_out") if "held_out" in data else ()
+    _different((*learned, *held_out), where)
+    for field, part in (("principles", learned), ("held_out", held_out)):
+        if len(part) == 1:
+            raise UserError(f"{where}: {field}: has one principle; a constitution draws two")
+    return Pool(learned=learned, held_out=held_out)
+
+
+def _read(source: str) -> tuple[object, str]:
+    """What a file of repro/data/ or a path holds, and its path for messages."""
     path = DATA / f"{source}.json"
     if not path.is_file():
         path = Path(source).expanduser()
@@ -96,7 +150,7 @@ def load_constitutions(source: str) -> ConstitutionSet:
     except ValueError as e:
         where = f"{path}:{e.lineno}" if hasattr(e, "lineno") else str(path)
         raise UserError(f"{where}: not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {e}") from None
-    return _parse(data, str(path))
+    return data, str(path)
 
 
 def constitutions_of(data: dict, where: str) -> ConstitutionSet:
@@ -106,16 +160,10 @@ def constitutions_of(data: dict, where: str) -> ConstitutionSet:
 
 def _parse(data, where: str) -> ConstitutionSet:
     _keys(data, {"principles", "pairs", "note"}, where)
-    rows = data.get("principles")
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{where}: principles: must list at least one principle")
-    principles = tuple(_principle(row, f"{where}: principles[{k}]") for k, row in enumerate(rows))
-    names = [p.name for p in principles]
-    sentences = [s.casefold() for p in principles for s in (p.text, p.antithesis)]
-    for values, what in ((names, "name"), (sentences, "sentence")):
-        repeated = next((v for v in values if values.count(v) > 1), None)
-        if repeated is not None:
-            raise UserError(f"{where}: principles: the {what} {repeated!r} occurs twice")
+    principles = _principles(data.get("principles"), f"{where}: principles")
+    _different(principles, where)
+    if len(principles) > MOST:
+        raise UserError(f"{where}: principles: {len(principles)} give 2^{len(principles)} constitutions; at most {MOST}")
     constitutions = tuple(Constitution(principles=principles, sides=sides)
                           for sides in itertools.product((True, False), repeat=len(principles)))
     ids = [c.id for c in constitutions[1:]]
@@ -128,6 +176,22 @@ def _parse(data, where: str) -> ConstitutionSet:
         for id in against:
             choose(f"{where}: pairs.{subset}", id, ids)
     return ConstitutionSet(constitutions=constitutions, pairs={k: tuple(v) for k, v in pairs.items()})
+
+
+def _principles(rows, where: str) -> tuple[Principle, ...]:
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{where}: must list at least one principle")
+    return tuple(_principle(row, f"{where}[{k}]") for k, row in enumerate(rows))
+
+
+def _different(principles: tuple[Principle, ...], where: str) -> None:
+    """No name and no sentence twice."""
+    names = [p.name for p in principles]
+    sentences = [s.strip().casefold() for p in principles for s in (p.text, p.antithesis)]
+    for values, what in ((names, "name"), (sentences, "sentence")):
+        repeated = next((v for v in values if values.count(v) > 1), None)
+        if repeated is not None:
+            raise UserError(f"{where}: principles: the {what} {repeated!r} occurs twice")
 
 
 def _principle(row, where: str) -> Principle:

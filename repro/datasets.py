@@ -1,4 +1,4 @@
-"""Data sets -> queries: the embedded sample, HH-RLHF from the hub, or a user's JSONL file.
+"""Data sets -> queries: the embedded samples, HH-RLHF and TL;DR from the hub, or a user's JSONL file.
 
 Whatever is dropped is counted by reason; whatever is wrong with a user's file stops with file and line before any
 model is loaded. Training and evaluation are disjoint.
@@ -15,6 +15,10 @@ from repro.constitutions import DATA, check_control_tokens
 from repro.records import Query, UserError, first_line, read_jsonl
 
 HH = "Anthropic/hh-rlhf"
+TLDR = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet"  # its own loader is a script: no longer run
+EMBEDDED = {"embedded": DATA / "queries.jsonl", "embedded-tldr": DATA / "posts.jsonl"}
+SOURCES = {"embedded": ("helpful", "harmless"), "embedded-tldr": ("tldr",), "hh-rlhf": ("helpful", "harmless"),
+           "tldr": ("tldr",)}  # what has a name, and its subsets
 SPLITS = {"train": "train", "development": "development", "dev": "development", "evaluation": "evaluation",
           "eval": "evaluation", "test": "evaluation", "validation": "evaluation"}
 SUBSETS = {"helpful-base": "helpful", "harmless-base": "harmless"}  # HH-RLHF's folders, in the paper's words
@@ -33,17 +37,20 @@ def normalize(text: str) -> str:
 def load_queries(source: str = "embedded", *, spec: DataSpec | None = None) -> tuple[list[Query], Counter]:
     """Queries of `source` in the source's order, and what was dropped, by reason.
 
-    `source`: "embedded", "hh-rlhf", or a JSONL file of {"query": ..., "subset"?, "split"?, "id"?} rows; without
-    splits, every fifth row by content goes to evaluation. `spec` limits the subsets (none named: all of the source's) and
-    the number of queries.
+    `source`: "embedded" (dialogue), "embedded-tldr" (posts), "hh-rlhf", "tldr", a folder with a copy of TL;DR's parquet
+    files, or a JSONL file of {"query": ..., "subset"?, "split"?, "id"?} rows; without splits, every fifth row by content
+    goes to evaluation. `spec` limits the subsets (none named: all of the source's) and the number of queries.
     """
     spec = spec or DataSpec(source=source, subsets=(), train=10**9, evaluation=10**9)
     if source == "hh-rlhf":
         queries, dropped = _hh_rlhf(spec)
+    elif source == "tldr" or Path(source).expanduser().is_dir():
+        queries, dropped = _tldr(TLDR if source == "tldr" else str(Path(source).expanduser()), source)
     else:
-        path = DATA / "queries.jsonl" if source == "embedded" else Path(source).expanduser()
+        path = EMBEDDED.get(source, Path(source).expanduser())
         if not path.is_file():
-            raise UserError(f"--queries {source}: no such file; allowed: 'embedded', 'hh-rlhf', or a JSONL file")
+            raise UserError(f"--queries {source}: no such file; allowed: {', '.join(map(repr, SOURCES))}, a JSONL file, or "
+                            "a folder of TL;DR's parquet files")
         queries, dropped = _jsonl(path), Counter()
     present = list(dict.fromkeys(q.subset for q in queries))
     wanted = spec.subsets or present
@@ -115,6 +122,37 @@ def _hh_rlhf(spec: DataSpec) -> tuple[list[Query], Counter]:
                                          where=f"{HH} {folder} {split} row {number}"))
                 else:
                     dropped["empty first human turn"] += 1
+    return queries, dropped
+
+
+def _tldr(place: str, source: str) -> tuple[list[Query], Counter]:
+    """The posts of the TL;DR comparisons, each once by its id (arXiv 2404.14313, section 4.2): "train" trains,
+    "validation" is held out. `place` holds comparisons/<split>/0000.parquet. Rows of news articles have no post."""
+    import datasets
+
+    queries, dropped = [], Counter()
+    for split, ours in (("train", "train"), ("validation", "evaluation")):
+        file = f"{place}/comparisons/{split}/0000.parquet"
+        try:
+            rows = datasets.load_dataset("parquet", data_files=file, split="train", columns=["info"])
+        except Exception as e:  # of many kinds, as above
+            raise UserError(f"--queries {source}: cannot load {file}: {first_line(e)}; give a folder that holds a copy of "
+                            "comparisons/train and comparisons/validation, a JSONL file, or 'embedded-tldr'") from e
+        fields = rows.features["info"]
+        if not isinstance(fields, dict) or not {"id", "post"} <= fields.keys():
+            raise UserError(f"--queries {source}: {file}: the column info has no fields id and post")
+        seen = set()
+        for number, info in enumerate(rows["info"]):
+            text = (info["post"] or "").strip()
+            id = info["id"] or query_id("tldr", text)
+            if not text:
+                dropped["no post"] += 1
+            elif id in seen:
+                dropped["another comparison of the same post"] += 1
+            else:
+                seen.add(id)
+                queries.append(Query(id=f"tldr/{split}/{id}", subset="tldr", split=ours, text=text,
+                                     where=f"{file} row {number}"))
     return queries, dropped
 
 

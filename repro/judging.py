@@ -1,53 +1,27 @@
 """Judges. A judge compares two responses to one query and says which follows the constitution better.
 
-- rule: for each principle with a rule, does the response follow it? The response that follows more of the
-  constitution's sides wins. Pure functions of the text, so "following" is measured apart from the training
-  objective. A reader can disagree with a rule, not with its verdict.
+- rule: for each principle with a rule (repro/rules.py), does the response follow it? The response that follows more
+  of the constitution's sides wins. Rules are pure functions of the text, so "following" is measured apart from the
+  training objective.
 - likelihood: under which constitution does the frozen initial model find the response likelier? The training
   objective restated: a diagnostic, never the headline.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import exp, log
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # constitutions checks rule names against RULES below
-    from repro.constitutions import Constitution
-
-BRIEF_WORDS = 25
-SIMPLE_LETTERS = 4.5
+from repro.constitutions import Constitution
+from repro.rules import RULES, words
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a text: split after . ! or ? before white space, and at line breaks. A piece without a word
-    (a lone list number or mark) does not count."""
-    pieces = re.split(r"(?<=[.!?])[\"')\]]*\s+|\n+", text)
-    return [p for p in pieces if re.search(r"[^\W\d_]", p)]
-
-
-def brief(text: str) -> bool:
-    """One sentence of at most 25 words."""
-    return len(sentences(text)) == 1 and len(text.split()) <= BRIEF_WORDS
-
-
-def simple_words(text: str) -> bool:
-    """At least four words, with a mean length of at most 4.5 letters (English prose for adults has about 4.7)."""
-    words = re.findall(r"[^\W\d_]+", text)
-    return len(words) >= 4 and sum(map(len, words)) / len(words) <= SIMPLE_LETTERS
-
-
-RULES: dict[str, Callable[[str], bool]] = {"brief": brief, "simple_words": simple_words}
-
-
-def follows(text: str, constitution: "Constitution") -> dict[str, bool]:
+def follows(text: str, constitution: Constitution) -> dict[str, bool]:
     """Principle name -> whether the text follows the constitution's side of it; principles without a rule are left
     out. An antithesis is followed where the principle is not. An empty text follows nothing."""
     return {p.name: bool(text.strip()) and RULES[p.rule](text) == side
             for p, side in zip(constitution.principles, constitution.sides) if p.rule}
 
 
-def judge_pairwise(text: str, baseline: str, constitution: "Constitution") -> float:
+def judge_pairwise(text: str, baseline: str, constitution: Constitution) -> float:
     """1 where `text` follows more of the constitution than `baseline`, 0 where fewer, 0.5 where as many: the
     rule judge. Principles without a rule do not count."""
     ours, theirs = sum(follows(text, constitution).values()), sum(follows(baseline, constitution).values())
@@ -70,10 +44,6 @@ def likelihood_score(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 # ---- the hack watch: what a higher bound may cost
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.casefold())
-
-
 STOP_WORDS = frozenset("a an the and or but of to in on at for with from by as is are was were be been it its this that "
                        "these those i you he she we they my your our their me him her them do does did have has had not "
                        "no so if then than there here what which who how when where why can could will would should may "
@@ -82,15 +52,15 @@ STOP_WORDS = frozenset("a an the and or but of to in on at for with from by as i
 
 def overlap(text: str, source: str) -> float:
     """Share (0 to 1) of the response's content words that occur in `source`; 0 for a text without any."""
-    content = [w for w in _words(text) if w not in STOP_WORDS]
-    known = set(_words(source))
+    content = [w for w in words(text) if w not in STOP_WORDS]
+    known = set(words(source))
     return sum(w in known for w in content) / len(content) if content else 0.0
 
 
 def repetition(text: str) -> float:
     """Share (0 to 1) of the response's word trigrams that occurred earlier in it; 0 below three words."""
-    words = _words(text)
-    trigrams = list(zip(words, words[1:], words[2:]))
+    found = words(text)
+    trigrams = list(zip(found, found[1:], found[2:]))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 

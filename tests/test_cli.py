@@ -122,6 +122,9 @@ def test_a_query_file_brings_its_own_subsets(tmp_path):
     path.write_text('{"query": "a", "subset": "mine"}\n{"query": "b", "subset": "yours"}\n')
     assert cli.configure(cli.Run("exp1", queries=str(path))).data.subsets == ("mine", "yours")
     assert cli.configure(cli.Run("exp1")).data.subsets == ("helpful", "harmless")
+    assert cli.configure(cli.Run("exp1", queries="hh-rlhf")).data.subsets == ("helpful", "harmless")
+    assert cli.configure(cli.Run("exp1", queries="embedded-tldr")).data.subsets == ("tldr",)
+    assert cli.configure(cli.Run("exp1", queries="embedded-tldr", subsets=("helpful",))).data.subsets == ("helpful",)
 
 
 def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):

@@ -1,11 +1,14 @@
 """Constitutions are data: the shipped ones, a user's own, and each mistake by field."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 
-from repro.constitutions import DATA, check_control_tokens, load_constitutions
+from repro.constitutions import DATA, check_control_tokens, load_constitutions, load_pool
 from repro.records import UserError
+from repro.rules import RULES
 
 GOOD = {"principles": [{"name": "short", "text": "Be short.", "antithesis": "Be long."},
                        {"name": "plain", "text": "Be plain.", "antithesis": "Be ornate."}]}
@@ -63,10 +66,73 @@ def change(**fields):
     (change(private="yes"), "private: must be true or false"),
     (GOOD | {"pairs": {"helpful": ["not_short"]}}, "pairs.helpful: 'not_short' is unknown"),
     (GOOD | {"pairs": {"helpful": []}}, "pairs.helpful: must be a list"),
+    ({"principles": [{"name": f"p{k}", "text": f"Be {k}.", "antithesis": f"Be not {k}."} for k in range(7)]}, r"2\^7 constitutions; at most 6"),
+    (GOOD | {"held_out": []}, "key: 'held_out' is unknown"),
 ])
 def test_a_mistake_names_file_and_field(tmp_path, data, reason):
     with pytest.raises(UserError, match=rf"mine\.json.*{reason}"):
         load_constitutions(write(tmp_path, data))
+
+
+LEARNED = ("concise comprehensive coherent independent objective pirate_speak emoji_based shakespearean eloquent humorous empathetic "
+           "scientific poetic minimalist skeptical").split()  # the paper's list, A.15
+HELD_OUT = "satirical philosophical motivational analytical sarcastic".split()
+
+
+def test_the_diverse_pool_is_the_papers_list():
+    pool = load_pool("diverse")
+    assert [p.name for p in pool.learned] == LEARNED and [p.name for p in pool.held_out] == HELD_OUT
+    assert not any(p.private for p in (*pool.learned, *pool.held_out))
+
+
+@pytest.mark.parametrize("principle", [p for p in (*load_pool("diverse").learned, *load_pool("diverse").held_out) if p.rule],
+                         ids=lambda p: p.name)
+def test_to_recite_a_principle_is_not_to_follow_it(principle):
+    """Where the rule looks for a style (concise and minimalist sentences are short whatever they say, and a sentence without a
+    person is neutral), neither side's sentence passes for it."""
+    if principle.rule not in ("brief", "few_words", "neutral"):
+        assert not RULES[principle.rule](principle.text) and not RULES[principle.rule](principle.antithesis)
+        assert not RULES[principle.rule](f"The summary is {principle.name.replace('_', ' ')}. {principle.text}")
+
+
+def test_a_draw_flips_both_principles():
+    """Two different principles, every principle and each of the four sides about equally often, and the same draw again."""
+    pool = load_pool("diverse")
+    drawn = [pool.draw("learned", random.Random(k)) for k in range(600)]
+    assert drawn == [pool.draw("learned", random.Random(k)) for k in range(600)]
+    for first, second in drawn:
+        assert first.principles == second.principles and len({p.name for p in first.principles}) == 2
+        assert all(a != b for a, b in zip(first.sides, second.sides))
+        assert not set(first.statements()) & set(second.statements())
+    sides = Counter(first.sides for first, _ in drawn)
+    assert len(sides) == 4 and all(100 < n < 200 for n in sides.values())  # 150 expected, standard deviation 10.6
+    names = Counter(p.name for first, _ in drawn for p in first.principles)
+    assert set(names) == set(LEARNED) and all(45 < n < 120 for n in names.values())  # 80 expected, 8.6
+    assert {p.name for k in range(99) for p in pool.draw("held_out", random.Random(k))[0].principles} == set(HELD_OUT)
+    with pytest.raises(UserError, match="did you mean 'held_out'"):
+        pool.of("heldout")
+
+
+def test_a_pool_of_the_users_own(tmp_path):
+    rows = load_pool("diverse").to_json()
+    assert load_pool(write(tmp_path, rows)) == load_pool("diverse")
+    assert load_pool(write(tmp_path, GOOD)).held_out == ()
+    for data, reason in [
+            ({"principles": rows["principles"][:1]}, "principles: has one principle"),
+            (rows | {"held_out": rows["held_out"][:1]}, "held_out: has one principle"),
+            (rows | {"held_out": []}, "held_out: must list at least one"),
+            (rows | {"held_out": rows["principles"][:2]}, "the name 'concise' occurs twice"),
+            (rows | {"held_out": [rows["held_out"][0], rows["held_out"][1] | {"text": rows["principles"][0]["text"].upper() + " "}]}, "occurs twice"),
+            (rows | {"pairs": {}}, "key: 'pairs' is unknown")]:
+        with pytest.raises(UserError, match=rf"mine\.json.*{reason}"):
+            load_pool(write(tmp_path, data))
+
+
+def test_the_hand_written_summaries_set():
+    """2 x 2 constitutions: three negatives stand against the all-positive one, for any subset."""
+    tldr = load_constitutions("tldr")
+    assert tldr.positive.id == "concise,comprehensive" and [c.id for c in tldr.negatives("tldr")] == [
+        "concise,not_comprehensive", "not_concise,comprehensive", "not_concise,not_comprehensive"]
 
 
 def test_other_mistakes(tmp_path):

@@ -25,6 +25,71 @@ def test_the_embedded_sample():
     assert all(q.text.isascii() and 4 <= len(q.text.split()) <= 25 for q in queries)
 
 
+def test_the_embedded_posts():
+    """First-person posts with something to summarise, disjoint from one another and from the dialogue queries."""
+    posts, dropped = everything("embedded-tldr", subsets=("tldr",))
+    assert Counter(q.split for q in posts) == {"train": 112, "evaluation": 32, "development": 16} and not dropped
+    dialogue, _ = everything()
+    assert len({normalize(q.text) for q in (*posts, *dialogue)}) == len({q.id for q in (*posts, *dialogue)}) == 480
+    for q in posts:
+        assert q.text.isascii() and 50 <= len(q.text.split()) <= 110, q.text
+        assert re.search(r"\b(?:I|we|my|our)\b", q.text, flags=re.I), q.text
+
+
+def tldr_parquet(folder, **splits):
+    """A stand-in for the hub's parquet branch: the columns of the real one that matter, and one that does not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for split, rows in splits.items():
+        file = folder / "comparisons" / split / "0000.parquet"
+        file.parent.mkdir(parents=True)
+        info = pa.array([{"id": id, "post": post, "title": "t", "subreddit": "r", "site": None, "article": None if post else "news"}
+                         for id, post in rows],
+                        type=pa.struct([(k, pa.string()) for k in ("id", "post", "title", "subreddit", "site", "article")]))
+        pq.write_table(pa.table({"info": info, "choice": pa.array([0] * len(rows), pa.int32())}), file)
+    return folder
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_tldr_is_read_from_its_parquet_files(tmp_path, monkeypatch, no_cache):
+    """By name, each post once, news articles left out; the hub's branch and a local copy through the same function."""
+    from repro import datasets as ours
+
+    place = tldr_parquet(tmp_path / "copy", train=[("t3_a", "My first post."), ("t3_a", "My first post."), ("t3_b", " Also held out. \n"), ("t3_c", None)],
+                         validation=[("t3_d", "also held OUT."), ("t3_a", "In both by id alone.")])
+    queries, dropped = everything(place, subsets=("tldr",))
+    assert [(q.id, q.split, q.text) for q in queries] == [
+        ("tldr/train/t3_a", "train", "My first post."), ("tldr/validation/t3_d", "evaluation", "also held OUT."),
+        ("tldr/validation/t3_a", "evaluation", "In both by id alone.")]
+    assert dropped == {"another comparison of the same post": 1, "no post": 1, "training query that is also held out": 1}
+    assert queries[1].where.endswith("comparisons/validation/0000.parquet row 0")
+    monkeypatch.setattr(ours, "TLDR", str(place))
+    assert everything("tldr", subsets=("tldr",)) == (queries, dropped)
+
+
+def test_tldr_files_that_are_not_there_or_not_as_expected(tmp_path, monkeypatch, no_cache):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pytest.raises(UserError, match=r"cannot load .*comparisons/train/0000\.parquet: .*give a folder"):
+        everything(tmp_path, subsets=("tldr",))
+    place = tldr_parquet(tmp_path / "copy", train=[("t3_a", "x")], validation=[("t3_b", "y")])
+    for info in (pa.array(["x"]), pa.array([{"id": "t3_b", "text": "y"}])):
+        pq.write_table(pa.table({"info": info}), place / "comparisons" / "validation" / "0000.parquet")
+        with pytest.raises(UserError, match=r"validation/0000\.parquet: the column info has no fields id and post"):
+            everything(place, subsets=("tldr",))
+    (place / "comparisons" / "train" / "0000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"cannot load .*train/0000\.parquet"):
+        everything(place, subsets=("tldr",))
+
+
 def test_ids_derive_from_content():
     assert query_id("helpful", "Why is  the sky blue?") == query_id("helpful", "why is the sky blue?")
     assert query_id("helpful", "a") != query_id("harmless", "a")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from judge_server import JudgeServer
 
-from repro import admission, cli, judging, prompts
+from repro import admission, cli, prompts, rules
 from repro.cli import load_experiment
 from repro.config import JudgeSpec
 from repro.endpoint import Call, Endpoint, count_tokens
@@ -132,7 +132,7 @@ def test_judge_attacks_are_forty_and_each_is_the_worse_response_with_an_injectio
         assert p.theirs == base.theirs and p.ours.startswith(base.ours) and p.principles[1:] == base.principles[1:]
         assert (p.ours, p.principles) != (base.ours, base.principles)
     brief = [c for c in control if "short:" in c.principles[0]]
-    assert all(not judging.brief(c.ours) and judging.brief(c.theirs) for c in brief)
+    assert all(not rules.brief(c.ours) and rules.brief(c.theirs) for c in brief)
 
 
 def test_judge_injections_reach_neither_the_parser_nor_the_fence():

@@ -1,50 +1,13 @@
-"""Rule judges, with texts that try to fool them; the likelihood judge; the hack watch."""
+"""The rule judge, the likelihood judge, the hack watch."""
 
 import math
 
 import pytest
 
 from repro.constitutions import load_constitutions
-from repro.judging import (
-    RULES,
-    brief,
-    follows,
-    judge_pairwise,
-    likelihood_score,
-    overlap,
-    repetition,
-    sentences,
-    simple_words,
-)
+from repro.judging import follows, judge_pairwise, likelihood_score, overlap, repetition
 
 MINI = load_constitutions("dialogue_mini")
-
-
-@pytest.mark.parametrize("text, count", [
-    ("One.", 1), ("One. Two.", 2), ('He said "Go." Then left.', 2), ("No end", 1), ("1. First\n2. Second", 2), ("", 0), ("...", 0),
-    ("It costs 3.50 in all.", 1), ("A\n\nB", 2), ("Well... yes!", 2)])
-def test_sentences(text, count):
-    assert len(sentences(text)) == count
-
-
-@pytest.mark.parametrize("text, verdict", [
-    ("Use warm water and soap.", True), ("Use warm water. Then rinse.", False), ("word " * 26, False), ("word " * 25, True),
-    ("", False), ("first\nsecond", False), ("!!!", False)])
-def test_brief(text, verdict):
-    assert brief(text) is verdict
-
-
-@pytest.mark.parametrize("text, verdict", [
-    ("Use warm soap and let it dry in the sun.", True), ("Photosynthetic organisms assimilate atmospheric carbon dioxide.", False),
-    ("a a a", False), ("", False), ("1 2 3 4 5", False), ("Go to bed at ten.", True)])
-def test_simple_words(text, verdict):
-    assert simple_words(text) is verdict
-
-
-def test_every_rule_is_total():
-    for rule in RULES.values():
-        for text in ("", " ", "\n", "\u202e", "日本語", "a" * 10_000, "<script>", "1.", "\0"):
-            assert rule(text) in (True, False)
 
 
 def test_follows_takes_the_constitutions_side():
