@@ -49,6 +49,13 @@ def test_the_error_of_a_median():
     assert sum(estimates) / 400 == pytest.approx(medians.std().item(), rel=0.15)
 
 
+def test_noise_widens_the_band_but_does_not_excuse_everything():
+    quiet, known = [1.30, 1.29, 1.31, 1.30, 1.30], [1.30, 1.28, 1.32, 1.31, 1.29, 1.30]
+    wild = [1.3, -0.4, 2.0, 0.1, 1.9]
+    assert check.Z * check.LEAST <= check.band(known, quiet, True) < check.band(known, quiet, False) <= check.MOST
+    assert check.band(known, wild, True) == check.band(known, wild, False) == check.MOST
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="the record is of Linux")
 def test_the_readme_shows_the_records():
     text = bench.README.read_text()
