@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+from costs import Saved, smollm2
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from repro.logprobs import logprob_matrix
 from repro.losses import symmetric_infonce
@@ -43,24 +43,6 @@ def texts(rng, n, length, ragged):
     return [" " + " ".join(str(rng.randrange(10, 49000)) for _ in range(k)) for k in lengths]
 
 
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd holds for the backward, each storage once, weights left out: deterministic."""
-
-    def __init__(self, model):
-        weights, self.storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                self.storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        super().__init__(pack, lambda tensor: tensor)
-
-    def gib(self) -> float:
-        return sum(self.storages.values()) / 2**30
-
-
 def matrix_rate() -> float:
     """GFLOP/s of a large product in the current precision."""
     a, b = torch.randn(2048, 1536), torch.randn(1536, 2048)
@@ -79,13 +61,6 @@ def resident(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
 
 
-def smollm2() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True))
-
-
 def step(model, backend: str, prompts, responses) -> None:
     symmetric_infonce(logprob_matrix(model, Ids(), [prompts], [responses], length_normalize=True, score_eos=False,
                                      backend=backend)).backward()
@@ -93,7 +68,7 @@ def step(model, backend: str, prompts, responses) -> None:
 
 def peak(backend: str, prompts, responses) -> None:
     """Prints the bytes that one step adds to weights and gradients at its peak."""
-    model = smollm2()
+    model = smollm2(layers=30)
     with matmul_precision(model, "fp32_master"):
         step(model, backend, [" 5 6 7"] * 2, [" 8", " 9"])  # gradients exist, libraries are loaded
         before = resident("VmRSS")
@@ -122,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak_of:
         return peak(*json.load(sys.stdin))
-    model, rng, rows = smollm2(), random.Random(0), []
+    model, rng, rows = smollm2(layers=30), random.Random(0), []
     cases = {C: [texts(rng, C, n, args.ragged) for n in (args.prompt, args.response)] for C in args.sizes}
     peak_gib = {C: peaks(*case) for C, case in cases.items()}
     for precision in ("fp32", "fp32_master"):
@@ -131,11 +106,11 @@ def main() -> None:
             for C, case in cases.items():
                 seconds, flops, memory = {}, {}, {}
                 for backend in ("reference", "shared"):
-                    saved = SavedBytes(model)
+                    saved = Saved({p.untyped_storage().data_ptr() for p in model.parameters()})
                     with FlopCounterMode(display=False) as counter, saved:
                         step(model, backend, *case)
                     flops[backend], seconds[backend] = counter.get_total_flops(), []
-                    memory[backend] = saved.gib()
+                    memory[backend] = sum(saved.storages.values()) / 2**30
                 for _ in range(args.pairs):
                     for backend in ("reference", "shared"):
                         start = time.perf_counter()
