@@ -46,6 +46,7 @@ class DataSpec:
 
     `leakage`: "remove" takes training queries that are also evaluation queries out of training; "keep" is what
     the paper's runs did (about 100 of the 250 HH evaluation queries occur in the training rows).
+    `draws`: of a pool of principles, the constitutions that each held-out query is answered under: learned, held out.
     """
 
     source: str = "embedded"
@@ -55,9 +56,12 @@ class DataSpec:
     evaluation_split: str = "evaluation"
     leakage: str = "remove"
     truncate: bool = False
+    draws: tuple[int, int] = (1, 1)
 
     def __post_init__(self):
         _positive(self, "train", "evaluation")
+        if len(self.draws) != 2 or min(self.draws) < 1:
+            raise UserError(f"DataSpec.draws: {self.draws!r}; two numbers above 0: learned, held out")
         choose("DataSpec.leakage", self.leakage, ("remove", "keep"))
         choose("DataSpec.evaluation_split", self.evaluation_split, ("evaluation", "development"))
 
@@ -67,16 +71,20 @@ class SamplingSpec:
     """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases` (repro/pipeline.py counts why).
 
     `dtype`: weights while sampling. `spare`: pairs sampled beyond the need, as a share, to make up for drops.
+    `full_stop`: drop a pair whose first response does not end in one. `reasoning_tokens`: with chain of thought, tokens
+    beyond `max_new_tokens` for the reasoning.
     """
 
     max_new_tokens: int = 48
+    reasoning_tokens: int = 150
     batch_size: int = 32
     dtype: str = "bfloat16"
     spare: float = 0.25
     drop_phrases: tuple[str, ...] = ("The assistant", "sorry", "Response", "[insert", "]")
+    full_stop: bool = False
 
     def __post_init__(self):
-        _positive(self, "max_new_tokens", "batch_size")
+        _positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
         choose("SamplingSpec.dtype", self.dtype, ("float32", "bfloat16"))
 
 
@@ -177,17 +185,48 @@ class JudgeSpec:
         return self.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", self.model).strip("-.")
 
 
+WRITERS = ("local", "openai")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterSpec:
+    """A language model that writes the principles (repro/writing.py). `kind`: "local" runs in this process, "openai"
+    behind an OpenAI-compatible server. `label`: its name in records. `asked`: what it is told that the model has to do."""
+
+    kind: str = "local"
+    model: str = EMBEDDED
+    label: str = EMBEDDED
+    asked: str = "summarise a post from an internet forum"
+
+    def __post_init__(self):
+        choose("WriterSpec.kind", self.kind, WRITERS)
+        if not self.model:
+            raise UserError("WriterSpec.model: empty; the name of the model that writes (--writer-model)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One paper experiment in one profile. `constitutions`: a file of repro/data/ or a path (JSON or TOML)."""
+    """One paper experiment in one profile. `constitutions`: a file of repro/data/ or a path (JSON or TOML).
+
+    `task`: "dialogue" answers queries, "summary" summarises posts (repro/prompts.py).
+    `writer`: a model that writes the principles; `constitutions` then holds what the run goes on with where nothing that
+    it writes can be used, and its rules measure following, since no written principle has one.
+    `baseline`: another model that is judged against, beside the initial one.
+    `cot`: with chain of thought or without; None where the experiment does not ask. `variant`: what tells this run from
+    the others of its experiment and profile; each has a folder of its own.
+    """
 
     name: str
     profile: str
     constitutions: str
-    writer: str = "hand"
+    variant: str = ""
+    task: str = "dialogue"
+    writer: WriterSpec | None = None
+    cot: bool | None = None
     iterations: int = 3
     seed: int = 0
     model: ModelSpec = field(default_factory=ModelSpec)
+    baseline: ModelSpec | None = None
     data: DataSpec = field(default_factory=DataSpec)
     sampling: SamplingSpec = field(default_factory=SamplingSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
@@ -196,6 +235,14 @@ class Experiment:
 
     def __post_init__(self):
         _positive(self, "iterations")
+        choose("Experiment.task", self.task, ("dialogue", "summary"))
+        if self.cot and (self.task, self.model.prompt) == ("dialogue", "plain"):
+            raise UserError("Experiment.cot: chain of thought in a dialogue needs a chat template (--prompt chat)")
+
+    @property
+    def path(self) -> str:
+        """Where its run lies under OUT."""
+        return "/".join(filter(None, (self.name, self.profile, self.variant)))
 
     def to_json(self) -> dict:
         """Plain JSON data (tuples as lists)."""
@@ -204,9 +251,11 @@ class Experiment:
     @classmethod
     def from_json(cls, data: dict) -> "Experiment":
         """The experiment of a run.json; what a record of an older version lacks is at its default."""
-        parts = {"model": ModelSpec, "data": DataSpec, "sampling": SamplingSpec, "train": TrainSpec, "judge": JudgeSpec}
+        parts = {"model": ModelSpec, "baseline": ModelSpec, "writer": WriterSpec, "data": DataSpec,
+                 "sampling": SamplingSpec, "train": TrainSpec, "judge": JudgeSpec}
         try:
-            return cls(**{k: parts[k](**_tuples(v)) if k in parts else v for k, v in _tuples(data).items()})
+            return cls(**{k: parts[k](**_tuples(v)) if k in parts and v is not None else v
+                          for k, v in _tuples(data).items()})
         except (TypeError, AttributeError) as e:
             raise UserError(f"config: not that of a run of this version: {e}") from None
 

@@ -5,8 +5,8 @@ principle: with two principles, 2 x 2 = 4 constitutions (arXiv 2404.14313, secti
 "brief,not_warm"; the all-positive one comes first. `pairs` says, per subset of queries, which constitutions stand
 against the all-positive one in training; a subset that is not named takes all of them.
 
-A file of many principles (section 4.3: 15 learned, 5 in `held_out`) is a pool: pairs of opposite constitutions are
-drawn from it.
+A file with `draw` or `held_out` (section 4.3: 15 learned principles, 5 held out) is a pool: constitutions of `draw`
+principles, by default two, are drawn from it, each against its opposite.
 """
 
 import itertools
@@ -79,6 +79,10 @@ class ConstitutionSet:
         return next(c for c in self.constitutions if c.id == id)
 
     @property
+    def principles(self) -> tuple[Principle, ...]:
+        return self.positive.principles
+
+    @property
     def positive(self) -> Constitution:
         return self.constitutions[0]
 
@@ -96,52 +100,58 @@ class ConstitutionSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Many principles to draw constitutions from: `learned` in training, `held_out` in evaluation alone."""
+    """Many principles to draw constitutions of `size` from: `learned` in training, `held_out` in evaluation alone."""
 
     learned: tuple[Principle, ...]
     held_out: tuple[Principle, ...] = ()
+    size: int = 2
+    writer = "hand"
 
-    def of(self, subset: str) -> tuple[Principle, ...]:
-        """The principles of the subset "learned" or "held_out"."""
-        return getattr(self, choose("subset (of principles)", subset, ("learned", "held_out")))
+    @property
+    def principles(self) -> tuple[Principle, ...]:
+        return self.learned + self.held_out
 
-    def draw(self, subset: str, generator: random.Random, *, size: int = 2) -> tuple[Constitution, Constitution]:
-        """A constitution of `size` different principles, each on a side drawn evenly, and its opposite (both
-        principles flip: arXiv 2404.14313, section 4.3)."""
-        principles = tuple(generator.sample(self.of(subset), size))
-        first = Constitution(principles=principles, sides=tuple(generator.random() < 0.5 for _ in principles))
-        return first, first.opposite()
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The subsets of principles that it has."""
+        return ("learned", "held_out") if self.held_out else ("learned",)
+
+    def of(self, kind: str) -> tuple[Principle, ...]:
+        return getattr(self, choose("kind (of principles)", kind, self.kinds))
+
+    def deal(self, kind: str, count: int, generator: random.Random) -> list[tuple[Constitution, Constitution]]:
+        """`count` constitutions of different principles, each on a side drawn evenly, with their opposites (all sides
+        flip: arXiv 2404.14313, section 4.3). Dealt like cards, so that no principle occurs more often than another by
+        more than one, two at the most; the paper draws each time from all."""
+        dealt, deck = [], []
+        for _ in range(count):
+            hand = []
+            while len(hand) < self.size:
+                if not any(p not in hand for p in deck):
+                    deck += generator.sample(self.of(kind), len(self.of(kind)))
+                hand.append(deck.pop(next(k for k, p in enumerate(deck) if p not in hand)))
+            first = Constitution(principles=tuple(hand), sides=tuple(generator.random() < 0.5 for _ in hand))
+            dealt.append((first, first.opposite()))
+        return dealt
 
     def to_json(self) -> dict:
-        return {"principles": [_row(p) for p in self.learned], "held_out": [_row(p) for p in self.held_out]}
+        held_out = {"held_out": [_row(p) for p in self.held_out]} if self.held_out else {}
+        return {"principles": [_row(p) for p in self.learned], **held_out, "draw": self.size}
 
 
 def _row(principle: Principle) -> dict:
     return {k: getattr(principle, k) for k in ("name", "text", "antithesis", "rule", "private")}
 
 
-def load_constitutions(source: str) -> ConstitutionSet:
+def load_constitutions(source: str) -> ConstitutionSet | Pool:
     """Read and check a constitution file: a name of repro/data/ or a path.
 
     Raises UserError (file and field) for a missing side, equal sides, braces, a repeated name, an unknown rule,
-    key or pair, and more than six principles. Control tokens are checked by `check_control_tokens` once the tokenizer
-    is known.
+    key or pair, more than six principles of a set, and fewer than a constitution draws of a pool. Control tokens are
+    checked by `check_control_tokens` once the tokenizer is known.
     """
-    return _parse(*_read(source))
-
-
-def load_pool(source: str) -> Pool:
-    """Read and check a file of many principles, with `held_out` ones or without: at least two of each kind that it has.
-    Raises UserError as `load_constitutions` does."""
     data, where = _read(source)
-    _keys(data, {"principles", "held_out", "note"}, where)
-    learned = _principles(data.get("principles"), f"{where}: principles")
-    held_out = _principles(data["held_out"], f"{where}: held_out") if "held_out" in data else ()
-    _different((*learned, *held_out), where)
-    for field, part in (("principles", learned), ("held_out", held_out)):
-        if len(part) == 1:
-            raise UserError(f"{where}: {field}: has one principle; a constitution draws two")
-    return Pool(learned=learned, held_out=held_out)
+    return constitutions_of(data, where)
 
 
 def _read(source: str) -> tuple[object, str]:
@@ -161,12 +171,28 @@ def _read(source: str) -> tuple[object, str]:
     return data, str(path)
 
 
-def constitutions_of(data: dict, where: str) -> ConstitutionSet:
-    """The set that `ConstitutionSet.to_json` wrote."""
-    return _parse({k: v for k, v in data.items() if k != "constitutions"}, where)
+def constitutions_of(data, where: str) -> ConstitutionSet | Pool:
+    """The set or pool of a file's content, or of what `to_json` wrote."""
+    if isinstance(data, dict) and data.keys() & {"draw", "held_out"}:
+        return _pool(data, where)
+    return _set({k: v for k, v in data.items() if k != "constitutions"} if isinstance(data, dict) else data, where)
 
 
-def _parse(data, where: str) -> ConstitutionSet:
+def _pool(data: dict, where: str) -> Pool:
+    _keys(data, {"principles", "held_out", "draw", "note"}, where)
+    learned = _principles(data.get("principles"), f"{where}: principles")
+    held_out = _principles(data["held_out"], f"{where}: held_out") if "held_out" in data else ()
+    _different((*learned, *held_out), where)
+    size = data.get("draw", 2)
+    if type(size) is not int or not 1 <= size <= MOST:
+        raise UserError(f"{where}: draw: {size!r}; must be 1 to {MOST}, the principles of a constitution")
+    for field, part in (("principles", learned), ("held_out", held_out)):
+        if part and len(part) < size:
+            raise UserError(f"{where}: {field}: has {len(part)}; a constitution draws {size}")
+    return Pool(learned=learned, held_out=held_out, size=size)
+
+
+def _set(data, where: str) -> ConstitutionSet:
     _keys(data, {"principles", "pairs", "note", "written"}, where)
     written = data.get("written")
     if written is not None and not (isinstance(written, dict) and isinstance(written.get("writer"), str)

@@ -7,12 +7,14 @@ from tqdm import tqdm
 from repro import judging, metrics
 from repro.config import JudgeSpec
 from repro.llm_judge import Pair, ask_judge, judge_shares
+from repro.constitutions import Pool
 from repro.records import read_jsonl, write_json, write_jsonl
-from repro.rundir import Run, evaluation_file, logprob_file
+from repro.rundir import Item, Run, evaluation_file, logprob_file
 from repro.sampling import sample_to_file
 
 SCORED_AT_ONCE = 8  # queries handed over together, for full packs
 JUDGMENTS = "judgments.jsonl"
+BASELINE = "responses/baseline.jsonl"
 EVALUATION_ORDER = "evaluation"  # the principles' order at evaluation: the same for every iteration and seed
 
 
@@ -20,42 +22,54 @@ def evaluate(run: Run, iteration: int) -> None:
     """Responses to the held-out queries under every constitution, and their log-probs under every constitution."""
     name = f"evaluate-{iteration}"
     outputs = [evaluation_file(iteration), logprob_file(iteration)]
-    inputs = [f"train-{iteration}"] if iteration else []
+    inputs = [f"train-{iteration}"] if iteration else run.written()
     if not run.stage(name, outputs, inputs):
         return
-    jobs = [(q, c) for q in run.held_out for c in run.constitutions.constitutions]
-    texts = [run.prompt(c, q, EVALUATION_ORDER, generation=True) for q, c in jobs]
+    jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
+    texts = [run.prompt(c, q, EVALUATION_ORDER, sample=True, reason=run.form.cot) for q, c in jobs]
     rows = sample_to_file(run, jobs, texts, iteration, run.folder / evaluation_file(iteration), name)
-    write_jsonl(run.folder / logprob_file(iteration), _score_held_out(run, iteration, texts, rows, name))
+    write_jsonl(run.folder / logprob_file(iteration), _score_held_out(run, iteration, rows, name))
     run.finish(name, outputs, inputs)
 
 
-def _score_held_out(run: Run, iteration: int, texts: list[str], rows: list[dict], name: str) -> list[dict]:
-    """Per query: summed log-probs [C][R] and scored tokens [R] of the iteration's own model; and the initial model's
-    [C] for the all-positive constitution's response, for the likelihood judge. Scored with the generation prompts."""
+def evaluate_baseline(run: Run) -> None:
+    """The baseline's responses under the constitutions that are judged -> responses/baseline.jsonl."""
+    spec = run.experiment.baseline
+    if spec is None or not run.stage("baseline", [BASELINE], run.written()):
+        return
+    other = run.answering_as(spec)
+    jobs = [(item.query, item.constitutions[0]) for item in run.items()]
+    texts = [other.prompt(c, q, EVALUATION_ORDER, sample=True) for q, c in jobs]
+    sample_to_file(other, jobs, texts, 0, run.folder / BASELINE, "baseline")
+    run.finish("baseline", [BASELINE], run.written())
+
+
+def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> list[dict]:
+    """Per item: summed log-probs [C][R] and scored tokens [R] of the iteration's own model; and the initial model's
+    [C] for the judged response, for the likelihood judge. Scored with the generation prompts, less any reasoning."""
     import torch
 
     from repro.logprobs import logprob_matrix
     from repro.prefix import tokenize_pair
     from repro.training import matmul_precision, weights_dtype
 
-    spec, C = run.experiment, len(run.constitutions.constitutions)
+    spec, items, start = run.experiment, [], 0
     dtype, eos = weights_dtype(spec.train.precision), spec.train.score_eos
     space = " " if spec.model.prompt == "plain" else ""
-    queries = []
-    for k, query in enumerate(run.held_out):
-        part = slice(k * C, (k + 1) * C)
-        responses = [space + (row["text"].strip() or ".") for row in rows[part]]  # "." scores an empty response
-        tokens = [len(p.ids) - p.start for p in (tokenize_pair(run.tokenizer, texts[k * C], r, score_eos=eos)
+    for item in run.items():
+        texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
+        part, start = rows[start: start + len(texts)], start + len(texts)
+        responses = [space + (row["text"].strip() or ".") for row in part]  # "." scores an empty response
+        tokens = [len(p.ids) - p.start for p in (tokenize_pair(run.tokenizer, texts[0], r, score_eos=eos)
                                                  for r in responses)]
-        queries.append((query, texts[part], responses, tokens))
+        items.append((item, texts, responses, tokens))
 
     def score(which: int, select: slice, label: str) -> list[list[list[float]]]:
         with run.model(which, dtype) as model, torch.inference_mode(), matmul_precision(model, spec.train.precision):
             matrices = []
-            with tqdm(total=len(queries), desc=f"{name} {label}", unit="query") as bar:
-                for k in range(0, len(queries), SCORED_AT_ONCE):
-                    part = queries[k: k + SCORED_AT_ONCE]
+            with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:
+                for k in range(0, len(items), SCORED_AT_ONCE):
+                    part = items[k: k + SCORED_AT_ONCE]
                     matrices += logprob_matrix(
                         model, run.tokenizer, [p for _, p, _, _ in part], [r[select] for _, _, r, _ in part],
                         length_normalize=False, score_eos=eos, backend=run.record["backend"]).tolist()
@@ -64,19 +78,18 @@ def _score_held_out(run: Run, iteration: int, texts: list[str], rows: list[dict]
 
     own = score(iteration, slice(None), "log-probs")
     initial = [[row[:1] for row in m] for m in own] if iteration == 0 else score(0, slice(1), "under the initial model")
-    return [{"query": q.id, "subset": q.subset, "logprobs": m, "tokens": t, "initial": [row[0] for row in i]}
-            for (q, _, _, t), m, i in zip(queries, own, initial)]
+    return [{"query": item.query.id, "subset": item.subset, "logprobs": m, "tokens": t, "initial": [row[0] for row in i]}
+            for (item, _, _, t), m, i in zip(items, own, initial)]
 
 
 def judge(run: Run) -> None:
-    """Every iteration's response under the all-positive constitution against the initial model's -> judgments.jsonl."""
+    """Each item's response under its first constitution, by every iteration, against the initial model's, and against
+    the baseline's where there is one -> judgments.jsonl."""
     iterations = range(1, run.experiment.iterations + 1)
     if not run.stage("judge", [JUDGMENTS], _judge_inputs(run)):
         return
-    constitution, C = run.constitutions.positive, len(run.constitutions.constitutions)
-    responses = {i: [row for _, row in read_jsonl(run.folder / evaluation_file(i))][::C] for i in (0, *iterations)}
+    items, rows = run.items(), []
     logprobs = {i: [row for _, row in read_jsonl(run.folder / logprob_file(i))] for i in (0, *iterations)}
-    rows = []
     for name in run.record.get("judges", {}):
         if name != run.experiment.judge.label:
             run.say(f"judge {name}: its judgments are taken out; `repro judge {run.folder}` puts them back and asks "
@@ -85,29 +98,54 @@ def judge(run: Run) -> None:
         if judge == "openai":
             rows += llm_judgments(run, run.experiment.judge)
             continue
-        if judge == "rule" and not all(p.rule for p in constitution.principles):
-            run.say("judge rule: NOT RUN: a principle has no rule")
+        if judge == "rule" and not any(run.ruled(item.constitutions[0]) for item in items):
+            run.say("judge rule: NOT RUN: no principle has a rule")
             continue
-        for i in iterations:
-            for ours, theirs, a, b in zip(responses[i], responses[0], logprobs[i], logprobs[0]):
-                if ours["text"] == theirs["text"]:
-                    score = 0.5  # identical texts tie: their scores differ by rounding alone
-                elif judge == "rule":
-                    score = judging.judge_pairwise(ours["text"], theirs["text"], constitution)
+        for i, label, ours, theirs in _comparisons(run):
+            for k, item in enumerate(items):
+                a, b = ours[k], theirs[k]
+                if judge == "rule":
+                    constitution = run.ruled(item.constitutions[0])
+                    if constitution is None:
+                        continue  # no item: there is nothing that it could go by
+                    score = judging.judge_pairwise(a["text"], b["text"], constitution)
+                elif label == run.experiment.model.label:
+                    score = judging.likelihood_score(_normalized(logprobs[i][k]), _normalized(logprobs[0][k]))
                 else:
-                    score = judging.likelihood_score(_normalized(a), _normalized(b))
-                rows.append(_judgment(judge, ours, theirs, a["subset"]) | {
+                    continue  # the baseline's responses have no log-probs under the initial model
+                if a["text"] == b["text"]:
+                    score = 0.5  # identical texts tie: their scores differ by rounding alone
+                rows.append(_judgment(judge, item, label, a, b) | {
                     "score": score, "outcome": {1.0: "win", 0.5: "tie", 0.0: "loss"}[score]})
     _write_judgments(run, rows)
 
 
+def judged_responses(run: Run, path: str, per_item: int) -> list[dict]:
+    """Of a file with `per_item` responses an item, the one under the item's first constitution."""
+    return [row for _, row in read_jsonl(run.folder / path)][::per_item]
+
+
+def _comparisons(run: Run) -> Iterator[tuple[int, str, list[dict], list[dict]]]:
+    """(iteration, the other's name, our responses, its responses): what is judged against what, one of each an item."""
+    C = len(run.items()[0].constitutions)
+    ours = {i: judged_responses(run, evaluation_file(i), C) for i in range(run.experiment.iterations + 1)}
+    for i in ours:
+        if i:
+            yield i, run.experiment.model.label, ours[i], ours[0]
+    if run.experiment.baseline:
+        theirs = judged_responses(run, BASELINE, 1)
+        for i in ours:
+            yield i, run.experiment.baseline.label, ours[i], theirs
+
+
 def _judge_inputs(run: Run) -> list[str]:
-    return [f"evaluate-{i}" for i in range(run.experiment.iterations + 1)]
+    return [f"evaluate-{i}" for i in range(run.experiment.iterations + 1)] + (
+        ["baseline"] if run.experiment.baseline else [])
 
 
-def _judgment(judge: str, ours: dict, theirs: dict, subset: str) -> dict:
-    return {"record": "judgment", "judge": judge, "query": ours["query"], "subset": subset,
-            "iteration": ours["iteration"], "baseline": theirs["iteration"], "tokens": ours["tokens"],
+def _judgment(judge: str, item: Item, baseline: str, ours: dict, theirs: dict) -> dict:
+    return {"record": "judgment", "judge": judge, "query": item.query.id, "constitution": item.constitutions[0].id,
+            "subset": item.subset, "iteration": ours["iteration"], "baseline": baseline, "tokens": ours["tokens"],
             "baseline_tokens": theirs["tokens"]}
 
 
@@ -130,22 +168,16 @@ def add_judgments(run: Run, judge: str, rows: list[dict]) -> None:
 def llm_judgments(run: Run, spec: JudgeSpec, *, dry_run: bool = False, reparse: bool = False) -> list[dict]:
     """As `judge`, by an LLM behind an endpoint, in both orders. Its answers are appended to judgments.jsonl as they
     arrive; what lies there already is not asked again."""
-    responses = {}
-    for i in range(run.experiment.iterations + 1):
-        rows = [row for _, row in read_jsonl(run.folder / evaluation_file(i))]
-        responses[i] = [row for row in rows if row["constitution"] == run.constitutions.positive.id]
-    queries = {q.id: q for q in run.held_out}
-    principles = tuple(run.constitutions.positive.statements())
-    jobs = [(ours, theirs) for i in range(1, run.experiment.iterations + 1)
-            for ours, theirs in zip(responses[i], responses[0])]
-    pairs = [Pair(id=ours["query"], query=queries[ours["query"]].text, principles=principles, ours=ours["text"],
-                  theirs=theirs["text"]) for ours, theirs in jobs]
+    jobs = [(item, label, a, b) for _, label, ours, theirs in _comparisons(run)
+            for item, a, b in zip(run.items(), ours, theirs)]
+    pairs = [Pair(id=item.query.id, query=item.query.text, principles=tuple(item.constitutions[0].statements()),
+                  ours=a["text"], theirs=b["text"]) for item, _, a, b in jobs]
     verdicts, facts = ask_judge(spec, pairs, run.endpoint, run.folder / JUDGMENTS, run.say, seed=run.experiment.seed,
                                 dry_run=dry_run, reparse=reparse)
     if not dry_run:
         run.record.setdefault("judges", {})[spec.label] = facts
-    return [_judgment(spec.label, ours, theirs, queries[ours["query"]].subset) | verdict.to_json()
-            for (ours, theirs), verdict in zip(jobs, verdicts)]
+    return [_judgment(spec.label, item, label, a, b) | verdict.to_json()
+            for (item, label, a, b), verdict in zip(jobs, verdicts)]
 
 
 def _normalized(row: dict) -> list[float]:
@@ -154,7 +186,7 @@ def _normalized(row: dict) -> list[float]:
 
 def measure(run: Run) -> None:
     """metrics.json from the files of the stages before it (design: one flat list of records)."""
-    inputs = ["judge", *(f"evaluate-{i}" for i in range(run.experiment.iterations + 1))]
+    inputs = ["judge", *_judge_inputs(run)]
     if not run.stage("metrics", ["metrics.json"], inputs):
         return
     write_json(run.folder / "metrics.json", list(records(run)))
@@ -162,49 +194,82 @@ def measure(run: Run) -> None:
 
 
 def records(run: Run) -> Iterator[dict]:
-    """Every metric of the run with n, SEM and 95 % interval; the unit of n is the held-out query."""
+    """Every metric of the run with n, SEM and 95 % interval. The unit of n is the item: a held-out query, of a pool with
+    the constitution that it was dealt."""
     import numpy as np
 
-    spec = run.experiment
-    constants = {"model": spec.model.label, "writer": spec.writer, "seed": spec.seed}
-    texts = {q.id: q.text for q in run.held_out}
+    spec, items = run.experiment, run.items()
+    constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
     judgments = [row for _, row in read_jsonl(run.folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
-    C = len(run.constitutions.constitutions)
+    C = len(items[0].constitutions)
     for iteration in range(spec.iterations + 1):
         responses = [row for _, row in read_jsonl(run.folder / evaluation_file(iteration))]
         scored = [row for _, row in read_jsonl(run.folder / logprob_file(iteration))]
-        for subset in spec.data.subsets:
-            at = [k for k, row in enumerate(scored) if row["subset"] == subset]
+        for subset in dict.fromkeys(item.subset for item in items):
+            at = [k for k, item in enumerate(items) if item.subset == subset]
+            here, groups = [items[k] for k in at], [responses[k * C: (k + 1) * C] for k in at]
             sums = np.array([scored[k]["logprobs"] for k in at])
             means = sums / np.array([scored[k]["tokens"] for k in at])[:, None, :]
             fixed = constants | {"subset": subset, "iteration": iteration}
-            groups = [[responses[k * C + c] for c in range(C)] for k in at]
             for estimator, logprobs in (("infonce", means), ("symmetric_infonce", means), ("mean_of_logs", sums)):
                 yield _record("mi", metrics.mutual_information(logprobs, estimator), fixed, estimator=estimator)
             yield _record("accuracy_row", metrics.mean(metrics.accuracy_row(means)), fixed)
             yield _record("accuracy_col", metrics.mean(metrics.accuracy_col(means)), fixed)
             yield _record("length_tokens", metrics.mean([g[0]["tokens"] for g in groups]), fixed)
-            followed = [[judging.follows(r["text"], c) for r, c in zip(g, run.constitutions.constitutions)]
-                        for g in groups]
-            for principle in (p for p in run.constitutions.positive.principles if p.rule):
-                yield _record("following", metrics.mean([float(f[0][principle.name]) for f in followed]), fixed,
-                              principle=principle.name)
-                against = [k for k, c in enumerate(run.constitutions.constitutions) if c.id.split(",")[
-                    run.constitutions.positive.principles.index(principle)].startswith("not_")]
-                yield _record("following", metrics.mean([
-                    sum(f[k][principle.name] for k in against) / len(against) for f in followed]), fixed,
-                    principle=f"not_{principle.name}")
-            watch = [[judging.hack_watch(r["text"], " ".join(c.statements()), texts[r["query"]])
-                      for r, c in zip(g, run.constitutions.constitutions)] for g in groups]
+            yield from _following(run, here, groups, fixed)
+            if isinstance(run.constitutions, Pool):
+                yield from _by_principle(here, metrics.infonce(means), fixed)
+            watch = [[judging.hack_watch(r["text"], " ".join(c.statements()), item.query.text)
+                      for r, c in zip(g, item.constitutions)] for g, item in zip(groups, here)]
             for metric in watch[0][0]:
                 yield _record(metric, metrics.mean([sum(w[metric] for w in g) / C for g in watch]), fixed)
-            for judge in dict.fromkeys(j["judge"] for j in judgments):
-                rows = [j for j in judgments if (j["judge"], j["iteration"], j["subset"]) == (judge, iteration, subset)]
+            mine = [j for j in judgments if (j["iteration"], j["subset"]) == (iteration, subset)]
+            for judge, baseline in dict.fromkeys((j["judge"], j["baseline"]) for j in mine):
+                rows = [j for j in mine if (j["judge"], j["baseline"]) == (judge, baseline)]
                 for ties, length, estimate in _win_rates(rows):
-                    yield _record("win_rate", estimate, fixed, baseline=spec.model.label, judge=judge, ties=ties,
-                                  length=length)
+                    yield _record("win_rate", estimate, fixed, baseline=baseline, judge=judge, ties=ties, length=length)
                 for metric, values in judge_shares(rows).items():
-                    yield _record(metric, metrics.share(values), fixed, baseline=spec.model.label, judge=judge)
+                    yield _record(metric, metrics.share(values), fixed, baseline=baseline, judge=judge)
+    if spec.baseline:
+        rows = judged_responses(run, BASELINE, 1)
+        for subset in dict.fromkeys(item.subset for item in items):
+            lengths = [row["tokens"] for row, item in zip(rows, items) if item.subset == subset]
+            yield _record("length_tokens", metrics.mean(lengths), constants | {
+                "model": spec.baseline.label, "subset": subset, "iteration": 0})
+
+
+def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dict) -> Iterator[dict]:
+    """The share of responses that follow, by rule: in all (the judged response, the sides of its constitution that have a
+    rule) and for each principle and antithesis ("not_..."), under a constitution that holds it: the judged one of a set
+    for the principle, all that hold it otherwise."""
+    judged = [judging.follows(g[0]["text"], c) for g, c in ((g, run.ruled(i.constitutions[0])) for g, i in zip(groups, items))
+              if c is not None]
+    if judged:
+        yield _record("following", metrics.mean([sum(f.values()) / len(f) for f in judged]), fixed)
+    if run.experiment.writer:
+        for name in judged[0] if judged else ():
+            yield _record("following", metrics.mean([float(f[name]) for f in judged]), fixed, principle=name)
+        return
+    found: dict[tuple[str, bool], list[float]] = {}
+    for group, item in zip(groups, items):
+        for p in (p for p in item.constitutions[0].principles if p.rule):
+            for side in (True, False):
+                values = [judging.follows(r["text"], c)[p.name] for r, c in zip(group, item.constitutions)
+                          if c.sides[c.principles.index(p)] == side]
+                values = values[:1] if side else values
+                found.setdefault((p.name, side), []).append(sum(values) / len(values))
+    for (name, side), values in found.items():
+        yield _record("following", metrics.mean(values), fixed, principle=name if side else f"not_{name}")
+
+
+def _by_principle(items: list[Item], bounds, fixed: dict) -> Iterator[dict]:
+    """Of a pool: the bound over the items whose constitution holds the principle (another one is beside it)."""
+    found: dict[str, list[float]] = {}
+    for item, bound in zip(items, bounds):
+        for p in item.constitutions[0].principles:
+            found.setdefault(p.name, []).append(bound)
+    for name, values in found.items():
+        yield _record("mi", metrics.mean(values), fixed, estimator="infonce", principle=name)
 
 
 def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:

@@ -1,4 +1,5 @@
-"""run(experiment): queries -> constitutions -> [sample -> train -> evaluate] x iterations -> judge -> metrics -> report.
+"""run(experiment): queries -> constitutions -> evaluate -> [sample -> train -> evaluate] x iterations -> judge -> metrics
+-> report.
 
 Each stage leaves files in the run directory and then a line in run.json with the sha256 of each (repro/rundir.py). The
 same command skips a stage whose config, inputs and files match, and does the rest: a run that was killed anywhere ends
@@ -14,28 +15,31 @@ from tqdm import tqdm
 
 from repro import models
 from repro.config import Experiment, JudgeSpec
-from repro.constitutions import Constitution
+from repro.constitutions import Constitution, constitutions_of
 from repro.endpoint import Endpoint
-from repro.evaluation import add_judgments, evaluate, judge, llm_judgments, measure
-from repro.records import Query, digest, locked, read_jsonl, seal, write_json
+from repro.evaluation import add_judgments, evaluate, evaluate_baseline, judge, llm_judgments, measure
+from repro.records import Query, digest, locked, read_json, read_jsonl, seal, write_json
 from repro.report import report_figures, write_report
 from repro.rundir import Run, checkpoint, open_run, training_file
 from repro.sampling import sample_to_file
+from repro.writing import LocalWriter, ServerWriter, written_constitutions
 
 
 def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None,
-        endpoint: Endpoint | None = None) -> Path:
-    """Run the experiment (or what is left of it) in `out`/<name>/<profile>; returns that folder. `endpoint` is where
-    the LLM judge is, by default the hosted one.
+        endpoint: Endpoint | None = None, writer_endpoint: Endpoint | None = None) -> Path:
+    """Run the experiment (or what is left of it) in `out`/<name>/<profile>[/<variant>]; returns that folder. `endpoint`
+    is where the LLM judge is, `writer_endpoint` the principle writer, by default the hosted one.
 
     Raises UserError for any input that cannot be used, before a model loads and with nothing half-written.
     """
     say = say or _say
-    folder = Path(out) / experiment.name / experiment.profile
-    run = Run(experiment, folder, say, endpoint=endpoint)
+    folder = Path(out) / experiment.path
+    run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint)
     with locked(folder):
         run.prepare()
+        write(run)
         evaluate(run, 0)
+        evaluate_baseline(run)
         for iteration in range(1, experiment.iterations + 1):
             sample(run, iteration)
             train_iteration(run, iteration)
@@ -67,27 +71,42 @@ def judge_run(folder: Path | str, spec: JudgeSpec, endpoint: Endpoint, *, dry_ru
     return rows
 
 
+def write(run: Run) -> None:
+    """The constitutions of the run -> constitutions.json: those of its file, or those that its writer writes, whose raw
+    answers lie in writing.jsonl."""
+    spec = run.experiment.writer
+    if spec is None:
+        return run.adopt(run.constitutions)
+    outputs = ["constitutions.json", "by_hand.json", "writing.jsonl"]
+    if not run.stage("write", outputs, []):
+        path = run.folder / "constitutions.json"
+        return run.adopt(constitutions_of(read_json(path), str(path)))
+    writer = LocalWriter(spec.model, label=spec.label) if spec.kind == "local" else ServerWriter(
+        run.writer_endpoint, run.folder / "writer_requests.jsonl", label=spec.label, seed=run.experiment.seed)
+    run.adopt(written_constitutions(writer, spec.asked, run.folder, instead=run.by_hand, say=run.say,
+                                    controls=run.controls(), seed=run.experiment.seed))
+    run.finish("write", outputs, [], writer=run.constitutions.writer)
+
+
 def sample(run: Run, iteration: int) -> None:
     """Pairs of responses to training queries by the previous iteration's model -> responses/training-k.jsonl."""
     name, outputs = f"sample-{iteration}", [training_file(iteration)]
-    inputs = [f"train-{iteration - 1}"] if iteration > 1 else []
+    inputs = [f"train-{iteration - 1}"] if iteration > 1 else run.written()
     if not run.stage(name, outputs, inputs):
         return
-    jobs = []
-    for query, negative in run.training_plan(iteration):
-        for constitution in (run.constitutions.positive, negative):
-            jobs.append((query, constitution))
-    texts = [run.prompt(c, q, run.experiment.seed, iteration, "sample", c.id, generation=True) for q, c in jobs]
+    jobs = [(query, constitution) for query, pair in run.training_plan(iteration) for constitution in pair]
+    texts = [run.prompt(c, q, run.experiment.seed, iteration, "sample", c.id, sample=True, reason=run.form.cot)
+             for q, c in jobs]
     rows = sample_to_file(run, jobs, texts, iteration - 1, run.folder / training_file(iteration), name)
     run.finish(name, outputs, inputs, responses=len(rows))
 
 
-def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, list[Constitution], list[str]]], Counter]:
+def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, tuple[Constitution, ...], list[str]]], Counter]:
     """The sampled pairs that may train, in order, and the dropped ones counted by the first reason that holds."""
     rows = [row for _, row in read_jsonl(run.folder / training_file(iteration))]
     plan = run.training_plan(iteration)
     kept, dropped = [], Counter()
-    for k, (query, negative) in enumerate(plan):
+    for k, (query, pair) in enumerate(plan):
         responses = [row["text"] for row in rows[2 * k: 2 * k + 2]]
         phrase = next((p for p in run.experiment.sampling.drop_phrases if any(p in r for r in responses)), None)
         if not all(r.strip() for r in responses):
@@ -96,8 +115,10 @@ def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, list[Const
             dropped["identical"] += 1
         elif phrase is not None:
             dropped[f"phrase {phrase!r}"] += 1
+        elif run.experiment.sampling.full_stop and not responses[0].rstrip().endswith("."):
+            dropped["no full stop"] += 1
         else:
-            kept.append((query, [run.constitutions.positive, negative], responses))
+            kept.append((query, pair, responses))
     return kept, dropped
 
 
@@ -115,7 +136,7 @@ def train_iteration(run: Run, iteration: int) -> None:
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
     pairs = [training.TrainingPair(
         query=q.id, responses=tuple(" " + r.strip() if spec.model.prompt == "plain" else r.strip() for r in responses),
-        prompts=tuple(run.prompt(c, q, spec.seed, iteration, "train", c.id, generation=False) for c in pair))
+        prompts=tuple(run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False) for c in pair))
         for q, pair, responses in kept]
     with run.model(0, training.weights_dtype(spec.train.precision)) as model:
         with tqdm(total=need, desc=name, unit="query") as bar:

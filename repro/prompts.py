@@ -5,48 +5,82 @@ User text (queries, principles) is only ever an argument here, never a template,
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 CHAT_SYSTEM = "You are a helpful assistant that follows the principles it is given."
+CHAT_TASK = {"dialogue": "", "summary": "\n\nSummarise the post above in your own words."}
+CHAT_REASON = "\nFirst think aloud about how to follow this in two or three sentences. Then write \"{mark}\" and the {what}."
 
-PLAIN_SYSTEM = ("System: You are an AI assistant. Answer the human's message in a way that follows every principle "
-                "of the constitution you are given.")
-PLAIN_EXAMPLE = ("### Example Format\n\nConstitution:\n[insert the principles]\n\nHuman: [insert the human's message]\n\n"
-                 "Assistant: [insert an answer that follows the constitution]\n\n"
-                 "Human: Thank you, that is what I needed!\n\n### Main Task\n\n")
+PLAIN_SYSTEM = {
+    "dialogue": "System: You are an AI assistant. Answer the human's message in a way that follows every principle of the "
+                "constitution you are given.",
+    "summary": "System: You are an AI assistant. Summarise the post in a way that follows every principle of the constitution "
+               "you are given."}
+PLAIN_EXAMPLE = {
+    "dialogue": "### Example Format\n\nConstitution:\n[insert the principles]\n\nHuman: [insert the human's message]\n\n"
+                "Assistant: [insert an answer that follows the constitution]\n\n"
+                "Human: Thank you, that is what I needed!\n\n### Main Task\n\n",
+    "summary": "### Example Format\n\nConstitution:\n[insert the principles]\n\nPOST: [insert the post]\n\n{reasoning}"
+               "Summary: [insert a summary that follows the constitution]\n\n"
+               "Human: Thank you, that is what I needed!\n\n### Main Task\n\n"}
+PLAIN_REASON = ("Reasoning: [insert what the constitution asks for, and how]\n\n",
+                "I will first reason about the constitution, then write my summary on a new line after \"Summary:\".\n\n"
+                "Reasoning:")
+PLAIN_QUERY = {"dialogue": ("Human", "Assistant:"), "summary": ("POST", "Summary:")}
 PLAIN_STOPS = ("\n\nHuman", "###")  # where a base model's answer ends and its imitation of the format begins
+OPENING = {("plain", "summary", False): "The post", ("plain", "summary", True): "The constitution asks"}
 
 
-def chat(tokenizer, statements: Sequence[str], query: str) -> str:
-    """The prompt of an instruction-tuned model: the query, then the principles, one a line.
+@dataclass(frozen=True)
+class Form:
+    """How a run prompts: `kind` "chat" or "plain", its `task`, and whether samples reason first (`cot`)."""
 
-    For the 135M model the principles come last and unnumbered: numbered lists and a heading make it recite them.
-    """
-    messages = [{"role": "system", "content": CHAT_SYSTEM},
-                {"role": "user", "content": query + "\n\n" + "\n".join(statements)}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    kind: str = "chat"
+    task: str = "dialogue"
+    cot: bool = False
 
+    @property
+    def mark(self) -> str:
+        """What parts the reasoning from the response."""
+        return {"dialogue": "Answer:", "summary": "Summary:"}[self.task]
 
-def plain(statements: Sequence[str], query: str, *, example: bool) -> str:
-    """The prompt of a base model. `example` adds the format block: generation has it, training does not."""
-    numbered = "\n".join(f"{k}. {s}" for k, s in enumerate(statements, start=1))
-    block = PLAIN_EXAMPLE if example else ""
-    return f"{PLAIN_SYSTEM}\n\n{block}Constitution:\n{numbered}\n\nHuman: {query}\n\nAssistant:"
+    @property
+    def opening(self) -> str:
+        """The words that a sampled text is opened with (A.16 to A.18)."""
+        return OPENING.get((self.kind, self.task, self.cot), "")
 
+    def render(self, tokenizer, statements: Sequence[str], query: str, *, sample: bool, reason: bool = False) -> str:
+        """The prompt. `sample`: for generation, which shows base models the format once more; training goes without.
+        `reason`: asks for the reasoning (sampling alone: it is no part of what is trained)."""
+        if self.kind == "chat":
+            return self._chat(tokenizer, statements, query, reason)
+        return self._plain(statements, query, sample, reason)
 
-def render(tokenizer, form: str, statements: Sequence[str], query: str, *, generation: bool) -> str:
-    """The prompt text for `form` "chat" or "plain"; `generation` is False for training."""
-    if form == "chat":
-        return chat(tokenizer, statements, query)
-    return plain(statements, query, example=generation)
+    def _chat(self, tokenizer, statements: Sequence[str], query: str, reason: bool) -> str:
+        """The query, then the principles, one a line: for a 135M model they come last and unnumbered, since numbered
+        lists and a heading make it recite them."""
+        ask = CHAT_REASON.format(mark=self.mark, what=self.mark[:-1].lower()) if reason else ""
+        messages = [{"role": "system", "content": CHAT_SYSTEM},
+                    {"role": "user", "content": query + CHAT_TASK[self.task] + "\n\n" + "\n".join(statements) + ask}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
+    def _plain(self, statements: Sequence[str], query: str, sample: bool, reason: bool) -> str:
+        numbered = "\n".join(f"{k}. {s}" for k, s in enumerate(statements, start=1))
+        shown, last = PLAIN_REASON if reason else ("", PLAIN_QUERY[self.task][1])
+        example = PLAIN_EXAMPLE[self.task].replace("{reasoning}", shown) if sample else ""
+        return (f"{PLAIN_SYSTEM[self.task]}\n\n{example}Constitution:\n{numbered}\n\n"
+                f"{PLAIN_QUERY[self.task][0]}: {query}\n\n{last}")
 
-def cut(form: str, text: str) -> str:
-    """A response's text up to where the model leaves the format; chat models end by themselves."""
-    if form == "plain":
-        for stop in PLAIN_STOPS:
-            text = text.split(stop, 1)[0]
-        text = text.rstrip()
-    return text
+    def response(self, text: str) -> str:
+        """The response in a sampled text: up to where a base model leaves the format (chat models end by themselves);
+        with reasoning, the paragraph after the mark, empty where there is none."""
+        if self.cot:
+            text = text.partition(self.mark)[2].strip().split("\n\n", 1)[0]
+        if self.kind == "plain":
+            for stop in PLAIN_STOPS:
+                text = text.split(stop, 1)[0]
+            text = text.rstrip()
+        return text
 
 
 # ---- the judge (A.19: compare in at most 100 words, then one letter)

@@ -5,6 +5,7 @@ the config, what it depends on, and its files all match; never by file time.
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import platform
@@ -14,23 +15,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
 
-from repro import models, prompts
-from repro.config import Experiment, config_hash, flatten
+from repro import models
+from repro.config import Experiment, ModelSpec, config_hash, flatten
 from repro.constitutions import (
     Constitution,
     ConstitutionSet,
+    Pool,
     check_control_tokens,
     constitutions_of,
     load_constitutions,
 )
 from repro.datasets import check_queries, disjoint, load_queries
 from repro.endpoint import Endpoint
+from repro.prompts import Form
 from repro.records import (
     MARKER,
     Query,
@@ -45,6 +48,7 @@ from repro.records import (
     write_jsonl,
 )
 
+BY_HAND = "by_hand.json"  # beside constitutions that a model wrote: those whose rules measure following
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
@@ -69,6 +73,15 @@ def rng(*keys) -> random.Random:
     return random.Random("/".join(map(str, keys)))
 
 
+@dataclass(frozen=True)
+class Item:
+    """What is evaluated: a held-out query under constitutions [C], the first of which is judged. `subset`: of records."""
+
+    query: Query
+    subset: str
+    constitutions: tuple[Constitution, ...]
+
+
 @dataclass
 class Run:
     """A run directory and what its stages share."""
@@ -78,6 +91,7 @@ class Run:
     say: Callable[[str], None]
     record: dict = field(default_factory=dict)
     endpoint: Endpoint | None = None  # where the LLM judge is, if there is one
+    writer_endpoint: Endpoint | None = None  # where the principle writer is, if it is behind a server
     _started: float = field(default_factory=time.monotonic)
 
     # ---- inputs, checked before any model loads
@@ -88,10 +102,17 @@ class Run:
         if "openai" in spec.judge.judges:
             self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
             self.endpoint.key(), self.endpoint.rates()
-        self.constitutions: ConstitutionSet = load_constitutions(spec.constitutions)
+        if spec.writer and spec.writer.kind == "openai":
+            self.writer_endpoint = self.writer_endpoint or Endpoint(model=spec.writer.model)
+            self.writer_endpoint.key(), self.writer_endpoint.rates()
+        self.constitutions = self.by_hand = load_constitutions(spec.constitutions)
+        if spec.writer and isinstance(self.constitutions, Pool):
+            raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so what "
+                            "stands in for it must be a set too")
         queries, self.dropped = load_queries(spec.data.source, spec=spec.data)
-        self.place = models.resolve_model(spec.model.name)
-        self.tokenizer = models.load_tokenizer(self.place)
+        self.place, self.tokenizer, self.form = self._speaker(spec.model)
+        for other in filter(None, (spec.baseline, spec.writer if spec.writer and spec.writer.kind == "local" else None)):
+            models.resolve_model(other.name if isinstance(other, ModelSpec) else other.model)
         queries = self._fit(queries)
         self.training = [q for q in queries if q.split == "train"]
         self.held_out = [q for q in queries if q.split == spec.data.evaluation_split]
@@ -102,34 +123,74 @@ class Run:
                     else self.place})
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
-        write_json(self.folder / "constitutions.json", self.constitutions.to_json())
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
                                                     for q in (*self.training, *self.held_out)])
 
-    def _fit(self, queries: list[Query]) -> list[Query]:
-        """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
-        spec, controls = self.experiment, models.control_tokens(self.tokenizer)
+    def _speaker(self, spec: ModelSpec):
+        """Where a model lies, its tokenizer, and how it is prompted."""
+        place = models.resolve_model(spec.name)
+        return place, models.load_tokenizer(place), Form(spec.prompt, self.experiment.task, bool(self.experiment.cot))
+
+    def answering_as(self, spec: ModelSpec) -> "Run":
+        """This run with another model in the policy's place, for a baseline's responses (without chain of thought)."""
+        other = copy.copy(self)
+        other.place, other.tokenizer, form = self._speaker(spec)
+        other.form = replace(form, cot=False)
+        return other
+
+    def controls(self) -> list[str]:
+        return models.control_tokens(self.tokenizer)
+
+    def adopt(self, constitutions: ConstitutionSet | Pool) -> None:
+        """Go on with these constitutions: those of the file, or what a writer wrote."""
+        self.constitutions = constitutions
+        self._frame(constitutions)
+        write_json(self.folder / "constitutions.json", constitutions.to_json())
+        if self.experiment.writer:
+            write_json(self.folder / BY_HAND, self.by_hand.to_json())
+
+    def _frame(self, constitutions: ConstitutionSet | Pool) -> int:
+        """The tokens of the longest prompt without its query. Raises UserError for control tokens and for a tokenizer
+        that cannot render the prompt."""
+        spec = self.experiment
         check_control_tokens(((f"{spec.constitutions}: principle {p.name}", s)
-                              for p in self.constitutions.positive.principles for s in (p.text, p.antithesis)), controls)
+                              for p in constitutions.principles for s in (p.text, p.antithesis)), self.controls())
+        if isinstance(constitutions, Pool):  # one that holds the longest sentences
+            size = constitutions.size
+            longest = sorted(constitutions.principles, key=lambda p: -max(len(p.text), len(p.antithesis)))[:size]
+            every = [Constitution(principles=tuple(longest), sides=tuple(len(p.text) >= len(p.antithesis) for p in longest))]
+        else:
+            every = constitutions.constitutions
         try:
-            frames = [self.prompt(c, None, generation=True) for c in self.constitutions.constitutions]
+            frames = [self.prompt(c, None, sample=True, reason=self.form.cot) for c in every]
         except (ValueError, jinja2.TemplateError) as e:
             raise UserError(f"--prompt chat: the tokenizer of {spec.model.name} has no chat template that takes a system "
                             f"and a user turn ({first_line(e)}); use --prompt plain") from e
         frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
-        config = models.load_config(self.place)
-        room = config.max_position_embeddings - frame - spec.sampling.max_new_tokens - 8
-        if room < 1:
+        room = models.load_config(self.place).max_position_embeddings - frame - self.response_tokens() - 8
+        if room < getattr(self, "longest", 1):
             raise UserError(f"{spec.constitutions}: the principles ({frame} tokens with the frame of the prompt) and "
-                            f"{spec.sampling.max_new_tokens} response tokens leave no room in a context of "
-                            f"{config.max_position_embeddings}")
-        queries = check_queries(queries, self.tokenizer, controls, room=room, truncate=spec.data.truncate, say=self.say)
+                            f"{self.response_tokens()} response tokens leave no room in a context of {room + frame + self.response_tokens() + 8}")
+        return frame
+
+    def response_tokens(self) -> int:
+        """Tokens that a sample may have."""
+        spec = self.experiment.sampling
+        return spec.max_new_tokens + (spec.reasoning_tokens if self.form.cot else 0)
+
+    def _fit(self, queries: list[Query]) -> list[Query]:
+        """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
+        spec, config = self.experiment, models.load_config(self.place)
+        frame = self._frame(self.constitutions)
+        room = config.max_position_embeddings - frame - self.response_tokens() - 8
+        queries = check_queries(queries, self.tokenizer, self.controls(), room=room, truncate=spec.data.truncate,
+                                say=self.say)
         if spec.data.truncate:  # texts that differ only beyond the cut are now the same
             queries = disjoint(queries, spec.data, self.dropped)
-        longest = max(len(self.tokenizer(q.text, add_special_tokens=False).input_ids) for q in queries)
+        self.longest = max(len(self.tokenizer(q.text, add_special_tokens=False).input_ids) for q in queries)
         from repro.logprobs import shared_refusal
 
-        refusal = shared_refusal(config, frame + longest + spec.sampling.max_new_tokens)
+        refusal = shared_refusal(config, frame + self.longest + spec.sampling.max_new_tokens)
         self.backend = "reference" if refusal else "shared"
         if refusal:
             self.say(f"log-probs by the reference path, which is slower: {refusal}")
@@ -172,21 +233,33 @@ class Run:
                     self.say(f"going on with another {', '.join(changed)}: what is still to do will not be byte-comparable")
                     self.record.setdefault("resumed_with", []).append(here)
                 return
-        not_run = list(self.experiment.not_run)
-        if "rule" in self.experiment.judge.judges and not all(p.rule for p in self.constitutions.positive.principles):
-            not_run.append("judge rule: a principle has no rule")
         self.record = {"config": self.experiment.to_json(), "config_hash": hash, "inputs": inputs, "commit": commit(),
                        **here, "seeds": [self.experiment.seed], "values": "measured", "backend": self.backend,
-                       "dropped_queries": dict(self.dropped), "not_run": not_run, "stages": {}}
+                       "dropped_queries": dict(self.dropped), "not_run": [*self.experiment.not_run, *self._without_rule()],
+                       "stages": {}}
         write_json(path, self.record)
 
-    # ---- what trains
+    def _without_rule(self) -> list[str]:
+        """What the rule judge leaves out."""
+        if "rule" not in self.experiment.judge.judges:
+            return []
+        without = [p.name for p in self.by_hand.principles if not p.rule]
+        if len(without) == len(self.by_hand.principles):
+            return ["judge rule: no principle has a rule"]
+        return [f"judge rule: goes by the principles that have a rule; none has {', '.join(without)}"] if without else []
 
-    def training_plan(self, iteration: int) -> list[tuple[Query, Constitution]]:
-        """Which queries an iteration samples and which constitution stands against the all-positive one.
+    def written(self) -> list[str]:
+        """The stage that everything else depends on, where a model writes the principles."""
+        return ["write"] if self.experiment.writer else []
+
+    # ---- what trains, what is evaluated
+
+    def training_plan(self, iteration: int) -> list[tuple[Query, tuple[Constitution, Constitution]]]:
+        """Which queries an iteration samples, each with two constitutions.
 
         Two halves of the training queries alternate between iterations (arXiv 2404.14313, section 4); the order of
-        a half is shuffled per iteration; subsets take turns; the negative is drawn from those of the query's subset.
+        a half is shuffled per iteration; subsets take turns. Of a set, the all-positive constitution stands against one
+        of the negatives of the query's subset; of a pool, one drawn from the learned principles against its opposite.
         """
         spec = self.experiment
         want = round(spec.train.queries_needed(iteration) * (1 + spec.sampling.spare))
@@ -197,9 +270,29 @@ class Run:
             half = queries[(iteration - 1) % 2:: 2]
             rng(spec.seed, iteration, "order", subset).shuffle(half)
             halves.append(half)
-        turns = [q for k in range(max(map(len, halves))) for half in halves for q in half[k: k + 1]]
-        return [(q, rng(spec.seed, iteration, "negative", q.id).choice(self.constitutions.negatives(q.subset)))
-                for q in turns[:want]]
+        turns = [q for k in range(max(map(len, halves))) for half in halves for q in half[k: k + 1]][:want]
+        if isinstance(self.constitutions, Pool):
+            return list(zip(turns, self.constitutions.deal("learned", len(turns), rng(spec.seed, iteration, "deal"))))
+        return [(q, (self.constitutions.positive, rng(spec.seed, iteration, "negative", q.id).choice(
+            self.constitutions.negatives(q.subset)))) for q in turns]
+
+    def items(self) -> list[Item]:
+        """Of a set: every held-out query under all its constitutions. Of a pool: every held-out query under constitutions
+        drawn from the learned, then from the held-out principles, each with its opposite. The same for every iteration
+        and seed."""
+        if not isinstance(self.constitutions, Pool):
+            return [Item(q, q.subset, self.constitutions.constitutions) for q in self.held_out]
+        items = []
+        for kind, draws in zip(self.constitutions.kinds, self.experiment.data.draws):
+            hands = self.constitutions.deal(kind, draws * len(self.held_out), rng("evaluation", kind))
+            items += [Item(self.held_out[k % len(self.held_out)], kind, hand) for k, hand in enumerate(hands)]
+        return items
+
+    def ruled(self, constitution: Constitution) -> Constitution | None:
+        """The constitution whose rules judge a response under `constitution`: itself, or, since what a writer wrote has
+        no rules, the hand-written all-positive one. None where it has no rule."""
+        ruled = self.by_hand.positive if self.experiment.writer else constitution
+        return ruled if any(p.rule for p in ruled.principles) else None
 
     # ---- stages
 
@@ -243,13 +336,13 @@ class Run:
 
     # ---- prompts
 
-    def prompt(self, constitution: Constitution, query: Query | None, *keys, generation: bool) -> str:
+    def prompt(self, constitution: Constitution, query: Query | None, *keys, sample: bool, reason: bool = False) -> str:
         """The rendered prompt; the principles' order is a function of `keys`, query and constitution."""
         order = list(range(len(constitution.principles)))
         if query is not None:
             rng(*keys, query.id).shuffle(order)
-        return prompts.render(self.tokenizer, self.experiment.model.prompt, constitution.statements(tuple(order)),
-                              query.text if query else "", generation=generation)
+        return self.form.render(self.tokenizer, constitution.statements(tuple(order)), query.text if query else "",
+                                sample=sample, reason=reason)
 
     # ---- models
 
@@ -275,6 +368,8 @@ def open_run(folder: Path, say: Callable[[str], None]) -> Run:
         raise UserError(f"{folder}: the run is not finished; run the same command again to finish it first")
     run = Run(Experiment.from_json(record["config"]), folder, say, record)
     run.constitutions = constitutions_of(read_json(folder / "constitutions.json"), f"{folder / 'constitutions.json'}")
+    by_hand = folder / BY_HAND
+    run.by_hand = constitutions_of(read_json(by_hand), f"{by_hand}") if run.experiment.writer else run.constitutions
     split = run.experiment.data.evaluation_split
     run.held_out = [Query(**row) for _, row in read_jsonl(folder / "queries.jsonl") if row["split"] == split]
     return run

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from repro import prompts
 from repro.models import control_tokens
 from repro.records import Response, append_jsonl, digest, read_jsonl, write_jsonl
 from repro.rundir import Run
@@ -56,9 +55,10 @@ def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens
 
 
 def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
-    """Responses to `texts` by the model of `iteration`, in the order of `jobs`. Batches already in the partial file
-    are not sampled again; the file goes when the stage is finished."""
-    spec = run.experiment.sampling
+    """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. Batches already in the partial
+    file are not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
+    spec, form = run.experiment.sampling, run.form
+    texts = [text + " " + form.opening for text in texts] if form.opening else texts
     partial = run.partial(path)
     key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
     rows: dict[int, dict] = {}
@@ -69,16 +69,20 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
     if len(rows) < len(jobs):
         with run.model(iteration, spec.dtype) as model, tqdm(
                 total=len(jobs), initial=len(rows), desc=name, unit="response") as bar:
-            for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=spec.max_new_tokens,
+            for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=run.response_tokens(),
                                                    batch_size=spec.batch_size, done=rows.copy()):
                 for i, answer in zip(batch, answers):
                     query, constitution = jobs[i]
-                    text = prompts.cut(run.experiment.model.prompt, answer["text"])
-                    if text != answer["text"]:  # its length is that of what is left; the format ended it
-                        tokens = len(run.tokenizer(text, add_special_tokens=False).input_ids)
-                        answer = {"text": text, "tokens": tokens, "finished": True}
+                    whole = form.opening + answer["text"]
+                    text = form.response(whole)
+                    if text != whole:  # its length is that of what is left; the format ended it
+                        finished = answer["finished"] or form.kind == "plain"
+                        answer = answer | {"finished": finished}
+                    if text != answer["text"]:
+                        answer = answer | {"text": text,
+                                           "tokens": len(run.tokenizer(text, add_special_tokens=False).input_ids)}
                     rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration,
-                                              **answer))
+                                              **answer)) | ({"sampled": whole} if form.cot else {})
                 append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
                 bar.update(len(batch))
     ordered = [rows[i] for i in range(len(jobs))]

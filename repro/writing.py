@@ -174,16 +174,14 @@ def write_principles(writer, task: str, record: Path, *, attempts: int = ATTEMPT
     raise fault
 
 
-def written_constitutions(writer, task: str, folder: Path, *, fallback: str | None, say: Callable[[str], None],
-                          attempts: int = ATTEMPTS, controls: Sequence[str] = ()) -> ConstitutionSet:
-    """The constitutions of the principles that `writer` writes, kept in `folder` as principles.json beside the raw
-    writing.jsonl.
+def written_constitutions(writer, task: str, folder: Path, *, instead: ConstitutionSet | None, say: Callable[[str], None],
+                          attempts: int = ATTEMPTS, controls: Sequence[str] = (), seed: int = 0) -> ConstitutionSet:
+    """The constitutions of the principles that `writer` writes; its raw answers are kept in `folder` as writing.jsonl.
 
-    Where nothing that can be used is written, that is said, and the constitutions of `fallback` (a name or a file that
-    the user chose) are returned under their own writer's name; without one, UserError.
+    Where nothing that can be used is written, that is said, and `instead`, which the user chose, is returned under its
+    own writer's name; without one, UserError.
     """
     record = Path(folder) / "writing.jsonl"
-    instead = None if fallback is None else load_constitutions(fallback)  # a mistake in it is found before the writing
     try:
         data = write_principles(writer, task, record, attempts=attempts, controls=controls)
     except Fault as e:
@@ -191,8 +189,6 @@ def written_constitutions(writer, task: str, folder: Path, *, fallback: str | No
                 f"answers are in {record}")
         if instead is None:
             raise UserError(f"{said}; name a constitution file to go on with") from None
-        say(f"{said}; going on with {fallback}, written by {instead.writer}")
+        say(f"{said}; going on with the constitutions written by {instead.writer}")
         return instead
-    path = Path(folder) / "principles.json"
-    write_json(path, data)
-    return constitutions_of(data, str(path))
+    return constitutions_of(data, f"principles of {writer.name}")

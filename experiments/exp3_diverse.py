@@ -1,0 +1,43 @@
+"""Experiment 3: diverse principles, learned and held out (arXiv 2404.14313, section 4.3; Figures 5, 9; Tables 8, 9).
+
+Does a model that was trained on some principles follow others? Constitutions of two principles are drawn from 15 styles of
+summaries, each on either side, against their opposites; 5 styles are kept for evaluation. The paper: llama3-70b, 250 posts,
+three iterations with batches doubled; at iteration 3, raw win rates against the base model of 60 % (learned) and 63 % (held
+out), with chain of thought 69 and 67 %; 8 x A100 80 GB. `paper` is that setting, without and with chain of thought.
+`mini` keeps the structure with the embedded 135M model and 160 posts of ours. Many of the styles are beyond it: the report
+says for each principle whether the initial model follows it. Its numbers are its own, never the paper's.
+
+Run: make exp3 [PROFILE=mini|paper] [OUT=runs] [ARGS=--cot]
+"""
+
+from dataclasses import replace
+
+from repro.config import DataSpec, Experiment, ModelSpec, SamplingSpec, TrainSpec
+
+MINI = Experiment(
+    name="exp3_diverse",
+    profile="mini",
+    task="summary",
+    cot=False,
+    constitutions="diverse",
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
+    data=DataSpec(source="embedded-tldr", subsets=("tldr",), train=112, evaluation=32, draws=(3, 1)),
+    not_run=("judge gpt-4-0613: retired", "with chain of thought: --cot asks for it"),
+)
+
+PAPER = replace(
+    MINI,
+    profile="paper",
+    variant="direct",
+    model=ModelSpec(name="meta-llama/Meta-Llama-3-70B", label="llama3-70b", prompt="plain"),
+    data=DataSpec(source="tldr", subsets=("tldr",), train=3_500, evaluation=250),
+    sampling=SamplingSpec(max_new_tokens=350, full_stop=True, drop_phrases=(
+        "The assistant", "sorry", "Response", "[insert", "[]", "]", "principles", "constitution", "summarization")),
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=5e-7, precision="bf16", batch_size=128,
+                    batches=4, batches_increment=4),
+    not_run=("judge gpt-4-0613: retired",),
+)
+# Table 1 prints 5e-7 for both; the authors' logs show 1e-6 for the runs with chain of thought that Table 9 holds.
+COT = replace(PAPER, variant="cot", cot=True, train=replace(PAPER.train, learning_rate=1e-6))
+
+EXPERIMENTS = {"mini": MINI, "paper": (PAPER, COT)}
