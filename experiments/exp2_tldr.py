@@ -6,7 +6,8 @@ iterations; at iteration 3, raw win rates against the own base model of 71 and 6
 against mistral-7b-instruct 47 and 65 %, 44 and 68 %; 8 x A100 80 GB. `paper` is that setting with the weak writer. The
 strong one is retired: `--name exp2_strong --writer openai --writer-model NAME` has another write.
 `mini` keeps the structure with the embedded 135M model, which is also its weak writer, and 160 posts of ours; beside it
-stand principles written by hand (`hand`, never "strong"). Its numbers are its own, never the paper's.
+stand two principles written by hand (`hand`, never "strong") that this model can follow. Its numbers are its own, never the
+paper's.
 
 Run: make exp2 [PROFILE=mini|paper] [OUT=runs] [ARGS='--variant hand']
 """
@@ -20,7 +21,7 @@ HAND = Experiment(
     profile="mini",
     variant="hand",
     task="summary",
-    constitutions="tldr",
+    constitutions="tldr_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
     data=DataSpec(source="embedded-tldr", subsets=("tldr",), train=112, evaluation=32),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired",
@@ -32,6 +33,7 @@ INSTRUCT = "mistralai/Mistral-7B-Instruct-v0.1"
 MISTRAL = replace(
     WEAK,
     profile="paper",
+    constitutions="tldr",
     variant="mistral-7b",
     writer=WriterSpec(model=INSTRUCT, label="mistral-7b-instruct"),
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),

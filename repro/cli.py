@@ -22,10 +22,12 @@ from typing import Annotated
 
 import tyro
 
-from repro.config import JUDGES, Experiment, JudgeSpec, choose
+from repro.config import JUDGES, WRITERS, Experiment, JudgeSpec, WriterSpec, choose
 from repro.datasets import SOURCES, load_queries
 from repro.endpoint import Endpoint
 from repro.records import UserError, first_line, read_json
+from repro.report import leaves
+from repro.run_figures import select, telling
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -59,8 +61,24 @@ class Run:
     """Held-out queries per subset, at most."""
     evaluation_split: str | None = None
     """evaluation, or development while choosing settings."""
+    variant: str | None = None
+    """Of an experiment of several runs (exp2: weak, hand), only this one."""
     constitutions: str | None = None
-    """A shipped set (dialogue, dialogue_mini) or a JSON or TOML file of principles."""
+    """A shipped set (dialogue, dialogue_mini, tldr, diverse) or a JSON or TOML file of principles. With a writer: what the
+    run goes on with where nothing that it writes can be used."""
+    task: str | None = None
+    """What the model does with a query: dialogue (answers it) or summary (summarises it)."""
+    writer: str | None = None
+    """Who writes the principles: hand (the file of --constitutions), local (a model on this machine, by default the
+    embedded one) or openai (one behind an OpenAI-compatible server)."""
+    writer_model: str | None = None
+    """The writer's model: a folder, a hub name, or its name at the server."""
+    writer_url: str | None = None
+    """The openai writer's server; by default the hosted one."""
+    asked: str | None = None
+    """What the writer is told that the model has to do, such as "summarise a post from an internet forum"."""
+    cot: bool = False
+    """Chain of thought: samples reason first; the reasoning is not trained on. The run is named <experiment>_cot."""
     truncate: bool = False
     """Cut queries that are longer than the context, instead of refusing them."""
     judge: tuple[str, ...] | None = None
@@ -171,8 +189,8 @@ class Figures:
     """Folders of our own runs to draw in the same panels."""
 
 
-def load_experiment(name: str, profile: str) -> Experiment:
-    """The experiment of a shipped name or a user's Python file, in a profile."""
+def load_experiment(name: str, profile: str) -> tuple[Experiment, ...]:
+    """The runs of a shipped experiment or a user's Python file, in a profile: one, or one of each variant."""
     shipped = {p.stem: p for p in sorted(EXPERIMENTS.glob("exp*.py"))}
     short = {stem.split("_")[0]: stem for stem in shipped}
     if name.endswith(".py"):
@@ -192,20 +210,36 @@ def load_experiment(name: str, profile: str) -> Experiment:
         line = getattr(e, "lineno", None) or (lines[-1] if lines else 1)
         raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
     profiles = getattr(module, "EXPERIMENTS", None)
-    if not isinstance(profiles, dict) or not all(isinstance(e, Experiment) for e in profiles.values()):
-        raise UserError(f"{path}: EXPERIMENTS: must be a dict of profile -> Experiment")
-    return profiles[choose("--profile", profile, tuple(profiles))]
+    if not isinstance(profiles, dict) or not profiles:
+        raise UserError(f"{path}: EXPERIMENTS: must be a dict of profile -> Experiment, or a tuple of them")
+    runs = {k: v if isinstance(v, tuple) else (v,) for k, v in profiles.items()}
+    if not all(each and all(isinstance(e, Experiment) for e in each) for each in runs.values()):
+        raise UserError(f"{path}: EXPERIMENTS: must be a dict of profile -> Experiment, or a tuple of them")
+    found = runs[choose("--profile", profile, tuple(runs))]
+    if len({e.path for e in found}) < len(found) or (len(found) > 1 and not all(e.variant for e in found)):
+        raise UserError(f"{path}: EXPERIMENTS[{profile!r}]: each of several runs needs a variant of its own")
+    if len({(e.name, e.profile) for e in found}) > 1:
+        raise UserError(f"{path}: EXPERIMENTS[{profile!r}]: the runs must have one name and profile")
+    return found
 
 
-def configure(args: Run) -> Experiment:
-    """The experiment with the flags laid over it."""
-    base = load_experiment(args.experiment, args.profile)
-
-    def over(spec, **changes):
-        return dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
-
+def configure(args: Run) -> tuple[Experiment, ...]:
+    """The experiment's runs with the flags laid over each."""
+    runs = load_experiment(args.experiment, args.profile)
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", args.name):
         raise UserError(f"--name {args.name!r}: allowed are letters, digits and _ . -")
+    if args.variant is not None:
+        if not runs[0].variant:
+            raise UserError(f"--variant {args.variant}: {args.experiment} has one run in profile {args.profile}")
+        runs = [e for e in runs if e.variant == choose("--variant", args.variant, [e.variant for e in runs])]
+    return tuple(_with_flags(base, args) for base in runs)
+
+
+def _over(spec, **changes):
+    return dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _with_flags(base: Experiment, args: Run) -> Experiment:
     subsets = args.subsets
     if subsets is None and args.queries is not None:
         known = SOURCES.get(args.queries)
@@ -213,61 +247,80 @@ def configure(args: Run) -> Experiment:
             subsets = tuple(dict.fromkeys(q.subset for q in load_queries(args.queries)[0]))
         elif not set(base.data.subsets) <= set(known):
             subsets = known
-    data = over(base.data, source=args.queries, subsets=subsets, train=args.train_queries,
-                evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
-                truncate=args.truncate or None)
+    data = _over(base.data, source=args.queries, subsets=subsets, train=args.train_queries,
+                 evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
+                 truncate=args.truncate or None)
     label = None if args.model is None else Path(args.model).name
     named = args.judge and tuple("rule" if j == "rules" else choose("--judge", j, ("rules", *JUDGES)) for j in args.judge)
-    judge = over(base.judge, judges=named, model=args.judge_model, answer=args.answer)
-    return over(base, name=args.name, seed=args.seed, constitutions=args.constitutions, data=data, judge=judge,
-                model=over(base.model, name=args.model, label=label, prompt=args.prompt))
+    judge = _over(base.judge, judges=named, model=args.judge_model, answer=args.answer)
+    name = args.name or (f"{base.name}_cot" if args.cot and not base.cot else None)
+    return dataclasses.replace(
+        _over(base, name=name, seed=args.seed, constitutions=args.constitutions, task=args.task, cot=args.cot or None,
+              data=data, judge=judge, model=_over(base.model, name=args.model, label=label, prompt=args.prompt)),
+        writer=_writer(base.writer, args))
+
+
+def _writer(base: WriterSpec | None, args: Run) -> WriterSpec | None:
+    kind = args.writer and choose("--writer", args.writer, ("hand", *WRITERS))
+    if kind == "hand" or (kind is None and base is None):
+        if args.writer_model or args.writer_url or args.asked:
+            raise UserError("--writer-model, --writer-url and --asked need --writer local or openai")
+        return None
+    base = base or WriterSpec()
+    if kind == "openai" and not args.writer_model:
+        raise UserError("--writer openai needs the name of a model at its server: --writer-model")
+    label = args.writer_model and re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(args.writer_model).name).strip("-.")
+    return _over(base, kind=kind, model=args.writer_model, label=label, asked=args.asked)
 
 
 def summary(folder: Path) -> list[str]:
     """The last lines of a run: where the page is, and what happened to MI, length and following."""
     metrics = read_json(folder / "metrics.json")
-    record = read_json(folder / "run.json")
-    last = max(r["iteration"] for r in metrics)
+    first, last = 0, max(r["iteration"] for r in metrics)
+    tell = telling(metrics)
 
     def change(label, digits, **fixed):
         found = {}
-        for row in metrics:
-            if row["iteration"] in (0, last) and all(row.get(k) == v for k, v in fixed.items()):
-                found.setdefault(row.get("principle") or row["subset"], {})[row["iteration"]] = row
-        parts = [f"{key} {a[0]['value']:.{digits}f} -> {a[last]['value']:.{digits}f} (±{a[last]['sem'] or 0:.{digits}f})"
-                 for key, a in found.items() if {0, last} <= a.keys()]
+        for row in select(metrics, **fixed):
+            if row["iteration"] in (first, last):
+                found.setdefault(tell(row), {})[row["iteration"]] = row
+        parts = [f"{key} {a[first]['value']:.{digits}f} -> {a[last]['value']:.{digits}f} "
+                 f"(±{a[last]['sem'] or 0:.{digits}f})" for key, a in found.items() if {first, last} <= a.keys()]
         return f"{label}: " + ", ".join(parts) if parts else f"{label}: NOT RUN"
 
-    lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce"),
-             change("length, tokens", 1, metric="length_tokens")]
-    for subset in record["config"]["data"]["subsets"]:
-        principles = {r.get("principle") for r in metrics if r["metric"] == "following"}
-        positive = [p for p in principles if p and not p.startswith("not_")]
-        for p in sorted(positive):
-            lines.append(change(f"following on {subset} queries", 2, metric="following", principle=p, subset=subset))
-    seconds = sum(stage["seconds"] for stage in record["stages"].values())
-    peak = max(stage["peak_rss_gib"] for stage in record["stages"].values())
-    lines.append(f"{seconds / 60:.1f} minutes of work in all, peak memory {peak:.1f} GiB")
+    model = metrics[0]["model"]
+    lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce", principle=None),
+             change("length, tokens", 1, metric="length_tokens", model=model),
+             change("following, by rule", 2, metric="following", principle=None)]
+    stages = [s for leaf in leaves(folder) for s in read_json(leaf / "run.json")["stages"].values()]
+    lines.append(f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
+                 f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB")
 
     def average(digits, **fixed):
-        ends = [[r["value"] for r in metrics if r["iteration"] == i and all(r.get(k) in v for k, v in fixed.items())]
-                for i in (0, last)]
+        ends = [[r["value"] for r in select(metrics, iteration=i, principle=None, **fixed)] for i in (first, last)]
         return " -> ".join(f"{sum(e) / len(e):.{digits}f}" for e in ends) if all(ends) else "NOT RUN"
 
-    principles = [r.get("principle") for r in metrics if r["metric"] == "following"]
-    followed = average(2, metric=["following"], principle=[p for p in principles if not p.startswith("not_")])
     lines.append(f"report: {folder / 'report.html'} (iterations 0 -> {last}: "
-                 f"bound {average(2, metric=['mi'], estimator=['infonce'])} nats, "
-                 f"length {average(0, metric=['length_tokens'])} tokens, following {followed})")
+                 f"bound {average(2, metric='mi', estimator='infonce')} nats, "
+                 f"length {average(0, metric='length_tokens', model=model)} tokens, following "
+                 f"{average(2, metric='following')})")
     return lines
 
 
 def run_command(args: Run) -> None:
     from repro.pipeline import run
+    from repro.report import gather
 
-    experiment = configure(args)
-    endpoint = Endpoint(model=experiment.judge.model, base_url=args.base_url, price=args.price, max_usd=args.max_usd)
-    for line in summary(run(experiment, args.out, endpoint=endpoint)):
+    runs = configure(args)
+    folders = []
+    for experiment in runs:
+        if len(runs) > 1:
+            print(f"--- {experiment.path}", file=sys.stderr)
+        judge = Endpoint(model=experiment.judge.model, base_url=args.base_url, price=args.price, max_usd=args.max_usd)
+        writer = experiment.writer and Endpoint(model=experiment.writer.model, base_url=args.writer_url,
+                                                price=args.price, max_usd=args.max_usd)
+        folders.append(run(experiment, args.out, endpoint=judge, writer_endpoint=writer))
+    for line in summary(gather(folders)):
         print(line)
 
 

@@ -6,8 +6,8 @@ from tqdm import tqdm
 
 from repro import judging, metrics
 from repro.config import JudgeSpec
-from repro.llm_judge import Pair, ask_judge, judge_shares
 from repro.constitutions import Pool
+from repro.llm_judge import Pair, ask_judge, judge_shares
 from repro.records import read_jsonl, write_json, write_jsonl
 from repro.rundir import Item, Run, evaluation_file, logprob_file
 from repro.sampling import sample_to_file
@@ -242,8 +242,8 @@ def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dic
     """The share of responses that follow, by rule: in all (the judged response, the sides of its constitution that have a
     rule) and for each principle and antithesis ("not_..."), under a constitution that holds it: the judged one of a set
     for the principle, all that hold it otherwise."""
-    judged = [judging.follows(g[0]["text"], c) for g, c in ((g, run.ruled(i.constitutions[0])) for g, i in zip(groups, items))
-              if c is not None]
+    ruled = [run.ruled(item.constitutions[0]) for item in items]
+    judged = [judging.follows(g[0]["text"], c) for g, c in zip(groups, ruled) if c is not None]
     if judged:
         yield _record("following", metrics.mean([sum(f.values()) / len(f) for f in judged]), fixed)
     if run.experiment.writer:

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHAT_SYSTEM = "You are a helpful assistant that follows the principles it is given."
-CHAT_TASK = {"dialogue": "", "summary": "\n\nSummarise the post above in your own words."}
-CHAT_REASON = "\nFirst think aloud about how to follow this in two or three sentences. Then write \"{mark}\" and the {what}."
+CHAT_TASK = {"dialogue": "", "summary": "\n\nSummarise what happened in this post."}
+CHAT_REASON = ("\nFirst think aloud about how to follow this, in two or three sentences. Then write \"{mark}\" and the "
+               "{what}.")
 
 PLAIN_SYSTEM = {
     "dialogue": "System: You are an AI assistant. Answer the human's message in a way that follows every principle of the "
                 "constitution you are given.",
-    "summary": "System: You are an AI assistant. Summarise the post in a way that follows every principle of the constitution "
-               "you are given."}
+    "summary": "System: You are an AI assistant. Summarise the post in a way that follows every principle of the "
+               "constitution you are given."}
 PLAIN_EXAMPLE = {
     "dialogue": "### Example Format\n\nConstitution:\n[insert the principles]\n\nHuman: [insert the human's message]\n\n"
                 "Assistant: [insert an answer that follows the constitution]\n\n"

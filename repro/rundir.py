@@ -107,8 +107,8 @@ class Run:
             self.writer_endpoint.key(), self.writer_endpoint.rates()
         self.constitutions = self.by_hand = load_constitutions(spec.constitutions)
         if spec.writer and isinstance(self.constitutions, Pool):
-            raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so what "
-                            "stands in for it must be a set too")
+            raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so "
+                            "what stands in for it must be a set too")
         queries, self.dropped = load_queries(spec.data.source, spec=spec.data)
         self.place, self.tokenizer, self.form = self._speaker(spec.model)
         for other in filter(None, (spec.baseline, spec.writer if spec.writer and spec.writer.kind == "local" else None)):
@@ -156,9 +156,9 @@ class Run:
         check_control_tokens(((f"{spec.constitutions}: principle {p.name}", s)
                               for p in constitutions.principles for s in (p.text, p.antithesis)), self.controls())
         if isinstance(constitutions, Pool):  # one that holds the longest sentences
-            size = constitutions.size
-            longest = sorted(constitutions.principles, key=lambda p: -max(len(p.text), len(p.antithesis)))[:size]
-            every = [Constitution(principles=tuple(longest), sides=tuple(len(p.text) >= len(p.antithesis) for p in longest))]
+            longest = sorted(constitutions.principles, key=lambda p: -max(len(p.text), len(p.antithesis)))
+            longest = tuple(longest[:constitutions.size])
+            every = [Constitution(principles=longest, sides=tuple(len(p.text) >= len(p.antithesis) for p in longest))]
         else:
             every = constitutions.constitutions
         try:
@@ -167,10 +167,10 @@ class Run:
             raise UserError(f"--prompt chat: the tokenizer of {spec.model.name} has no chat template that takes a system "
                             f"and a user turn ({first_line(e)}); use --prompt plain") from e
         frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
-        room = models.load_config(self.place).max_position_embeddings - frame - self.response_tokens() - 8
-        if room < getattr(self, "longest", 1):
+        context = models.load_config(self.place).max_position_embeddings
+        if context - frame - self.response_tokens() - 8 < self.longest:
             raise UserError(f"{spec.constitutions}: the principles ({frame} tokens with the frame of the prompt) and "
-                            f"{self.response_tokens()} response tokens leave no room in a context of {room + frame + self.response_tokens() + 8}")
+                            f"{self.response_tokens()} response tokens leave no room in a context of {context}")
         return frame
 
     def response_tokens(self) -> int:
@@ -181,6 +181,7 @@ class Run:
     def _fit(self, queries: list[Query]) -> list[Query]:
         """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
         spec, config = self.experiment, models.load_config(self.place)
+        self.longest = 1
         frame = self._frame(self.constitutions)
         room = config.max_position_embeddings - frame - self.response_tokens() - 8
         queries = check_queries(queries, self.tokenizer, self.controls(), room=room, truncate=spec.data.truncate,

@@ -15,9 +15,9 @@ import jinja2
 
 from repro import prompts
 from repro.asking import Asker
-from repro.constitutions import ConstitutionSet, constitutions_of, load_constitutions
+from repro.constitutions import ConstitutionSet, constitutions_of
 from repro.endpoint import HOSTED, Call, Endpoint, Ledger
-from repro.records import UserError, append_jsonl, digest, first_line, read_jsonl, write_json
+from repro.records import UserError, append_jsonl, digest, first_line, read_jsonl
 from repro.rules import words
 
 ATTEMPTS = 3

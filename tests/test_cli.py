@@ -120,11 +120,11 @@ def test_a_users_experiment_file(capsys, tmp_path, text, reason):
 def test_a_query_file_brings_its_own_subsets(tmp_path):
     path = tmp_path / "queries.jsonl"
     path.write_text('{"query": "a", "subset": "mine"}\n{"query": "b", "subset": "yours"}\n')
-    assert cli.configure(cli.Run("exp1", queries=str(path))).data.subsets == ("mine", "yours")
-    assert cli.configure(cli.Run("exp1")).data.subsets == ("helpful", "harmless")
-    assert cli.configure(cli.Run("exp1", queries="hh-rlhf")).data.subsets == ("helpful", "harmless")
-    assert cli.configure(cli.Run("exp1", queries="embedded-tldr")).data.subsets == ("tldr",)
-    assert cli.configure(cli.Run("exp1", queries="embedded-tldr", subsets=("helpful",))).data.subsets == ("helpful",)
+    assert cli.configure(cli.Run("exp1", queries=str(path)))[0].data.subsets == ("mine", "yours")
+    assert cli.configure(cli.Run("exp1"))[0].data.subsets == ("helpful", "harmless")
+    assert cli.configure(cli.Run("exp1", queries="hh-rlhf"))[0].data.subsets == ("helpful", "harmless")
+    assert cli.configure(cli.Run("exp1", queries="embedded-tldr"))[0].data.subsets == ("tldr",)
+    assert cli.configure(cli.Run("exp1", queries="embedded-tldr", subsets=("helpful",)))[0].data.subsets == ("helpful",)
 
 
 def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):

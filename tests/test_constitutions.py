@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from repro.constitutions import DATA, check_control_tokens, load_constitutions, load_pool
+from repro.constitutions import DATA, check_control_tokens, load_constitutions
 from repro.records import UserError
 from repro.rules import RULES
 
@@ -67,7 +67,10 @@ def change(**fields):
     (GOOD | {"pairs": {"helpful": ["not_short"]}}, "pairs.helpful: 'not_short' is unknown"),
     (GOOD | {"pairs": {"helpful": []}}, "pairs.helpful: must be a list"),
     ({"principles": [{"name": f"p{k}", "text": f"Be {k}.", "antithesis": f"Be not {k}."} for k in range(7)]}, r"2\^7 constitutions; at most 6"),
-    (GOOD | {"held_out": []}, "key: 'held_out' is unknown"),
+    (GOOD | {"heldout": []}, "key: 'heldout' is unknown"),
+    (GOOD | {"draw": 3}, "principles: has 2; a constitution draws 3"),
+    (GOOD | {"draw": 0}, "draw: 0; must be 1 to 6"),
+    (GOOD | {"draw": True}, "draw: True; must be"),
 ])
 def test_a_mistake_names_file_and_field(tmp_path, data, reason):
     with pytest.raises(UserError, match=rf"mine\.json.*{reason}"):
@@ -80,12 +83,12 @@ HELD_OUT = "satirical philosophical motivational analytical sarcastic".split()
 
 
 def test_the_diverse_pool_is_the_papers_list():
-    pool = load_pool("diverse")
+    pool = load_constitutions("diverse")
     assert [p.name for p in pool.learned] == LEARNED and [p.name for p in pool.held_out] == HELD_OUT
     assert not any(p.private for p in (*pool.learned, *pool.held_out))
 
 
-@pytest.mark.parametrize("principle", [p for p in (*load_pool("diverse").learned, *load_pool("diverse").held_out) if p.rule],
+@pytest.mark.parametrize("principle", [p for p in (*load_constitutions("diverse").learned, *load_constitutions("diverse").held_out) if p.rule],
                          ids=lambda p: p.name)
 def test_to_recite_a_principle_is_not_to_follow_it(principle):
     """Where the rule looks for a style (concise and minimalist sentences are short whatever they say, and a sentence without a
@@ -95,37 +98,45 @@ def test_to_recite_a_principle_is_not_to_follow_it(principle):
         assert not RULES[principle.rule](f"The summary is {principle.name.replace('_', ' ')}. {principle.text}")
 
 
-def test_a_draw_flips_both_principles():
-    """Two different principles, every principle and each of the four sides about equally often, and the same draw again."""
-    pool = load_pool("diverse")
-    drawn = [pool.draw("learned", random.Random(k)) for k in range(600)]
-    assert drawn == [pool.draw("learned", random.Random(k)) for k in range(600)]
-    for first, second in drawn:
+def test_constitutions_are_dealt_evenly_and_flip_every_side():
+    """Different principles in each, as many of every principle as of any other (give or take two), each of the four sides
+    about equally often, the same deal again; and no item of the shipped evaluation twice."""
+    pool = load_constitutions("diverse")
+    dealt = pool.deal("learned", 600, random.Random(1))
+    assert dealt == pool.deal("learned", 600, random.Random(1)) != pool.deal("learned", 600, random.Random(2))
+    for first, second in dealt:
         assert first.principles == second.principles and len({p.name for p in first.principles}) == 2
         assert all(a != b for a, b in zip(first.sides, second.sides))
         assert not set(first.statements()) & set(second.statements())
-    sides = Counter(first.sides for first, _ in drawn)
+    sides = Counter(first.sides for first, _ in dealt)
     assert len(sides) == 4 and all(100 < n < 200 for n in sides.values())  # 150 expected, standard deviation 10.6
-    names = Counter(p.name for first, _ in drawn for p in first.principles)
-    assert set(names) == set(LEARNED) and all(45 < n < 120 for n in names.values())  # 80 expected, 8.6
-    assert {p.name for k in range(99) for p in pool.draw("held_out", random.Random(k))[0].principles} == set(HELD_OUT)
+    for count in (1, 7, 40, 600):
+        for kind, names in (("learned", LEARNED), ("held_out", HELD_OUT)):
+            times = Counter(p.name for first, _ in pool.deal(kind, count, random.Random(count)) for p in first.principles)
+            assert set(times) <= set(names)
+            assert max(times.values()) - min(times.get(n, 0) for n in names) <= 2
+    pairs = Counter(tuple(sorted(p.name for p in first.principles)) for first, _ in dealt)
+    assert len(pairs) == 105 and max(pairs.values()) < 18  # all of them; 5.7 expected
     with pytest.raises(UserError, match="did you mean 'held_out'"):
         pool.of("heldout")
 
 
 def test_a_pool_of_the_users_own(tmp_path):
-    rows = load_pool("diverse").to_json()
-    assert load_pool(write(tmp_path, rows)) == load_pool("diverse")
-    assert load_pool(write(tmp_path, GOOD)).held_out == ()
+    rows = load_constitutions("diverse").to_json()
+    assert load_constitutions(write(tmp_path, rows)) == load_constitutions("diverse")
+    alone = load_constitutions(write(tmp_path, GOOD | {"draw": 1}))
+    assert alone.held_out == () and alone.kinds == ("learned",) and alone.size == 1
+    assert load_constitutions(write(tmp_path, alone.to_json())) == alone
     for data, reason in [
-            ({"principles": rows["principles"][:1]}, "principles: has one principle"),
-            (rows | {"held_out": rows["held_out"][:1]}, "held_out: has one principle"),
+            (rows | {"principles": rows["principles"][:1]}, "principles: has 1; a constitution draws 2"),
+            (rows | {"held_out": rows["held_out"][:1]}, "held_out: has 1; a constitution draws 2"),
             (rows | {"held_out": []}, "held_out: must list at least one"),
             (rows | {"held_out": rows["principles"][:2]}, "the name 'concise' occurs twice"),
-            (rows | {"held_out": [rows["held_out"][0], rows["held_out"][1] | {"text": rows["principles"][0]["text"].upper() + " "}]}, "occurs twice"),
+            (rows | {"held_out": [rows["held_out"][0], rows["held_out"][1] | {
+                "text": rows["principles"][0]["text"].upper() + " "}]}, "occurs twice"),
             (rows | {"pairs": {}}, "key: 'pairs' is unknown")]:
         with pytest.raises(UserError, match=rf"mine\.json.*{reason}"):
-            load_pool(write(tmp_path, data))
+            load_constitutions(write(tmp_path, data))
 
 
 def test_the_hand_written_summaries_set():

@@ -16,7 +16,8 @@ from repro.cli import EXPERIMENTS, load_experiment
 from repro.pipeline import run
 from repro.records import UserError, file_sha256
 
-SHIPPED = [(path.stem, profile) for path in sorted(EXPERIMENTS.glob("exp*.py")) for profile in ("mini", "paper")]
+SHIPPED = [e for path in sorted(EXPERIMENTS.glob("exp*.py")) for profile in ("mini", "paper")
+           for e in load_experiment(path.stem, profile)]
 KEYS = {"metric", "subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator", "ties", "length", "seed",
         "value", "sem", "ci95", "n"}
 # report.html and run.json hold wall seconds, so they are not compared
@@ -25,12 +26,19 @@ CONTRACT = ["constitutions.json", "metrics.json", "judgments.jsonl", "figures/it
 
 
 def small(experiment, tiny, **train):
-    """The experiment as shipped but for its sizes, its model and the source of its queries."""
+    """The experiment as shipped but for its sizes, its models and the source of its queries."""
+    def as_tiny(spec, field="name"):
+        return spec and dataclasses.replace(spec, **{field: str(tiny)})
+
+    posts = experiment.task == "summary"
+    local = as_tiny(experiment.writer, "model")
     return dataclasses.replace(
-        experiment, model=dataclasses.replace(experiment.model, name=str(tiny)),
-        data=dataclasses.replace(experiment.data, source="embedded", train=16, evaluation=2),
-        sampling=dataclasses.replace(experiment.sampling, max_new_tokens=6, batch_size=5, drop_phrases=("]",)),
-        train=dataclasses.replace(experiment.train, batch_size=2, **train))
+        experiment, model=as_tiny(experiment.model), baseline=as_tiny(experiment.baseline), writer=local,
+        data=dataclasses.replace(experiment.data, source="embedded-tldr" if posts else "embedded",
+                                 train=32 if posts else 16, evaluation=2),
+        sampling=dataclasses.replace(experiment.sampling, max_new_tokens=6, reasoning_tokens=6, batch_size=5,
+                                     drop_phrases=("]",), full_stop=False),
+        train=dataclasses.replace(experiment.train, batch_size=2, batches=2, batches_increment=2, **train))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -40,15 +48,22 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """exp1 mini on the tiny model, run to its end without interruption."""
-    experiment = small(load_experiment("exp1", "mini"), tiny)
+    experiment = small(load_experiment("exp1", "mini")[0], tiny)
     return experiment, run(experiment, tmp_path_factory.mktemp("runs"), say=lambda text: None)
 
 
-@pytest.mark.parametrize("name, profile", SHIPPED)
-def test_every_shipped_experiment_runs(name, profile, tiny, tmp_path):
-    """mini as it is; paper under the other dose, so that both go through a whole run."""
-    experiment = small(load_experiment(name, profile), tiny, **({"dose": "as_run"} if profile == "paper" else {}))
-    folder = run(experiment, tmp_path, say=lambda text: None)
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda e: e.path)
+def test_every_shipped_experiment_runs(shipped, tiny, tmp_path):
+    """mini as it is; paper under the other dose, so that both go through a whole run. The tiny model writes nothing that
+    can be used as principles, so that a run with a writer says so and goes on with the hand-written ones."""
+    said = []
+    experiment = small(shipped, tiny, **({"dose": "as_run"} if shipped.profile == "paper" else {}))
+    if experiment.cot:  # nothing that the tiny model says holds the mark; all of it is reasoning, and no pair is left
+        with pytest.raises(UserError, match="0 training pairs left of 4 needed"):
+            run(experiment, tmp_path, say=said.append)
+        return
+    folder = run(experiment, tmp_path, say=said.append)
+    assert folder == tmp_path / experiment.path
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {r["iteration"] for r in metrics} == {0, 1, 2, 3} and all(KEYS <= r.keys() for r in metrics)
     assert {r["metric"] for r in metrics} >= {"mi", "length_tokens", "accuracy_row", "accuracy_col", "win_rate",
@@ -57,9 +72,17 @@ def test_every_shipped_experiment_runs(name, profile, tiny, tmp_path):
     assert record["backend"] == "shared"  # not the slower path, unasked
     steps = [len(record["stages"][f"train-{k}"]["trace"]) for k in (1, 2, 3)]
     assert steps == [2, 4, 6]
-    has_rules = all(p["rule"] for p in json.loads((folder / "constitutions.json").read_text())["principles"])
-    assert has_rules == any(r["judge"] == "rule" for r in metrics)
-    assert has_rules != any("judge rule" in why for why in record["not_run"])
+    data = json.loads((folder / "constitutions.json").read_text())
+    rules = [bool(p["rule"]) for p in (*data["principles"], *data.get("held_out", ()))]
+    assert any(rules) == any(r["judge"] == "rule" for r in metrics)
+    assert all(rules) != any("judge rule" in why for why in record["not_run"])
+    assert {r["cot"] for r in metrics} == {experiment.cot} and {r["writer"] for r in metrics} == {"hand"}
+    if experiment.writer:
+        assert sum("no principles that can be used" in line and "going on with" in line for line in said) == 1
+        assert len((folder / "writing.jsonl").read_text().splitlines()) >= 3
+    if experiment.baseline:
+        others = [r for r in metrics if r["metric"] == "win_rate" and r["baseline"] == experiment.baseline.label]
+        assert {r["iteration"] for r in others} == {0, 1, 2, 3}
 
 
 def test_values_are_in_range(finished):
@@ -112,8 +135,8 @@ def test_each_iteration_samples_with_the_model_before_it(finished):
     assert {r["iteration"] for r in rows} == {1}
 
 
-    query, negative = shared.training_plan(2)[0]
-    text = shared.prompt(negative, query, experiment.seed, 2, "sample", negative.id, generation=True)
+    query, (_, negative) = shared.training_plan(2)[0]
+    text = shared.prompt(negative, query, experiment.seed, 2, "sample", negative.id, sample=True)
     assert rows[1]["query"] == query.id and rows[1]["constitution"] == negative.id
     assert sample_batch(model, shared.tokenizer, [text], max_new_tokens=6)[0]["text"] == rows[1]["text"]
 
@@ -135,7 +158,7 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
     losses = []
     with training.matmul_precision(model, experiment.train.precision):
         for query, pair, responses in kept[:experiment.train.batch_size]:
-            prompts = [shared.prompt(c, query, experiment.seed, 3, "train", c.id, generation=False) for c in pair]
+            prompts = [shared.prompt(c, query, experiment.seed, 3, "train", c.id, sample=False) for c in pair]
             losses.append(symmetric_infonce(logprob_matrix(
                 model, shared.tokenizer, [prompts], [[r.strip() for r in responses]], length_normalize=True,
                 score_eos=False)).item())
@@ -157,8 +180,8 @@ def test_halves_alternate_and_pairs_hold_the_positive(finished):
     asked = {k: {q.id for q, _ in shared.training_plan(k)} for k in (1, 2, 3)}
     assert not asked[1] & asked[2] and not asked[2] & asked[3] and asked[1] & asked[3]
     assert not {q.id for q in shared.held_out} & set().union(*asked.values())
-    for query, negative in shared.training_plan(3):
-        assert negative in shared.constitutions.negatives(query.subset)
+    for query, (positive, negative) in shared.training_plan(3):
+        assert positive == shared.constitutions.positive and negative in shared.constitutions.negatives(query.subset)
 
 
 def test_the_second_run_does_nothing_and_says_so(finished):
@@ -202,7 +225,7 @@ def dying(*args, **kwargs):
         os.kill(os.getpid(), signal.{signal})
     return real(*args, **kwargs)
 module.{function} = dying
-run(small(load_experiment("exp1", "mini"), Path({tiny!r})), {out!r})
+run(small(load_experiment("exp1", "mini")[0], Path({tiny!r})), {out!r})
 """
 
 
@@ -246,7 +269,7 @@ def test_two_runs_in_one_directory(finished, tiny):
 def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp_path):
     from repro.report import publish, write_report
 
-    experiment = small(load_experiment("exp1", "paper"), tiny)
+    experiment = small(load_experiment("exp1", "paper")[0], tiny)
     folder = run(experiment, tmp_path / "runs", say=lambda text: None)
     page = (folder / "report.html").read_text()
     assert "<th>not_helpful,harmless</th>" in page and "not_harmless</th>" not in page
@@ -275,7 +298,7 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
     assert {r["seed"] for r in json.loads((out / "metrics.json").read_text())} == {0, 1}
     with pytest.raises(UserError, match="different seeds"):
         publish([folder, folder], tmp_path / "results")
-    third = run(dataclasses.replace(experiment, seed=2, writer="other"), tmp_path / "c", say=lambda text: None)
+    third = run(dataclasses.replace(experiment, seed=2, iterations=2), tmp_path / "c", say=lambda text: None)
     with pytest.raises(UserError, match="differs"):
         publish([folder, third], tmp_path / "results")
 
@@ -285,7 +308,7 @@ def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
                     "from test_experiments import small\nfrom repro.cli import load_experiment\n"
-                    f"EXPERIMENTS = {{'mini': small(load_experiment('exp1', 'mini'), Path({str(tiny)!r}))}}\n")
+                    f"EXPERIMENTS = {{'mini': small(load_experiment('exp1', 'mini')[0], Path({str(tiny)!r}))}}\n")
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         child = subprocess.Popen([sys.executable, "-m", "repro.cli", "run", str(file), "--out", str(tmp_path / str(code))],
                                  stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -317,7 +340,7 @@ def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
     write_jsonl(shared.folder / training_file(3), [{"text": t} for pair in texts for t in pair])
     kept, dropped = usable_pairs(shared, 3)
     assert dropped == {"empty": 2, "identical": 1, "phrase 'sorry'": 1, "phrase ']'": 1}
-    assert [(q, c[1]) for q, c, _ in kept] == plan[5:] and all(c[0] == shared.constitutions.positive for _, c, _ in kept)
+    assert [(q, c) for q, c, _ in kept] == plan[5:]
     assert all(r == ["a", "b"] for _, _, r in kept)
 
 
@@ -344,7 +367,7 @@ def test_a_cut_response_has_the_length_of_what_is_left(tiny, tmp_path, monkeypat
     """Base models run on into the format; the record holds the answer's own length."""
     import repro.sampling as sampling
 
-    experiment = small(load_experiment("exp1", "paper"), tiny)
+    experiment = small(load_experiment("exp1", "paper")[0], tiny)
     monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, **_: [
         {"text": " Yes.\n\nHuman: and more", "tokens": 99, "finished": False} for _ in prompts])
     with pytest.raises(UserError, match="0 training pairs left"):  # every pair is identical
@@ -370,7 +393,7 @@ def save_gpt2(folder: Path) -> Path:
 def test_a_family_that_the_shared_path_does_not_know_runs_on_the_reference_and_says_so(tmp_path):
     from repro.rundir import Run
 
-    experiment = small(load_experiment("exp1", "mini"), save_gpt2(tmp_path / "gpt2"))
+    experiment = small(load_experiment("exp1", "mini")[0], save_gpt2(tmp_path / "gpt2"))
     said = []
     shared = Run(experiment, tmp_path / "run", said.append)
     shared.prepare()
@@ -382,7 +405,7 @@ def test_a_family_that_the_shared_path_does_not_know_runs_on_the_reference_and_s
     ({"data": {"train": 5}}, "iteration 2 trains on 8 queries and its half of the training queries holds 4"),
     ({"sampling": {"max_new_tokens": 2000}}, "leave no room in a context of 2048")])
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tiny, tmp_path, change, reason):
-    experiment = small(load_experiment("exp1", "mini"), tiny)
+    experiment = small(load_experiment("exp1", "mini")[0], tiny)
     for name, fields in change.items():
         experiment = dataclasses.replace(experiment, **{name: dataclasses.replace(getattr(experiment, name), **fields)})
     with pytest.raises(UserError, match=reason):
@@ -396,12 +419,12 @@ def test_a_tokenizer_without_a_chat_template_is_named(tmp_path, tiny):
     folder = shutil.copytree(tiny, tmp_path / "bare")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template that takes a system and a user turn.*--prompt plain"):
-        run(small(load_experiment("exp1", "mini"), folder), tmp_path / "out", say=lambda text: None)
+        run(small(load_experiment("exp1", "mini")[0], folder), tmp_path / "out", say=lambda text: None)
 
 
 def test_a_refused_run_leaves_the_users_empty_folder(tmp_path, tiny):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError):
-        run(dataclasses.replace(small(load_experiment("exp1", "mini"), tiny), constitutions="none"), tmp_path / "out",
+        run(dataclasses.replace(small(load_experiment("exp1", "mini")[0], tiny), constitutions="none"), tmp_path / "out",
             say=lambda text: None)
     assert list((tmp_path / "out").iterdir()) == []

@@ -280,7 +280,7 @@ def make_judged_archive(tmp_path: Path):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """exp1 mini on the tiny model, one iteration."""
-    e = load_experiment("exp1", "mini")
+    e = load_experiment("exp1", "mini")[0]
     experiment = dataclasses.replace(
         e, iterations=1, model=dataclasses.replace(e.model, name=str(tiny)),
         data=dataclasses.replace(e.data, train=16, evaluation=6),

@@ -62,7 +62,9 @@ def test_the_embedded_model_answers_and_its_bound_beats_chance():
                                           add_generation_prompt=True)
     assert "Paris" in sample_batch(model, tokenizer, [plain], max_new_tokens=24)[0]["text"]
     constitutions = load_constitutions("dialogue_mini").constitutions
-    texts = [prompts.chat(tokenizer, c.statements(), "How can I keep weeds out of a gravel path?") for c in constitutions]
+    form = prompts.Form()
+    texts = [form.render(tokenizer, c.statements(), "How can I keep weeds out of a gravel path?", sample=True)
+             for c in constitutions]
     answers = [a["text"] for a in sample_batch(model, tokenizer, texts, max_new_tokens=24)]
     with torch.inference_mode():
         shared, full = (logprob_matrix(model, tokenizer, [texts], [answers], length_normalize=True, score_eos=False,

@@ -1,0 +1,263 @@
+"""What experiments 2 and 3 add to a run: principle writers, variants side by side, pools, chain of thought."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import pytest
+from test_experiments import KEYS, contents, small
+
+from repro import cli, sampling
+from repro.constitutions import Pool
+from repro.judging import follows
+from repro.pipeline import run, usable_pairs
+from repro.prompts import CHAT_REASON, Form
+from repro.records import UserError
+from repro.report import gather, leaves, publish
+from repro.rules import RULES
+from repro.rundir import Run
+
+WRITTEN = ("Principle 1: Clear: Summaries should say what happened in the order of the post.\n"
+           "Principle 2: Kind: Summaries should speak well of the author of the post.\n"
+           "Antithesis 1: Summaries should mix up the order in which things happened.\n"
+           "Antithesis 2: Summaries should make fun of whoever wrote the post.")
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def quiet(text):
+    pass
+
+
+@pytest.fixture(scope="module")
+def diverse(tiny, tmp_path_factory):
+    """exp3 mini on the tiny model."""
+    experiment = small(cli.load_experiment("exp3", "mini")[0], tiny)
+    return experiment, run(experiment, tmp_path_factory.mktemp("diverse"), say=quiet)
+
+
+@pytest.fixture(scope="module")
+def variants(tiny, tmp_path_factory):
+    """exp2 mini on the tiny model, whose writer is made to write."""
+    out = tmp_path_factory.mktemp("tldr")
+    experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("repro.writing.LocalWriter.answer", lambda self, *args, **kwargs: WRITTEN)
+        folders = [run(e, out, say=quiet) for e in experiments]
+    return experiments, gather(folders)
+
+
+def prepared(experiment, folder):
+    shared = Run(experiment, folder, quiet)
+    shared.prepare()
+    return shared
+
+
+# ---- pools
+
+def test_items_of_a_pool_are_the_same_for_every_seed_and_each_principle_counts_alike(diverse, tmp_path):
+    experiment, folder = diverse
+    shared = prepared(experiment, folder)
+    other = prepared(dataclasses.replace(experiment, seed=5), tmp_path)
+    assert shared.items() == other.items() and shared.training_plan(1) != other.training_plan(1)
+    assert Counter(i.subset for i in shared.items()) == {"learned": 3 * 2, "held_out": 2}
+    held_out = {p.name for p in shared.constitutions.held_out}
+    for item in shared.items():
+        assert {p.name in held_out for c in item.constitutions for p in c.principles} == {item.subset == "held_out"}
+        assert item.constitutions[1] == item.constitutions[0].opposite()
+    for k in (1, 2, 3):  # no held-out principle trains
+        assert not held_out & {p.name for _, pair in shared.training_plan(k) for c in pair for p in c.principles}
+
+
+def test_the_shipped_evaluation_has_no_item_twice():
+    experiment = cli.load_experiment("exp3", "mini")[0]
+    from repro.datasets import load_queries
+
+    queries, _ = load_queries(experiment.data.source, spec=experiment.data)
+    shared = Run(experiment, None, quiet)
+    from repro.constitutions import load_constitutions
+
+    shared.constitutions, shared.held_out = load_constitutions("diverse"), [q for q in queries if q.split == "evaluation"]
+    items = shared.items()
+    assert len(items) == len({(i.query.id, frozenset(p.name for p in i.constitutions[0].principles)) for i in items}) == 128
+    times = Counter(p.name for i in items for p in i.constitutions[0].principles)
+    assert set(times.values()) <= {12, 13, 14}
+
+
+def test_metrics_of_a_pool_agree_with_the_responses(diverse):
+    """Following of each principle and side, and in all, recomputed from the files by hand."""
+    experiment, folder = diverse
+    items, metrics = prepared(experiment, folder).items(), json.loads((folder / "metrics.json").read_text())
+    assert all(KEYS <= r.keys() and r["cot"] is False for r in metrics) and {r["subset"] for r in metrics} == {"learned", "held_out"}
+    for iteration in range(4):
+        responses = rows(folder / f"responses/evaluation-{iteration}.jsonl")
+        sides = {}
+        for row in responses:
+            for part in row["constitution"].split(","):
+                sides.setdefault(part, []).append(row)
+        rules = {p.name: p.rule for i in items for p in i.constitutions[0].principles}
+        found = {r["principle"]: r for r in metrics if (r["metric"], r["iteration"]) == ("following", iteration) and r.get("principle")}
+        assert set(found) == {part for part in sides if rules[part.removeprefix("not_")]}
+        for part, record in found.items():
+            rule = RULES[rules[part.removeprefix("not_")]]
+            want = [bool(r["text"].strip()) and rule(r["text"]) != part.startswith("not_") for r in sides[part]]
+            assert record["n"] == len(want) and record["value"] == pytest.approx(sum(want) / len(want))
+        for subset in ("learned", "held_out"):
+            shares = []
+            for item, row in zip(items, responses[::2]):
+                marks = follows(row["text"], item.constitutions[0])
+                if item.subset == subset and marks:
+                    shares.append(sum(marks.values()) / len(marks))
+            record = [r for r in metrics if (r["metric"], r["iteration"], r["subset"], r.get("principle")) == (
+                "following", iteration, subset, None)]
+            if shares:
+                assert (record[0]["n"], record[0]["value"]) == (len(shares), pytest.approx(sum(shares) / len(shares)))
+    by_principle = [r for r in metrics if r["metric"] == "mi" and r.get("principle") and r["iteration"] == 3]
+    assert {r["principle"] for r in by_principle} == {p.name for i in items for p in i.constitutions[0].principles}
+    judged = [r for r in rows(folder / "judgments.jsonl") if r["judge"] == "rule" and r["iteration"] == 1]
+    assert len(judged) == sum(any(p.rule for p in i.constitutions[0].principles) for i in items)
+    assert (folder / "figures/principles.png").stat().st_size > 10_000
+
+
+# ---- writers and variants
+
+def test_a_written_constitution_is_used_kept_raw_and_judged_by_the_hand_written_rules(variants):
+    (weak, _), folder = variants
+    data = json.loads((folder / "weak/constitutions.json").read_text())
+    assert [p["name"] for p in data["principles"]] == ["clear", "kind"] and data["written"]["writer"] == weak.writer.label
+    assert rows(folder / "weak/writing.jsonl")[0]["answer"] == WRITTEN
+    answers = rows(folder / "weak/responses/evaluation-0.jsonl")
+    assert [r["constitution"] for r in answers[:4]] == ["clear,kind", "clear,not_kind", "not_clear,kind", "not_clear,not_kind"]
+    metrics = json.loads((folder / "weak/metrics.json").read_text())
+    following = {r.get("principle"): r for r in metrics if r["metric"] == "following" and r["iteration"] == 0}
+    by_hand = {p["name"]: p["rule"] for p in json.loads((folder / "hand/constitutions.json").read_text())["principles"]}
+    assert set(following) == {None, *(name for name, rule in by_hand.items() if rule)}
+    name, rule = next((name, rule) for name, rule in by_hand.items() if rule)
+    texts = [r["text"] for r in answers[::4]]
+    assert following[name]["value"] == sum(bool(t.strip()) and RULES[rule](t) for t in texts) / len(texts)
+
+
+def test_variants_stand_side_by_side_in_one_folder_with_the_files_of_any_run(variants):
+    (weak, hand), folder = variants
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {r["writer"] for r in metrics} == {weak.writer.label, "hand"}
+    assert metrics == [*json.loads((folder / "weak/metrics.json").read_text()), *json.loads((folder / "hand/metrics.json").read_text())]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["variants"] == ["weak", "hand"] and leaves(folder) == [folder / "weak", folder / "hand"]
+    assert record["values"] == "measured" and record["seeds"] == [0] and "weak/write" in record["stages"]
+    assert {p.name for p in (folder / "responses").iterdir()} >= {"weak-evaluation-3.jsonl", "hand-training-1.jsonl"}
+    assert {r["variant"] for r in rows(folder / "judgments.jsonl")} == {"weak", "hand"}
+    page = (folder / "report.html").read_text()
+    assert "Summaries should speak well" in page and "<h2>hand</h2>" in page and (folder / "figures/iterations.png").exists()
+    lines = cli.summary(folder)
+    assert f"writer {weak.writer.label}" in lines[0] and "writer hand" in lines[0] and lines[-1].startswith("report: ")
+
+
+def test_a_writer_that_writes_nothing_usable_leaves_the_hand_written_run_once(tiny, tmp_path):
+    experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
+    folder = gather([run(e, tmp_path, say=quiet) for e in experiments])
+    metrics, alone = (json.loads((folder / name / "metrics.json").read_text()) for name in (".", "hand"))
+    assert {r["writer"] for r in metrics} == {"hand"} and len(metrics) == len(alone)
+
+
+def test_variants_are_published_together(variants, tmp_path):
+    out = publish([variants[1]], tmp_path)
+    assert {p.name for p in out.iterdir()} == {
+        "metrics.json", "report.html", "figures", "constitutions.json", "constitutions-weak-seed-0.json",
+        "writing-weak-seed-0.jsonl", "run-weak-seed-0.json", "run-hand-seed-0.json"}
+    assert json.loads((out / "metrics.json").read_text()) == json.loads((variants[1] / "metrics.json").read_text())
+
+
+def test_a_resumed_writer_is_not_asked_again(variants):
+    (weak, _), folder = variants
+    before, said = contents(folder / "weak"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("repro.writing.LocalWriter.answer", lambda self, *args, **kwargs: pytest.fail("asked again"))
+        run(weak, folder.parents[1], say=said.append)
+    assert "write: done before, skipped" in said and contents(folder / "weak") == before
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ({"writer": "gpt"}, "allowed: 'hand', 'local', 'openai'"),
+    ({"writer": "openai"}, "--writer-model"),
+    ({"asked": "sing"}, "need --writer"),
+    ({"variant": "weak"}, "exp1 has one run"),
+])
+def test_flags_of_the_writer_that_do_not_fit(flags, reason):
+    with pytest.raises(UserError, match=reason):
+        cli.configure(cli.Run("exp1", **flags))
+
+
+def test_flags_of_the_writer():
+    (only,) = cli.configure(cli.Run("exp2", variant="hand"))
+    assert only.variant == "hand" and only.writer is None
+    (only,) = cli.configure(cli.Run("exp1", writer="openai", writer_model="org/some model", asked="answer"))
+    assert (only.writer.kind, only.writer.label, only.writer.asked) == ("openai", "some-model", "answer")
+    assert {e.writer for e in cli.configure(cli.Run("exp2", writer="hand"))} == {None}
+    with pytest.raises(UserError, match="variant: 'weka' is unknown.*'weak'"):
+        cli.configure(cli.Run("exp2", variant="weka"))
+
+
+@pytest.mark.parametrize("body, reason", [
+    ("EXPERIMENTS = {'mini': (E, E)}", "a variant of its own"),
+    ("EXPERIMENTS = {'mini': ()}", "must be a dict"),
+    ("EXPERIMENTS = {'mini': (replace(E, variant='a'), replace(E, variant='b', name='n'))}", "one name and profile"),
+])
+def test_a_file_of_several_runs_that_do_not_go_together(body, reason, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from dataclasses import replace\nfrom repro.config import Experiment\n"
+                    f"E = Experiment(name='m', profile='mini', constitutions='tldr')\n{body}\n")
+    with pytest.raises(UserError, match=rf"mine\.py: EXPERIMENTS.*{reason}"):
+        cli.load_experiment(str(file), "mini")
+
+
+# ---- chain of thought
+
+def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch):
+    plain = sampling.sample_batch
+    asked = []
+
+    def thinking(model, tokenizer, prompts, **more):
+        asked.extend(prompts)
+        return [a | {"text": f"Let me think. Summary: {a['text']}"} for a in plain(model, tokenizer, prompts, **more)]
+
+    monkeypatch.setattr(sampling, "sample_batch", thinking)
+    experiment = dataclasses.replace(small(cli.load_experiment("exp3", "mini")[0], tiny), cot=True)
+    folder = run(experiment, tmp_path, say=quiet)
+    ask = CHAT_REASON.split("{mark}")[0].strip()
+    assert asked and all(ask in prompt for prompt in asked)
+    for name in ("training-2", "evaluation-3"):
+        assert all(r["sampled"].startswith("Let me think. Summary:") and "think" not in r["text"]
+                   for r in rows(folder / f"responses/{name}.jsonl"))
+    shared = prepared(experiment, folder)
+    assert isinstance(shared.constitutions, Pool)
+    query, pair, responses = usable_pairs(shared, 1)[0][0]
+    assert not any("think" in r for r in responses)
+    assert ask not in shared.prompt(pair[0], query, "train", sample=False)
+    assert {r["cot"] for r in json.loads((folder / "metrics.json").read_text())} == {True}
+    assert cli.configure(cli.Run("exp3", cot=True))[0].name == "exp3_diverse_cot"
+
+
+def test_the_response_is_what_follows_the_mark():
+    summary = Form("chat", "summary", True)
+    assert summary.response("I think. Summary: It rained.\n\nSummary: no") == "It rained."
+    assert summary.response("I only think about it.") == ""
+    plain = Form("plain", "summary", True)
+    assert plain.response("The constitution asks much.\nSummary: The post says no. ### Main") == "The post says no."
+    assert Form("plain", "summary").response("The post is short.\n\nHuman: Thanks") == "The post is short."
+    assert Form("chat", "dialogue").response("Human: kept as it is") == "Human: kept as it is"
+
+
+def test_base_models_see_the_form_once_more_when_they_sample():
+    form = Form("plain", "summary", True)
+    sample = form.render(None, ["Be brief.", "Be kind."], "A post.", sample=True, reason=True)
+    train = form.render(None, ["Be brief.", "Be kind."], "A post.", sample=False)
+    assert sample.count("Constitution:\n") == 2 and "[insert" in sample and sample.endswith("Reasoning:")
+    assert train.count("Constitution:\n1. Be brief.\n2. Be kind.\n\nPOST: A post.\n\nSummary:") == 1
+    assert "[insert" not in train and "Reasoning" not in train and train.endswith("Summary:")
+    assert form.opening and Form("plain", "summary").opening == "The post" and Form("chat", "summary").opening == ""
+    with pytest.raises(UserError, match="chain of thought in a dialogue"):
+        base = cli.load_experiment("exp1", "paper")[0]
+        dataclasses.replace(base, cot=True)
