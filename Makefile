@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 verify figures test bench bench-check lint clean
+.PHONY: help setup exp1 exp2 exp3 verify figures test bench bench-check lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +35,12 @@ endif
 
 exp1: $(STAMP)  ## Experiment 1, dialogue: PROFILE=mini|paper, OUT=runs, ARGS='--seed 1 ...'
 	@exec $(BIN)/repro run exp1 --profile $(PROFILE) --out $(OUT) $(ARGS)
+
+exp2: $(STAMP)  ## Experiment 2, summaries: weak writer and hand-written principles
+	@exec $(BIN)/repro run exp2 --profile $(PROFILE) --out $(OUT) $(ARGS)
+
+exp3: $(STAMP)  ## Experiment 3, diverse and held-out principles
+	@exec $(BIN)/repro run exp3 --profile $(PROFILE) --out $(OUT) $(ARGS)
 
 verify: $(STAMP)  ## The paper's tables recomputed from the authors' record -> results/verify
 	@exec $(BIN)/repro verify $(ARGS)

@@ -18,7 +18,7 @@ MINI = Experiment(
     profile="mini",
     constitutions="dialogue_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
-    data=DataSpec(source="embedded", train=112, evaluation=32),
+    data=DataSpec(source="embedded", subsets=("helpful", "harmless"), train=112, evaluation=32),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired"),
 )
 
@@ -27,7 +27,7 @@ PAPER = Experiment(
     profile="paper",
     constitutions="dialogue",
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
-    data=DataSpec(source="hh-rlhf", train=10_000, evaluation=250),
+    data=DataSpec(source="hh-rlhf", subsets=("helpful", "harmless"), train=10_000, evaluation=250),
     sampling=SamplingSpec(max_new_tokens=350),
     train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
     not_run=("baseline mistral-7b-instruct", "judge gpt-4-0613: retired"),

@@ -23,7 +23,7 @@ HAND = Experiment(
     task="summary",
     constitutions="tldr_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
-    data=DataSpec(source="embedded-tldr", subsets=("tldr",), train=112, evaluation=32),
+    data=DataSpec(source="embedded-tldr", train=112, evaluation=32),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired",
              "writer claude-3-opus: retired"),
 )
@@ -38,7 +38,7 @@ MISTRAL = replace(
     writer=WriterSpec(model=INSTRUCT, label="mistral-7b-instruct"),
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
     baseline=ModelSpec(name=INSTRUCT, label="mistral-7b-instruct"),
-    data=DataSpec(source="tldr", subsets=("tldr",), train=2_000, evaluation=250),
+    data=DataSpec(source="tldr", train=2_000, evaluation=250),
     sampling=SamplingSpec(max_new_tokens=350, drop_phrases=("[insert", "]", "Response"), full_stop=True),
     train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
     not_run=("judge gpt-4-0613: retired", "writer claude-3-opus: retired"),

@@ -21,7 +21,7 @@ MINI = Experiment(
     cot=False,
     constitutions="diverse",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
-    data=DataSpec(source="embedded-tldr", subsets=("tldr",), train=112, evaluation=32, draws=(3, 1)),
+    data=DataSpec(source="embedded-tldr", train=112, evaluation=32, draws=(3, 1)),
     not_run=("judge gpt-4-0613: retired", "with chain of thought: --cot asks for it"),
 )
 
@@ -30,7 +30,7 @@ PAPER = replace(
     profile="paper",
     variant="direct",
     model=ModelSpec(name="meta-llama/Meta-Llama-3-70B", label="llama3-70b", prompt="plain"),
-    data=DataSpec(source="tldr", subsets=("tldr",), train=3_500, evaluation=250),
+    data=DataSpec(source="tldr", train=3_500, evaluation=250),
     sampling=SamplingSpec(max_new_tokens=350, full_stop=True, drop_phrases=(
         "The assistant", "sorry", "Response", "[insert", "[]", "]", "principles", "constitution", "summarization")),
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=5e-7, precision="bf16", batch_size=128,

@@ -23,7 +23,7 @@ from typing import Annotated
 import tyro
 
 from repro.config import JUDGES, WRITERS, Experiment, JudgeSpec, WriterSpec, choose
-from repro.datasets import SOURCES, load_queries
+from repro.datasets import SOURCES
 from repro.endpoint import Endpoint
 from repro.records import UserError, first_line, read_json
 from repro.report import leaves
@@ -241,12 +241,8 @@ def _over(spec, **changes):
 
 def _with_flags(base: Experiment, args: Run) -> Experiment:
     subsets = args.subsets
-    if subsets is None and args.queries is not None:
-        known = SOURCES.get(args.queries)
-        if known is None:
-            subsets = tuple(dict.fromkeys(q.subset for q in load_queries(args.queries)[0]))
-        elif not set(base.data.subsets) <= set(known):
-            subsets = known
+    if subsets is None and args.queries is not None and not set(base.data.subsets) <= set(SOURCES.get(args.queries, ())):
+        subsets = ()  # all that these queries have
     data = _over(base.data, source=args.queries, subsets=subsets, train=args.train_queries,
                  evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
                  truncate=args.truncate or None)

@@ -42,7 +42,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Queries. `source`: as of `load_queries` (repro/datasets.py). Counts are per subset.
+    """Queries. `source`: as of `load_queries` (repro/datasets.py). Counts are per subset; no `subsets`: all it has.
 
     `leakage`: "remove" takes training queries that are also evaluation queries out of training; "keep" is what
     the paper's runs did (about 100 of the 250 HH evaluation queries occur in the training rows).
@@ -50,7 +50,7 @@ class DataSpec:
     """
 
     source: str = "embedded"
-    subsets: tuple[str, ...] = ("helpful", "harmless")
+    subsets: tuple[str, ...] = ()
     train: int = 112
     evaluation: int = 32
     evaluation_split: str = "evaluation"

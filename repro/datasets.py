@@ -77,7 +77,7 @@ def _jsonl(path: Path) -> list[Query]:
         for key in ("subset", "split", "id"):
             if key in row and (not isinstance(row[key], str) or not row[key].strip()):
                 raise UserError(f"{where}: {key}: must be a non-empty text")
-        subset = SUBSETS.get(row.get("subset"), row.get("subset", "helpful"))
+        subset = SUBSETS.get(row.get("subset"), row.get("subset", "own"))
         split = row.get("split")
         if split is None:
             split = "evaluation" if int(hashlib.sha256(normalize(text).encode()).hexdigest(), 16) % 5 == 0 else "train"

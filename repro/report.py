@@ -107,7 +107,7 @@ def _responses(folder: Path, record: dict) -> str:
     queries = {row["id"]: row["text"] for _, row in read_jsonl(folder / "queries.jsonl")}
     answers = [[row for _, row in read_jsonl(folder / f"responses/evaluation-{i}.jsonl")]
                for i in range(config["iterations"] + 1)]
-    kinds = constitutions.kinds if pool else config["data"]["subsets"][:1]
+    kinds = constitutions.kinds if pool else [items[0]["subset"]]
     parts, left_out = [], set()
     for kind in kinds:
         chosen = [k for k, row in enumerate(items) if row["subset"] == kind][:SHOWN_QUERIES // len(kinds)]
@@ -126,7 +126,7 @@ def _responses(folder: Path, record: dict) -> str:
                          f"<table class=responses><tr><th></th>{head}</tr>{rows}</table>")
     note = f" {len(left_out)} constitutions are left out: their responses stay in the run directory." if left_out else ""
     return (f"<h2>What each iteration answers</h2><p class=note>Held-out "
-            f"{html.escape(', '.join(config['data']['subsets'][:1]))} queries, greedy, at most "
+            f"{'' if pool else html.escape(kinds[0]) + ' '}queries, greedy, at most "
             f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}</p>" + "".join(parts))
 
 

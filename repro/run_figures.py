@@ -55,7 +55,7 @@ def principles(metrics: list[dict]) -> list[str]:
                               if r.get("principle") and not r["principle"].startswith("not_")))
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def _pyplot():
 
 def draw_win_rate(metrics: list[dict], judge: str, title: str):
     """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
-    figure, axis = _pyplot().subplots(figsize=(5.6, 4.2), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(5.6, 4.2), layout="constrained")
     rows, tell = select(metrics, metric="win_rate", judge=judge, ties="half", length="raw"), telling(metrics)
     for k, line in enumerate(series(metrics)):
         for seed in sorted({r["seed"] for r in rows}):
@@ -99,7 +99,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     iterations = sorted({r["iteration"] for r in metrics})
     found = judges(metrics)
     judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
-    figure, axes = _pyplot().subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.6), layout="constrained")
 
     def plot(axis, colour, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
         found = select(metrics, **fixed)
@@ -171,7 +171,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     of several seeds together. `kinds`: "learned", "held_out" -> names."""
     last = max(r["iteration"] for r in metrics)
     names = [(kind, name) for kind in kinds for name in kinds[kind]]
-    figure, axes = _pyplot().subplots(1, 2, figsize=(11, 1.6 + 0.26 * len(names)), layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 1.6 + 0.26 * len(names)), layout="constrained", sharey=True)
 
     def pooled(**fixed):
         """The mean of the seeds, weighted by n, and its SEM; None where nothing was measured."""

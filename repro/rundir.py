@@ -116,6 +116,7 @@ class Run:
         queries = self._fit(queries)
         self.training = [q for q in queries if q.split == "train"]
         self.held_out = [q for q in queries if q.split == spec.data.evaluation_split]
+        self.subsets = spec.data.subsets or tuple(dict.fromkeys(q.subset for q in queries))
         self._enough()
         self._bind({"data.source": digest([asdict(q) | {"where": ""} for q in queries]),
                     "constitutions": digest(self.constitutions.to_json()),
@@ -200,7 +201,7 @@ class Run:
     def _enough(self) -> None:
         """Every subset needs training and held-out queries, every iteration the queries of its steps."""
         spec = self.experiment
-        for subset in spec.data.subsets:
+        for subset in self.subsets:
             counts = [sum(q.subset == subset for q in part) for part in (self.training, self.held_out)]
             if not all(counts):
                 raise UserError(f"--queries {spec.data.source}: subset {subset!r} has {counts[0]} training and {counts[1]} "
@@ -265,7 +266,7 @@ class Run:
         spec = self.experiment
         want = round(spec.train.queries_needed(iteration) * (1 + spec.sampling.spare))
         halves = []
-        for subset in spec.data.subsets:
+        for subset in self.subsets:
             queries = [q for q in self.training if q.subset == subset]
             rng(spec.seed, "halves", subset).shuffle(queries)
             half = queries[(iteration - 1) % 2:: 2]

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from repro import cli
+from repro.datasets import load_queries
 
 GOOD_QUERIES = "".join(json.dumps({"query": f"question {k}?", "split": s}) + "\n"
                        for k, s in enumerate(["train"] * 20 + ["evaluation"] * 4))
@@ -62,7 +63,7 @@ def test_query_files(capsys, tmp_path, tiny, queries, reason):
     path = tmp_path / "queries.jsonl"
     path.write_bytes(queries if isinstance(queries, bytes) else queries.encode())
     assert reason in refused(capsys, tmp_path, "run", "exp1", "--model", str(tiny), "--queries", str(path),
-                             "--subsets", "helpful")
+                             "--subsets", "own")
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -101,10 +102,10 @@ def test_truncate_says_what_it_cuts(tmp_path, tiny):
 
     path = tmp_path / "queries.jsonl"
     path.write_text(json.dumps({"query": "long " * 900, "split": "train"}) + "\n")
-    queries, _ = load_queries(str(path), spec=DataSpec(source=str(path), subsets=("helpful",)))
+    queries, _ = load_queries(str(path), spec=DataSpec(source=str(path), subsets=("own",)))
     assert len(queries) == 1
     done = subprocess.run([sys.executable, "-m", "repro.cli", "run", "exp1", "--model", str(tiny), "--queries", str(path),
-                           "--subsets", "helpful", "--truncate", "--out", str(tmp_path / "out")], capture_output=True, text=True)
+                           "--subsets", "own", "--truncate", "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert "queries.jsonl:1: truncated from 4499 to" in done.stderr and done.returncode == 2  # no held-out query in it
 
 
@@ -120,20 +121,22 @@ def test_a_users_experiment_file(capsys, tmp_path, text, reason):
 def test_a_query_file_brings_its_own_subsets(tmp_path):
     path = tmp_path / "queries.jsonl"
     path.write_text('{"query": "a", "subset": "mine"}\n{"query": "b", "subset": "yours"}\n')
-    assert cli.configure(cli.Run("exp1", queries=str(path)))[0].data.subsets == ("mine", "yours")
+    data = cli.configure(cli.Run("exp1", queries=str(path)))[0].data
+    assert data.subsets == () and {q.subset for q in load_queries(data.source, spec=data)[0]} == {"mine", "yours"}
     assert cli.configure(cli.Run("exp1"))[0].data.subsets == ("helpful", "harmless")
     assert cli.configure(cli.Run("exp1", queries="hh-rlhf"))[0].data.subsets == ("helpful", "harmless")
-    assert cli.configure(cli.Run("exp1", queries="embedded-tldr"))[0].data.subsets == ("tldr",)
+    assert cli.configure(cli.Run("exp1", queries="embedded-tldr"))[0].data.subsets == ()
     assert cli.configure(cli.Run("exp1", queries="embedded-tldr", subsets=("helpful",)))[0].data.subsets == ("helpful",)
 
 
 def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):
     rows = [{"metric": m, "subset": s, "iteration": i, "estimator": "infonce" if m == "mi" else None, "value": v + i, "sem": 0.1,
-             "principle": "brief" if m == "following" else None}
+             "model": "m", "writer": "hand", "cot": None, "n": 3}
             for m, v in (("mi", 0.5), ("length_tokens", 20.0), ("following", 0.0)) for s in ("helpful", "harmless") for i in (0, 1)]
+    rows += [r | {"principle": "brief", "value": 9.0} for r in rows if r["metric"] == "following"]  # about one: not averaged
+    rows += [r | {"model": "another", "value": 99.0} for r in rows if r["metric"] == "length_tokens"]  # a baseline's
     (tmp_path / "metrics.json").write_text(json.dumps(rows))
-    (tmp_path / "run.json").write_text(json.dumps(
-        {"config": {"data": {"subsets": ["helpful", "harmless"]}}, "stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}}}))
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}}}))
     lines = cli.summary(tmp_path)
     assert lines[-1] == (f"report: {tmp_path}/report.html (iterations 0 -> 1: bound 0.50 -> 1.50 nats, length 20 -> 21 tokens, "
                          "following 0.00 -> 1.00)")

@@ -137,10 +137,10 @@ def write(tmp_path, *rows):
 def test_duplicates_and_leaks_are_dropped_and_counted(tmp_path):
     path = write(tmp_path, {"query": "A question?", "split": "train"}, {"query": "a  QUESTION?", "split": "train"},
                  {"query": "Held out", "split": "train"}, {"query": "held out", "split": "test"})
-    queries, dropped = everything(path, subsets=("helpful",))
+    queries, dropped = everything(path, subsets=("own",))
     assert [(q.split, q.text) for q in queries] == [("train", "A question?"), ("evaluation", "held out")]
     assert dropped == {"duplicate text": 1, "training query that is also held out": 1}
-    kept, dropped = everything(path, subsets=("helpful",), leakage="keep")
+    kept, dropped = everything(path, subsets=("own",), leakage="keep")
     assert [q.text for q in kept if q.split == "train"] == ["A question?", "Held out"] and dropped == {"duplicate text": 1}
 
 
@@ -153,11 +153,11 @@ def test_development_gives_way_to_evaluation(tmp_path):
 
 def test_without_splits_a_fixed_part_is_held_out(tmp_path):
     path = write(tmp_path, *({"query": f"question number {k}"} for k in range(100)))
-    queries, _ = everything(path, subsets=("helpful",))
+    queries, _ = everything(path, subsets=("own",))
     held_out = [q.text for q in queries if q.split == "evaluation"]
     assert 8 <= len(held_out) <= 35
     reordered = write(tmp_path, *({"query": f"question number {k}"} for k in reversed(range(100))))
-    again, _ = everything(reordered, subsets=("helpful",))
+    again, _ = everything(reordered, subsets=("own",))
     assert sorted(held_out) == sorted(q.text for q in again if q.split == "evaluation")
 
 
@@ -170,7 +170,7 @@ def test_without_splits_a_fixed_part_is_held_out(tmp_path):
 def test_a_bad_row_names_file_and_line(tmp_path, row, reason):
     path = write(tmp_path, {"query": "fine", "id": "one"}, row)
     with pytest.raises(UserError, match=rf"queries\.jsonl:2: .*{re.escape(reason)}"):
-        everything(path, subsets=("helpful",))
+        everything(path, subsets=("own",))
 
 
 def test_other_bad_files(tmp_path):
@@ -182,7 +182,7 @@ def test_other_bad_files(tmp_path):
         everything(subsets=("helpfull",))
     (tmp_path / "latin.jsonl").write_bytes(b'{"query": "caf\xe9"}\n')
     with pytest.raises(UserError, match=r"latin\.jsonl:1: not UTF-8 text \(byte 0xe9\)"):
-        everything(tmp_path / "latin.jsonl", subsets=("helpful",))
+        everything(tmp_path / "latin.jsonl", subsets=("own",))
 
 
 def test_long_queries_and_control_tokens():

@@ -16,7 +16,7 @@ from repro.cli import load_experiment
 from repro.evaluation import evaluate, records
 from repro.pipeline import sample, usable_pairs, write
 from repro.records import digest, locked, seal, write_json, write_jsonl
-from repro.run_figures import COLOURS, _pyplot, save_figure, select
+from repro.run_figures import COLOURS, pyplot, save_figure, select
 from repro.rundir import Run, checkpoint
 
 RATES = (5e-7, 2e-6, 5e-6, 2e-5)
@@ -43,7 +43,7 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
 
 
 def draw(rows: list[dict]):
-    figure, axes = _pyplot().subplots(1, 4, figsize=(13, 3.7), layout="constrained")
+    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.7), layout="constrained")
     panels = (("following", "following, all-positive constitution (%)", 100),
               ("hack_constitution_overlap", "words taken from the constitution (%)", 100),
               ("hack_query_overlap", "words taken from the post (%)", 100),
@@ -67,8 +67,9 @@ def draw(rows: list[dict]):
         axis.set_ylim(bottom=0)
     axes[0].legend(title="learning rate", fontsize=7, title_fontsize=7)
     n = rows[0]["metrics"][0]["n"]
-    figure.suptitle(f"Dose: one iteration of exp2_tldr, mini, hand-written principles; small, middle and large points: "
-                    f"2, 4, 6 steps of 8 posts\n(development split, {n} posts, 1 seed; bars: ± SEM over posts)", fontsize=10)
+    figure.suptitle("Dose: one iteration of exp2_tldr, mini, hand-written principles; small, middle and large points: "
+                    f"2, 4, 6 steps of 8 posts\n(development split, {n} posts, 1 seed; bars: ± SEM over posts)",
+                    fontsize=10)
     return figure
 
 
