@@ -63,10 +63,17 @@ class Constitution:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstitutionSet:
-    """All constitutions of a file, the all-positive first, and what stands against it in training."""
+    """All constitutions of a file, the all-positive first, and what stands against it in training. `written`: which
+    model wrote the principles, and when (repro/writing.py); None for a person."""
 
     constitutions: tuple[Constitution, ...]
     pairs: dict[str, tuple[str, ...]]
+    written: dict | None = None
+
+    @property
+    def writer(self) -> str:
+        """The writer's name in records: that of a model, or "hand"."""
+        return self.written["writer"] if self.written else "hand"
 
     def __getitem__(self, id: str) -> Constitution:
         return next(c for c in self.constitutions if c.id == id)
@@ -83,7 +90,8 @@ class ConstitutionSet:
     def to_json(self) -> dict:
         return {"principles": [_row(p) for p in self.positive.principles],
                 "pairs": {k: list(v) for k, v in self.pairs.items()},
-                "constitutions": [{"id": c.id, "private": c.private} for c in self.constitutions]}
+                "constitutions": [{"id": c.id, "private": c.private} for c in self.constitutions],
+                **({"written": self.written} if self.written else {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +167,11 @@ def constitutions_of(data: dict, where: str) -> ConstitutionSet:
 
 
 def _parse(data, where: str) -> ConstitutionSet:
-    _keys(data, {"principles", "pairs", "note"}, where)
+    _keys(data, {"principles", "pairs", "note", "written"}, where)
+    written = data.get("written")
+    if written is not None and not (isinstance(written, dict) and isinstance(written.get("writer"), str)
+                                    and written["writer"].strip() not in ("", "hand")):
+        raise UserError(f"{where}: written: must be an object that names the model that wrote, as its writer")
     principles = _principles(data.get("principles"), f"{where}: principles")
     _different(principles, where)
     if len(principles) > MOST:
@@ -175,7 +187,7 @@ def _parse(data, where: str) -> ConstitutionSet:
             raise UserError(f"{where}: pairs.{subset}: must be a list of constitution ids")
         for id in against:
             choose(f"{where}: pairs.{subset}", id, ids)
-    return ConstitutionSet(constitutions=constitutions, pairs={k: tuple(v) for k, v in pairs.items()})
+    return ConstitutionSet(constitutions=constitutions, pairs={k: tuple(v) for k, v in pairs.items()}, written=written)
 
 
 def _principles(rows, where: str) -> tuple[Principle, ...]:

@@ -2,7 +2,7 @@
 
 Rules of form decide. Rules of vocabulary look for the signs of a style: several different ones, at a certain density,
 with other words around them; so that neither a word repeated, nor a list of the signs, nor a text that says of itself
-that it has the style passes. What no sign gives away (humour, coherence, eloquence) has no rule.
+that it has the style passes. What no sign gives away (humour, coherence, eloquence, analysis) has no rule.
 """
 
 import re

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["kernels", "repro", "experiments"]  # each may import those before it, and itself
 NO_TORCH = {"metrics", "published", "archive", "beyond", "readers_page", "figures", "report", "records", "config", "datasets",
-            "constitutions", "prompts", "rules", "judging", "endpoint", "asking", "llm_judge", "admission", "rundir", "pipeline", "evaluation", "sampling", "models", "cli"}
+            "constitutions", "prompts", "rules", "writing", "judging", "endpoint", "asking", "llm_judge", "admission", "rundir", "pipeline", "evaluation", "sampling", "models", "cli"}
 
 
 def sources(folder: str) -> list[Path]:
