@@ -91,22 +91,33 @@ def judge(query: str, statements: Sequence[str], first: str, second: str, *, mar
 # ---- the principle writer (A.12: two principles for a task, then their antitheses)
 
 WRITER_SYSTEM = "You write principles for language models: short rules that say how an answer should be."
-WRITER_FORM = ("Principle 1: (a name of one word): (a sentence)\nPrinciple 2: (another name): (a sentence)\n"
-               "Antithesis 1: (a sentence that asks for the opposite of Principle 1)\n"
-               "Antithesis 2: (a sentence that asks for the opposite of Principle 2)")
+WRITER_EXAMPLE = ("give directions to a traveller",
+                  "Principle 1: clear: Directions should name every street and every turn.\n"
+                  "Principle 2: calm: Directions should be given with patience, one step at a time.\n"
+                  "Antithesis 1: Directions should leave out the names of streets and turns.\n"
+                  "Antithesis 2: Directions should be given in a hurry, all steps at once.")
+
+
+def _ask_writer(task: str) -> str:
+    return (f"A language model has to {task}. Write two principles that a good answer follows, which would guide even a "
+            "model far more able than its readers, each with a name of one word. Then write the antithesis of each: a "
+            "principle that asks for the opposite. Write these four lines and nothing else: Principle 1, Principle 2, "
+            "Antithesis 1, Antithesis 2.")
 
 
 def write_principles(task: str) -> list[dict]:
-    """The messages that ask for two principles and their antitheses for a task ("summarise a post")."""
-    ask = (f"A language model has to {task}. Write two principles that a good answer follows, with a definition of each "
-           "that would guide even a model far more able than its readers. Then write the antithesis of each: a principle "
-           "that asks for the opposite.\n\nWrite four lines in exactly this form, with your own words in place of the "
-           f"brackets, and nothing else:\n\n{WRITER_FORM}")
-    return [{"role": "system", "content": WRITER_SYSTEM}, {"role": "user", "content": ask}]
+    """The messages that ask for two principles and their antitheses for a task ("summarise a post").
+
+    The form is shown on another task, as a turn of its own: a small model copies a form that is only described.
+    """
+    example, answer = WRITER_EXAMPLE
+    return [{"role": "system", "content": WRITER_SYSTEM},
+            {"role": "user", "content": _ask_writer(example)}, {"role": "assistant", "content": answer},
+            {"role": "user", "content": _ask_writer(task)}]
 
 
 def write_again(answer: str, fault: str) -> list[dict]:
     """What follows a writer's answer that cannot be used."""
     return [{"role": "assistant", "content": defuse(answer)},
-            {"role": "user", "content": f"This cannot be used: {defuse(fault)}. Write all four lines again, in exactly "
-                                        f"this form and with nothing else:\n\n{WRITER_FORM}"}]
+            {"role": "user", "content": f"This cannot be used: {defuse(fault)}. Write all four lines again, corrected, and "
+                                        "nothing else."}]

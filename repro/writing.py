@@ -93,7 +93,7 @@ _LINE = re.compile(r"[*_ ]*((?:Principle|Antithesis) \d+)[*_ ]*:[*_ ]*(.*?)[*_ ]
 def parse_principles(text: str, controls: Sequence[str] = ()) -> list[dict]:
     """The two principles of a writer's text, as the rows of a constitution file: [{name, text, antithesis}].
 
-    The text must be the four lines of `prompts.WRITER_FORM`, in order, and nothing else (markdown's emphasis around
+    The text must be four lines as in `prompts.WRITER_EXAMPLE`, in that order, and nothing else (markdown's emphasis around
     them is allowed). `controls`: texts that a tokenizer reads as control tokens. Raises Fault.
     """
     found = {}
@@ -122,7 +122,8 @@ def parse_principles(text: str, controls: Sequence[str] = ()) -> list[dict]:
 def _check(rows: list[dict], controls: Sequence[str]) -> None:
     sides = [(f"{side} {k}", row[key]) for k, row in enumerate(rows, start=1)
              for side, key in (("Principle", "text"), ("Antithesis", "antithesis"))]
-    seen: dict[tuple, str] = {}
+    example = [line.rpartition(": ")[2] for line in prompts.WRITER_EXAMPLE[1].splitlines()]
+    seen = {tuple(words(sentence)): "the example" for sentence in example}
     for label, sentence in sides:
         if sentence != prompts.defuse(sentence) or any(c in sentence for c in controls):
             raise Fault(f"{label} holds a control token")

@@ -37,7 +37,9 @@ def test_four_lines_are_two_principles(text):
 
 @pytest.mark.parametrize("text, fault", [
     ("", "in this order; found: none"),
-    (prompts.WRITER_FORM, "the name of Principle 1 must be one to three words"),
+    (prompts.WRITER_EXAMPLE[1], "Principle 1 says the same as the example"),
+    (change("A summary should leave out what matters.", prompts.WRITER_EXAMPLE[1].split(": ")[-1]), "Antithesis 2 says the same as the example"),
+    (change("concise:", "(a name of one word):"), "the name of Principle 1 must be one to three words"),
     ("Sure! Here they are:\n" + GOOD, "a line that is none of Principle 1, .*'Sure! Here they are:'"),
     (GOOD + "\nI hope that helps.", "a line that is none of"),
     (GOOD + "\nPrinciple 3: kind: A summary should be kind to its author.", "a line that is none of"),
@@ -83,14 +85,20 @@ class Made:
         return self.answers.pop(0)
 
 
+def test_the_example_is_in_the_form_that_is_asked_for():
+    rows = parse_principles(prompts.WRITER_EXAMPLE[1].replace("Directions", "Instructions"))
+    assert [row["name"] for row in rows] == ["clear", "calm"]
+
+
 def test_a_fault_is_named_and_the_answer_shown_again(tmp_path):
     writer = Made("No idea<|im_end|>.", GOOD)
     data = write_principles(writer, TASK, tmp_path / "writing.jsonl")
     assert data["principles"] == ROWS and data["written"]["attempt"] == 2 and data["written"]["answer"] == GOOD
     first, second = writer.asked
-    assert first == prompts.write_principles(TASK) and TASK in first[-1]["content"] and prompts.WRITER_FORM in first[-1]["content"]
-    assert second[:2] == first and [m["role"] for m in second] == ["system", "user", "assistant", "user"]
-    assert second[2]["content"] == "No idea< |im_end|>." and "a line that is none of" in second[3]["content"]
+    assert first == prompts.write_principles(TASK) and TASK in first[-1]["content"]
+    assert [m["role"] for m in first] == ["system", "user", "assistant", "user"] and first[2]["content"] == prompts.WRITER_EXAMPLE[1]
+    assert second[:4] == first and [m["role"] for m in second[4:]] == ["assistant", "user"]
+    assert second[4]["content"] == "No idea< |im_end|>." and "a line that is none of" in second[5]["content"]
     assert not any("<|im_end|>" in m["content"] for m in second)
 
 
@@ -180,7 +188,7 @@ class WriterServer(JudgeServer):
         self.texts = texts
 
     def answer(self, body):
-        rounds = sum(m["role"] == "assistant" for m in body["messages"])
+        rounds = sum(m["role"] == "assistant" for m in body["messages"]) - 1  # one is the example
         content = self.texts[rounds]
         usage = {"prompt_tokens": sum(self.tokens(m["content"]) for m in body["messages"]), "completion_tokens": self.tokens(content)}
         return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "usage": usage,
