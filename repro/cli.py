@@ -76,7 +76,7 @@ class Run:
     writer_url: str | None = None
     """The openai writer's server; by default the hosted one."""
     asked: str | None = None
-    """What the writer is told that the model has to do, such as "summarise a post from an internet forum"."""
+    """What the writer is told that the model has to do, such as "write a summary of a forum post"."""
     cot: bool = False
     """Chain of thought: samples reason first; the reasoning is not trained on. The run is named <experiment>_cot."""
     truncate: bool = False

@@ -196,7 +196,7 @@ class WriterSpec:
     kind: str = "local"
     model: str = EMBEDDED
     label: str = EMBEDDED
-    asked: str = "summarise a post from an internet forum"
+    asked: str = "write a summary of a forum post"
 
     def __post_init__(self):
         choose("WriterSpec.kind", self.kind, WRITERS)

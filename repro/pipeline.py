@@ -82,7 +82,7 @@ def write(run: Run) -> None:
         path = run.folder / "constitutions.json"
         return run.adopt(constitutions_of(read_json(path), str(path)))
     writer = LocalWriter(spec.model, label=spec.label) if spec.kind == "local" else ServerWriter(
-        run.writer_endpoint, run.folder / "writer_requests.jsonl", label=spec.label, seed=run.experiment.seed)
+        run.writer_endpoint, run.folder / "writer_requests.jsonl", label=spec.label)
     run.adopt(written_constitutions(writer, spec.asked, run.folder, instead=run.by_hand, say=run.say,
                                     controls=run.controls(), seed=run.experiment.seed))
     run.finish("write", outputs, [], writer=run.constitutions.writer)

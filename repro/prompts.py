@@ -123,36 +123,47 @@ def judge(query: str, statements: Sequence[str], first: str, second: str, *, mar
     return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": f"{fenced}\n\n{task}"}]
 
 
-# ---- the principle writer (A.12: two principles for a task, then their antitheses)
+# ---- the principle writer (A.12: two principles for a task, then the antithesis of each)
 
 WRITER_SYSTEM = "You write principles for language models: short rules that say how an answer should be."
-WRITER_EXAMPLE = ("give directions to a traveller",
-                  "Principle 1: clear: Directions should name every street and every turn.\n"
-                  "Principle 2: calm: Directions should be given with patience, one step at a time.\n"
-                  "Antithesis 1: Directions should leave out the names of streets and turns.\n"
-                  "Antithesis 2: Directions should be given in a hurry, all steps at once.")
+WRITER_PRINCIPLES = (  # examples: a task, and two lines
+    ("give directions to a traveller", "Principle 1: clear: Directions should name every street and every turn.\n"
+                                       "Principle 2: calm: Directions should be given with patience, one step at a time."),
+    ("tell a child a bedtime story", "Principle 1: gentle: Stories should be soft and end well.\n"
+                                     "Principle 2: vivid: Stories should be full of colours, sounds and smells."))
+WRITER_ANTITHESES = (  # examples: a principle, and its antithesis
+    ("warm: Letters should be warm and full of praise.", "cold: Letters should be cold and full of blame."),
+    ("quick: Recipes should be quick and cheap.", "slow: Recipes should be slow and expensive."),
+    ("cheerful: Stories should be happy and make a child laugh.", "sad: Stories should be sad and make a child cry."),
+    ("patient: Lessons should go slowly and explain every step.", "hasty: Lessons should go fast and skip most steps."),
+    ("modern: Songs should be new and full of surprises.", "old-fashioned: Songs should be old and always the same."),
+    ("honest: Reviews should tell the truth about a meal.", "dishonest: Reviews should tell lies about a meal."))
 
 
 def _ask_writer(task: str) -> str:
-    return (f"A language model has to {task}. Write two principles that a good answer follows, which would guide even a "
-            "model far more able than its readers, each with a name of one word. Then write the antithesis of each: a "
-            "principle that asks for the opposite. Write these four lines and nothing else: Principle 1, Principle 2, "
-            "Antithesis 1, Antithesis 2.")
+    return (f"A language model has to {task}. Write two principles that a good answer follows. Each has a name of one word "
+            "and says in one sentence how the answer should be.")
 
 
 def write_principles(task: str) -> list[dict]:
-    """The messages that ask for two principles and their antitheses for a task ("summarise a post").
+    """The messages that ask for two principles for a task ("write a summary of a post").
 
-    The form is shown on another task, as a turn of its own: a small model copies a form that is only described.
+    The form is shown on other tasks, as turns of their own: a small model copies a form that is only described.
     """
-    example, answer = WRITER_EXAMPLE
-    return [{"role": "system", "content": WRITER_SYSTEM},
-            {"role": "user", "content": _ask_writer(example)}, {"role": "assistant", "content": answer},
-            {"role": "user", "content": _ask_writer(task)}]
+    shown = [{"role": role, "content": text} for example, lines in WRITER_PRINCIPLES
+             for role, text in (("user", _ask_writer(example)), ("assistant", lines))]
+    return [{"role": "system", "content": WRITER_SYSTEM}, *shown, {"role": "user", "content": _ask_writer(task)}]
+
+
+def write_antithesis(name: str, text: str) -> list[dict]:
+    """The messages that ask for the antithesis of a principle. Here a small model does better with one turn."""
+    shown = "\n\n".join(f"Principle: {principle}\nAntithesis: {other}" for principle, other in WRITER_ANTITHESES)
+    return [{"role": "user", "content": f"The antithesis of a principle asks for the opposite. For example:\n\n{shown}\n\n"
+             f"Write the antithesis of this principle:\n\nPrinciple: {defuse(name)}: {defuse(text)}"}]
 
 
 def write_again(answer: str, fault: str) -> list[dict]:
     """What follows a writer's answer that cannot be used."""
     return [{"role": "assistant", "content": defuse(answer)},
-            {"role": "user", "content": f"This cannot be used: {defuse(fault)}. Write all four lines again, corrected, and "
+            {"role": "user", "content": f"This cannot be used: {defuse(fault)}. Write it again, corrected, and "
                                         "nothing else."}]

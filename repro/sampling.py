@@ -21,14 +21,21 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[i: i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int) -> list[dict]:
-    """Greedy responses to one batch: [{text, tokens, finished}], control tokens dropped from the text."""
+def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0,
+                 seed: int = 0, stop: str | None = None) -> list[dict]:
+    """Responses to one batch, greedy at temperature 0: [{text, tokens, finished}], control tokens dropped from the text.
+    Above 0 they are drawn from the whole distribution, the same ones for the same
+    `seed`. `stop`: a text that ends a response, of which it is a part."""
     import torch
 
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-    with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    if stop:
+        how |= {"stop_strings": [stop], "tokenizer": tokenizer}
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **how,
                              pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     controls = control_tokens(tokenizer)
     answers = []

@@ -1,14 +1,15 @@
 """Principle writers: a language model writes two principles and their antitheses for a task (arXiv 2404.14313, A.12).
 
 A writer is a model of this machine (the embedded one is a weak writer), or one behind any OpenAI-compatible server (as
-strong as its model). What it writes is parsed strictly, and what cannot be used goes back to it with the fault named.
-Every answer is kept raw, with model, prompt hash and date, and none is asked for twice. Principles from a file that
-names no writer are `hand`.
+strong as its model). It is asked for both principles, then for the antithesis of each; each answer is parsed strictly, and
+one that cannot be used is asked for again. Every answer is kept raw, with model, prompt hash, seed and date, and none is
+asked for twice. Principles from a file that names no writer are `hand`.
 """
 
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -20,8 +21,10 @@ from repro.endpoint import HOSTED, Call, Endpoint, Ledger
 from repro.records import UserError, append_jsonl, digest, first_line, read_jsonl
 from repro.rules import words
 
-ATTEMPTS = 3
+ATTEMPTS = 8  # at each question: the two principles, then each antithesis
+ROUNDS = 4  # how often a writer that is asked afresh may begin with other principles
 MAX_TOKENS = 400
+ORIGIN = ("prompt_sha256", "attempt", "temperature", "seed", "date", "answer")  # what a file says of each answer
 FEWEST_WORDS, MOST_WORDS = 3, 80  # of a principle; the paper's have 10 to 50
 
 
@@ -30,16 +33,23 @@ class Fault(Exception):
 
 
 class LocalWriter:
-    """A model that transformers runs in this process: the embedded LM, a folder or a hub name. Greedy."""
+    """A model that transformers runs in this process: the embedded LM, a folder or a hub name.
 
-    def __init__(self, model: str, *, label: str | None = None, max_tokens: int = MAX_TOKENS):
-        self.model, self.name, self.max_tokens = model, label or Path(model).name, max_tokens
-        self._loaded = None
+    It is asked afresh after an answer that cannot be used: a small model repeats what a conversation shows it. Answers
+    are drawn `ATTEMPTS` at a time, in a batch: eight cost little more than one.
+    """
+
+    converses = False
+
+    def __init__(self, model: str, *, label: str | None = None, max_tokens: int = 100, temperature: float = 0.7):
+        self.model, self.name, self.max_tokens, self.temperature = model, label or Path(model).name, max_tokens, temperature
+        self._loaded, self._drawn = None, {}
 
     def identity(self) -> list:
-        return ["transformers", self.model, self.max_tokens]
+        return ["transformers", self.model, self.max_tokens, self.temperature]
 
-    def answer(self, messages: list[dict]) -> str:
+    def answer(self, messages: list[dict], *, opening: str = "", seed: int = 0) -> str:
+        """Answer number `seed`, which begins with `opening` (the model continues it) and ends at a blank line."""
         from repro.models import load_model, load_tokenizer
         from repro.sampling import sample_batch
 
@@ -49,26 +59,35 @@ class LocalWriter:
         try:
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (ValueError, jinja2.TemplateError) as e:
-            raise UserError(f"writer {self.name}: the tokenizer has no chat template that takes a system and a user turn "
+            raise UserError(f"writer {self.name}: the tokenizer has no chat template that takes a user turn "
                             f"({first_line(e)}); a writer must be instruction-tuned") from e
-        return sample_batch(model, tokenizer, [prompt], max_new_tokens=self.max_tokens)[0]["text"]
+        batch, k = divmod(seed, ATTEMPTS)
+        if (prompt, opening, batch) not in self._drawn:
+            self._drawn = {(prompt, opening, batch): sample_batch(
+                model, tokenizer, [prompt + opening] * ATTEMPTS, max_new_tokens=self.max_tokens,
+                temperature=self.temperature, seed=batch, stop="\n\n")}
+        return opening + self._drawn[prompt, opening, batch][k]["text"]
 
 
 class ServerWriter:
-    """A model behind an OpenAI-compatible server. `ledger`: the file that each request and its answer go to."""
+    """A model behind an OpenAI-compatible server. `ledger`: the file that each request and its answer go to. What is
+    wrong with an answer is said to it. `temperature` None: the field is not sent."""
+
+    converses = True
 
     def __init__(self, endpoint: Endpoint, ledger: Path, *, label: str | None = None, max_tokens: int = MAX_TOKENS,
-                 temperature: float | None = 0.0, seed: int = 0):
+                 temperature: float | None = 0.0):
         self.endpoint, self.model, self.max_tokens, self.temperature = endpoint, endpoint.model, max_tokens, temperature
         self.name = label or re.sub(r"[^A-Za-z0-9_.-]+", "-", endpoint.model).strip("-.")
-        self.ledger, self.seed = Ledger(ledger, {"writer": self.name}), seed
+        self.ledger = Ledger(ledger, {"writer": self.name})
 
     def identity(self) -> list:
-        return [self.endpoint.host, self.model, self.max_tokens, self.temperature, self.seed]
+        return [self.endpoint.host, self.model, self.max_tokens, self.temperature]
 
-    def answer(self, messages: list[dict]) -> str:
+    def answer(self, messages: list[dict], *, opening: str = "", seed: int = 0) -> str:
+        """The answer; a server cannot be made to continue `opening`."""
         field = "max_completion_tokens" if self.endpoint.url == HOSTED else "max_tokens"
-        request = {"messages": messages, field: self.max_tokens, "seed": self.seed}
+        request = {"messages": messages, field: self.max_tokens, "seed": seed}
         if self.temperature is not None:
             request["temperature"] = self.temperature
         call = Call(key=digest(["writer", self.name, self.endpoint.host, self.model, request]), request=request)
@@ -84,56 +103,108 @@ def _content(answer: dict) -> str:
     return answer["choices"][0]["message"].get("content") or ""
 
 
-# ---- the parser: a writer's text in, a constitution file's principles out
+# ---- the parser: a writer's texts in, a constitution file's principles out
 
-_FORM = ("Principle 1", "Principle 2", "Antithesis 1", "Antithesis 2")
-_LINE = re.compile(r"[*_ ]*((?:Principle|Antithesis) \d+)[*_ ]*:[*_ ]*(.*?)[*_ ]*")
+_LINE = re.compile(r"[*_ ]*((?:Principle|Antithesis)(?: \d+)?)[*_ ]*:[*_ ]*(.*?)[*_ ]*")
+_NEGATION = re.compile(r"not|no|never|without|neither|nor|nothing|cannot|\w+n't")
+_JOINING = set("a an and as at be by for in is it of on or so that the to with".split())
+_SHOWN = [re.sub(r"^Principle \d: ", "", line).split(": ") for line in (
+    *"\n".join(lines for _, lines in prompts.WRITER_PRINCIPLES).splitlines(), *sum(prompts.WRITER_ANTITHESES, ()))]
+_NAMES, _SENTENCES = ({tuple(words(part)) for part in column} for column in zip(*_SHOWN))  # of the examples
 
 
-def parse_principles(text: str, controls: Sequence[str] = ()) -> list[dict]:
-    """The two principles of a writer's text, as the rows of a constitution file: [{name, text, antithesis}].
+def parse_principles(text: str, task: str, controls: Sequence[str] = ()) -> list[dict]:
+    """The two principles of a writer's text: [{name, text}].
 
-    The text must be four lines as in `prompts.WRITER_EXAMPLE`, in that order, and nothing else (markdown's emphasis around
-    them is allowed). `controls`: texts that a tokenizer reads as control tokens. Raises Fault.
+    The text must be the lines "Principle 1: name: sentence" and "Principle 2: ..." and nothing else (markdown's emphasis
+    around them is allowed). `controls`: texts that a tokenizer reads as control tokens. Raises Fault.
     """
-    found = {}
-    for line in filter(None, map(str.strip, text.strip().splitlines())):
-        match = _LINE.fullmatch(line)
-        if not match or match[1] not in _FORM:
-            raise Fault(f"there is a line that is none of {', '.join(_FORM)}: {line[:60]!r}")
-        if match[1] in found:
-            raise Fault(f"{match[1]} is there twice")
-        found[match[1]] = match[2]
-    if tuple(found) != _FORM:
-        raise Fault(f"the lines must be {', '.join(_FORM)}, in this order; found: {', '.join(found) or 'none'}")
     rows = []
-    for k in "12":
-        name, colon, principle = found[f"Principle {k}"].partition(":")
-        if not colon:
-            raise Fault(f"Principle {k} has no name followed by a colon and a sentence")
-        rows.append({"name": re.sub(r"[^a-z0-9]+", "_", name.casefold()).strip("_"), "text": principle.strip(" *_"),
-                     "antithesis": found[f"Antithesis {k}"]})
-        if not name.strip() or len(words(name)) > 3:
-            raise Fault(f"the name of Principle {k} must be one to three words")
-    _check(rows, controls)
+    for label, (name, sentence) in _lines(text, ("Principle 1", "Principle 2")).items():
+        _sentence(label, sentence, controls)
+        subject = _subject(sentence)
+        if any(subject == _subject(shown) for _, shown in _SHOWN) and not any(w[:4] == subject[:4] for w in words(task)):
+            raise Fault(f"{label} is about the example's {subject}")
+        rows.append({"name": re.sub(r"[^a-z0-9]+", "_", name.casefold()).strip("_"), "text": sentence})
+    if words(rows[0]["text"]) == words(rows[1]["text"]) or repeats(rows[0]["text"], rows[1]["text"]):
+        raise Fault("Principle 2 says the same as Principle 1")
+    _as_a_file_would([{**row, "antithesis": f"no: {row['text']}"} for row in rows])
     return rows
 
 
-def _check(rows: list[dict], controls: Sequence[str]) -> None:
-    sides = [(f"{side} {k}", row[key]) for k, row in enumerate(rows, start=1)
-             for side, key in (("Principle", "text"), ("Antithesis", "antithesis"))]
-    example = [line.rpartition(": ")[2] for line in prompts.WRITER_EXAMPLE[1].splitlines()]
-    seen = {tuple(words(sentence)): "the example" for sentence in example}
-    for label, sentence in sides:
-        if sentence != prompts.defuse(sentence) or any(c in sentence for c in controls):
-            raise Fault(f"{label} holds a control token")
-        if re.search(r"[()\[\]<>]", sentence[:1]) or not FEWEST_WORDS <= len(words(sentence)) <= MOST_WORDS:
-            raise Fault(f"{label} must be a sentence of its own, of {FEWEST_WORDS} to {MOST_WORDS} words")
-        same = tuple(words(sentence))
-        if same in seen:
-            raise Fault(f"{label} says the same as {seen[same]}")
-        seen[same] = label
-    try:  # names, braces, and whatever else a user's file is held to
+def parse_antithesis(text: str, row: dict, rows: Sequence[dict] = (), controls: Sequence[str] = ()) -> str:
+    """The sentence of "Antithesis: name: sentence", the antithesis of the principle `row`, one of `rows`. Raises Fault."""
+    (name, sentence), = _lines(text, ("Antithesis",)).values()
+    _sentence("Antithesis", sentence, controls)
+    if words(name) == words(row["name"].replace("_", " ")) or tuple(words(name)) in _NAMES:
+        raise Fault(f"Antithesis has the name of the principle or of an example, {name!r}")
+    if _subject(sentence) != _subject(row["text"]):
+        raise Fault(f"Antithesis is about {_subject(sentence)!r}, the principle about {_subject(row['text'])!r}")
+    if repeats(row["text"], sentence):
+        raise Fault("Antithesis says the same as the principle")
+    others = (other[k] for other in rows if other is not row for k in ("text", "antithesis") if k in other)
+    if any(repeats(other, sentence) for other in others):
+        raise Fault("Antithesis says the same as another sentence of this constitution")
+    _as_a_file_would([{**row, "antithesis": sentence}])
+    return sentence
+
+
+def repeats(principle: str, other: str) -> bool:
+    """Whether `other` is `principle` again, reworded at most: it begins with the whole of it; or, between the words that
+    both begin and end with, one side is empty or `other` keeps more than half of the principle's words (those that join
+    others apart), and neither side has more negations."""
+    p, o = words(principle), words(other)
+    if o[:len(p)] == p:
+        return True
+    while p and o and p[0] == o[0]:
+        p, o = p[1:], o[1:]
+    while p and o and p[-1] == o[-1]:
+        p, o = p[:-1], o[:-1]
+    if sum(map(bool, map(_NEGATION.fullmatch, p))) != sum(map(bool, map(_NEGATION.fullmatch, o))):
+        return False
+    told = [word for word in p if word not in _JOINING]
+    return not p or not o or 2 * sum(word in o for word in told) > len(told)
+
+
+def _subject(sentence: str) -> str:
+    """The word before the first "should", or ""."""
+    found = words(sentence)
+    at = found.index("should") if "should" in found else 0
+    return found[at - 1] if at else ""
+
+
+def _lines(text: str, form: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The lines of a text by their labels, which must be `form`: label -> (name, sentence)."""
+    found = {}
+    for line in filter(None, map(str.strip, text.strip().splitlines())):
+        match = _LINE.fullmatch(line)
+        if not match or match[1] not in form:
+            raise Fault(f"there is a line that is not {' or '.join(form)}: {line[:60]!r}")
+        if match[1] in found:
+            raise Fault(f"{match[1]} is there twice")
+        name, colon, sentence = match[2].partition(":")
+        if not colon or not 1 <= len(words(name)) <= 3:
+            raise Fault(f"{match[1]} has no name of one to three words, followed by a colon and a sentence")
+        found[match[1]] = name.strip(" *_"), sentence.strip(" *_")
+    if tuple(found) != tuple(form):
+        raise Fault(f"expected {', '.join(form)}, in this order; found: {', '.join(found) or 'none'}")
+    return found
+
+
+def _sentence(label: str, sentence: str, controls: Sequence[str]) -> None:
+    if sentence != prompts.defuse(sentence) or any(c in sentence for c in controls):
+        raise Fault(f"{label} holds a control token")
+    if re.search(r"[()\[\]<>]", sentence[:1]) or not FEWEST_WORDS <= len(words(sentence)) <= MOST_WORDS:
+        raise Fault(f"{label} must be a sentence of its own, of {FEWEST_WORDS} to {MOST_WORDS} words")
+    if not _subject(sentence):
+        raise Fault(f'{label} does not say what something "should" be or do')
+    if tuple(words(sentence)) in _SENTENCES:
+        raise Fault(f"{label} says the same as the example")
+
+
+def _as_a_file_would(rows: list[dict]) -> None:
+    """Names, braces, and whatever else a user's file is held to."""
+    try:
         constitutions_of({"principles": rows}, "principles")
     except UserError as e:
         raise Fault(str(e)) from None
@@ -141,11 +212,14 @@ def _check(rows: list[dict], controls: Sequence[str]) -> None:
 
 # ---- writing
 
-def write_principles(writer, task: str, record: Path, *, attempts: int = ATTEMPTS, controls: Sequence[str] = ()) -> dict:
-    """Principles for `task` ("summarise a post"), as the content of a constitution file with its origin in `written`.
+def write_principles(writer, task: str, record: Path, *, seed: int = 0, attempts: int = ATTEMPTS, rounds: int = ROUNDS,
+                     controls: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> dict:
+    """Principles for `task` ("write a summary of a post"), as the content of a constitution file with its origin in
+    `written`. Two calls with the same seed give the same.
 
-    Every answer goes to `record` (JSONL) with its fault; what is there already is not asked for again. Raises Fault,
-    the last one, where no attempt gives two principles that can be used, and UserError where there is no answer.
+    Every answer goes to `record` (JSONL); what is there already is not asked for again. `say` hears of each answer that
+    cannot be used. Raises Fault, the last one, where a question gets no answer that can be used in `attempts`, and
+    UserError where there is no answer.
     """
     if not task.strip() or re.search(r"[{}\0\ud800-\udfff]|[^\S ]", task):
         raise UserError(f"task: {task!r}; one line that says what the model is to do, without braces")
@@ -153,29 +227,50 @@ def write_principles(writer, task: str, record: Path, *, attempts: int = ATTEMPT
         raise UserError(f"task: {task!r} holds a control token")
     kept = {row["key"]: row for _, row in (read_jsonl(record, torn_tail=True) if Path(record).exists() else ())
             if row.get("record") == "written"}
-    messages = prompts.write_principles(task)
-    prompt = digest(messages)
-    for attempt in range(1, attempts + 1):
-        key = digest([writer.identity(), messages])
-        row = kept.get(key)
-        if row is None:
-            row = {"record": "written", "writer": writer.name, "key": key, "model": writer.model, "task": task,
-                   "prompt_sha256": prompt, "attempt": attempt, "answer": writer.answer(messages),
-                   "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-            append_jsonl(record, [row])
+
+    def ask(messages: list[dict], opening: str, parse, first: int) -> tuple:
+        prompt = digest(messages)
+        for attempt in range(1, attempts + 1):
+            number = first + attempt - 1
+            key = digest([writer.identity(), messages, opening, number])
+            row = kept.get(key)
+            if row is None:
+                row = {"record": "written", "writer": writer.name, "key": key, "model": writer.model, "task": task,
+                       "prompt_sha256": prompt, "attempt": attempt, "temperature": writer.temperature, "seed": number,
+                       "answer": writer.answer(messages, opening=opening, seed=number),
+                       "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+                append_jsonl(record, [row])
+            try:
+                return parse(row["answer"]), {k: row[k] for k in ORIGIN}
+            except Fault as e:
+                fault = e
+                say(f"writer {writer.name}: {opening} attempt {attempt} of {attempts}: {fault}")
+                if writer.converses:
+                    messages = [*messages, *prompts.write_again(row["answer"], str(fault))]
+        raise fault
+
+    for k in range(1 if writer.converses else rounds):
+        first = (seed * ROUNDS + k) * ATTEMPTS
         try:
-            rows = parse_principles(row["answer"], controls)
+            rows, origin = ask(prompts.write_principles(task), "Principle 1:",
+                               lambda text: parse_principles(text, task, controls), first)
+            used = [origin]
+            for row in rows:
+                parse = partial(parse_antithesis, row=row, rows=rows, controls=controls)
+                messages = prompts.write_antithesis(row["name"].replace("_", " "), row["text"])
+                row["antithesis"], origin = ask(messages, "Antithesis:", parse, first)
+                used.append(origin)
         except Fault as e:
             fault = e
-            messages = [*messages, *prompts.write_again(row["answer"], str(e))]
-            continue
-        origin = {k: row[k] for k in ("writer", "model", "task", "prompt_sha256", "attempt", "date", "answer")}
-        return {"principles": rows, "written": origin}
+        else:
+            return {"principles": rows,
+                    "written": {"writer": writer.name, "model": writer.model, "task": task, "answers": used}}
     raise fault
 
 
 def written_constitutions(writer, task: str, folder: Path, *, instead: ConstitutionSet | None, say: Callable[[str], None],
-                          attempts: int = ATTEMPTS, controls: Sequence[str] = (), seed: int = 0) -> ConstitutionSet:
+                          seed: int = 0, attempts: int = ATTEMPTS, rounds: int = ROUNDS,
+                          controls: Sequence[str] = ()) -> ConstitutionSet:
     """The constitutions of the principles that `writer` writes; its raw answers are kept in `folder` as writing.jsonl.
 
     Where nothing that can be used is written, that is said, and `instead`, which the user chose, is returned under its
@@ -183,10 +278,11 @@ def written_constitutions(writer, task: str, folder: Path, *, instead: Constitut
     """
     record = Path(folder) / "writing.jsonl"
     try:
-        data = write_principles(writer, task, record, attempts=attempts, controls=controls)
+        data = write_principles(writer, task, record, seed=seed, attempts=attempts, rounds=rounds, controls=controls,
+                                say=say)
     except Fault as e:
-        said = (f"writer {writer.name}: no principles that can be used in {attempts} attempts (the last: {e}); the raw "
-                f"answers are in {record}")
+        said = (f"writer {writer.name}: no principles that can be used in {attempts} attempts at a question (the last: "
+                f"{e}); the raw answers are in {record}")
         if instead is None:
             raise UserError(f"{said}; name a constitution file to go on with") from None
         say(f"{said}; going on with the constitutions written by {instead.writer}")

@@ -18,9 +18,15 @@ from repro.rules import RULES
 from repro.rundir import Run
 
 WRITTEN = ("Principle 1: Clear: Summaries should say what happened in the order of the post.\n"
-           "Principle 2: Kind: Summaries should speak well of the author of the post.\n"
-           "Antithesis 1: Summaries should mix up the order in which things happened.\n"
-           "Antithesis 2: Summaries should make fun of whoever wrote the post.")
+           "Principle 2: Kind: Summaries should speak well of the author of the post.")
+AGAINST = {"Clear": "Antithesis: muddled: Summaries should mix up whatever took place.",
+           "Kind": "Antithesis: mocking: Summaries should make fun of whoever wrote it."}
+
+
+def answer(self, messages, **more):
+    """In the embedded writer's place: two principles, then the antithesis of each."""
+    asked = messages[-1]["content"]
+    return next((text for name, text in AGAINST.items() if f"Principle: {name.lower()}:" in asked), WRITTEN)
 
 
 def rows(path):
@@ -44,7 +50,7 @@ def variants(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("tldr")
     experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("repro.writing.LocalWriter.answer", lambda self, *args, **kwargs: WRITTEN)
+        patch.setattr("repro.writing.LocalWriter.answer", answer)
         folders = [run(e, out, say=quiet) for e in experiments]
     return experiments, gather(folders)
 
@@ -127,7 +133,7 @@ def test_a_written_constitution_is_used_kept_raw_and_judged_by_the_hand_written_
     (weak, _), folder = variants
     data = json.loads((folder / "weak/constitutions.json").read_text())
     assert [p["name"] for p in data["principles"]] == ["clear", "kind"] and data["written"]["writer"] == weak.writer.label
-    assert rows(folder / "weak/writing.jsonl")[0]["answer"] == WRITTEN
+    assert [r["answer"] for r in rows(folder / "weak/writing.jsonl")] == [WRITTEN, *AGAINST.values()]
     answers = rows(folder / "weak/responses/evaluation-0.jsonl")
     assert [r["constitution"] for r in answers[:4]] == ["clear,kind", "clear,not_kind", "not_clear,kind", "not_clear,not_kind"]
     metrics = json.loads((folder / "weak/metrics.json").read_text())

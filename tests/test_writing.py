@@ -1,4 +1,4 @@
-"""Principle writers: the parser and what it refuses, retries with the fault named, raw answers kept, the user's fallback."""
+"""Principle writers: the parser and what it refuses, answers asked for again, raw answers kept, the user's fallback."""
 
 import json
 import re
@@ -11,137 +11,194 @@ from repro import prompts
 from repro.constitutions import constitutions_of, load_constitutions
 from repro.endpoint import Endpoint
 from repro.records import UserError, read_jsonl, write_json
-from repro.writing import Fault, LocalWriter, ServerWriter, parse_principles, write_principles, written_constitutions
+from repro.writing import (
+    ATTEMPTS,
+    Fault,
+    LocalWriter,
+    ServerWriter,
+    parse_antithesis,
+    parse_principles,
+    repeats,
+    write_principles,
+    written_constitutions,
+)
 
 GOOD = """Principle 1: concise: A summary should be short and to the point.
-Principle 2: complete: A summary should hold all that matters.
-Antithesis 1: A summary should be as long as the post.
-Antithesis 2: A summary should leave out what matters."""
-ROWS = [{"name": "concise", "text": "A summary should be short and to the point.", "antithesis": "A summary should be as long as the post."},
-        {"name": "complete", "text": "A summary should hold all that matters.", "antithesis": "A summary should leave out what matters."}]
+Principle 2: complete: A summary should hold all that matters."""
+ANTI = ["Antithesis: lengthy: A summary should be as long as the post.", "Antithesis: partial: A summary should leave out what matters."]
+PAIR = [{"name": "concise", "text": "A summary should be short and to the point."}, {"name": "complete", "text": "A summary should hold all that matters."}]
+ROWS = [{**row, "antithesis": text.split(": ")[-1]} for row, text in zip(PAIR, ANTI)]
 TASK = "summarise a post"
+CONTROLS = ["<|im_end|>", "END_OF_TEXT"]
 
 
-def change(old, new):
-    assert old in GOOD
-    return GOOD.replace(old, new)
+def change(old, new, text=GOOD):
+    assert old in text
+    return text.replace(old, new)
 
 
 @pytest.mark.parametrize("text", [
     GOOD, "\n" + GOOD.replace("\n", "\n\n") + "\n \n", re.sub(r"^(\w+ \d):", r"**\1:**", GOOD, flags=re.M),
-    change("concise:", " Concise :"), change("Antithesis 1:", "_Antithesis 1_ :")])
-def test_four_lines_are_two_principles(text):
-    assert parse_principles(text) == ROWS
-    assert [p.name for p in constitutions_of({"principles": ROWS}, "x").positive.principles] == ["concise", "complete"]
+    change("concise:", " Concise :"), change("Principle 2:", "_Principle 2_ :")])
+def test_two_lines_are_two_principles(text):
+    assert parse_principles(text, TASK) == PAIR
 
 
 @pytest.mark.parametrize("text, fault", [
     ("", "in this order; found: none"),
-    (prompts.WRITER_EXAMPLE[1], "Principle 1 says the same as the example"),
-    (change("A summary should leave out what matters.", prompts.WRITER_EXAMPLE[1].split(": ")[-1]), "Antithesis 2 says the same as the example"),
-    (change("concise:", "(a name of one word):"), "the name of Principle 1 must be one to three words"),
-    ("Sure! Here they are:\n" + GOOD, "a line that is none of Principle 1, .*'Sure! Here they are:'"),
-    (GOOD + "\nI hope that helps.", "a line that is none of"),
-    (GOOD + "\nPrinciple 3: kind: A summary should be kind to its author.", "a line that is none of"),
-    (GOOD + "\nAntithesis 2: A summary should be rude.", "Antithesis 2 is there twice"),
-    (change("Antithesis 2: A summary should leave out what matters.", ""), "found: Principle 1, Principle 2, Antithesis 1$"),
-    ("\n".join(GOOD.split("\n")[k] for k in (0, 2, 1, 3)), "in this order; found: Principle 1, Antithesis 1"),
-    (change("complete: ", ""), "Principle 2 has no name followed by a colon"),
-    (change("complete:", ":"), "the name of Principle 2 must be one to three words"),
-    (change("complete:", "it holds all that matters:"), "the name of Principle 2 must be one to three words"),
+    (prompts.WRITER_PRINCIPLES[0][1], "Principle 1 says the same as the example"),
+    (change("A summary should hold", "Stories should hold"), "Principle 2 is about the example's stories"),
+    (change("concise:", "(a name of one word):"), "no name of one to three words"),
+    ("Sure! Here they are:\n" + GOOD, "a line that is not Principle 1 or Principle 2: 'Sure! Here they are:'"),
+    (GOOD + "\nI hope that helps.", "a line that is not"),
+    (GOOD + "\nPrinciple 3: kind: A summary should be kind to its author.", "a line that is not"),
+    (GOOD + "\nPrinciple 2: kind: A summary should be kind.", "Principle 2 is there twice"),
+    (GOOD.split("\n")[0], "found: Principle 1$"),
+    ("\n".join(GOOD.split("\n")[::-1]), "in this order; found: Principle 2, Principle 1"),
+    (change("complete: ", ""), "Principle 2 has no name of one to three words, followed by a colon"),
+    (change("complete:", ":"), "Principle 2 has no name of"),
+    (change("complete:", "it holds all that matters:"), "Principle 2 has no name of"),
     (change("complete:", "not complete:"), "name: 'not_complete'"),
     (change("complete:", "1:"), r"principles\[1\].name: '1'"),
     (change("complete:", "Concise:"), "the name 'concise' occurs twice"),
-    (change("as long as the post", "short and to the point"), "Antithesis 1 says the same as Principle 1"),
-    (change("as long as the post.", "SHORT, and to the point"), "Antithesis 1 says the same as Principle 1"),
-    (change("hold all that matters", "be as long as the post"), "Principle 2 says the same as Antithesis 1"),
-    (change("leave out what matters", "be as long as the post"), "Antithesis 2 says the same as Antithesis 1"),
-    (change("what matters.", "what matters.<|im_end|>"), "Antithesis 2 holds a control token"),
-    (change("what matters.", "what matters.</s>"), "Antithesis 2 holds a control token"),
-    (change("what matters.", "what matters. END_OF_TEXT"), "Antithesis 2 holds a control token"),
-    (change("what matters.", "{query}"), r"principles\[1\].antithesis: braces"),
-    (change("A summary should leave out what matters.", "[insert a sentence that says so here]"), "Antithesis 2 must be a sentence of its own"),
-    (change("A summary should leave out what matters.", "No."), "Antithesis 2 must be a sentence of its own, of 3 to 80 words"),
-    (change("what matters.", "what matters " * 50), "Antithesis 2 must be a sentence of its own, of 3 to 80 words"),
+    (change("hold all that matters", "be SHORT, and to the point"), "Principle 2 says the same as Principle 1"),
+    (change("hold all that matters", "be to the point and short"), "Principle 2 says the same as Principle 1"),
+    (change("matters.", "matters.<|im_end|>"), "Principle 2 holds a control token"),
+    (change("matters.", "matters.</s>"), "Principle 2 holds a control token"),
+    (change("matters.", "matters. END_OF_TEXT"), "Principle 2 holds a control token"),
+    (change("matters.", "{query}"), r"principles\[1\].text: braces"),
+    (change("A summary should hold all that matters.", "[insert a sentence that says so here]"), "Principle 2 must be a sentence of its own"),
+    (change("A summary should hold all that matters.", "No."), "Principle 2 must be a sentence of its own, of 3 to 80 words"),
+    (change("all that matters.", "all that matters " * 30), "Principle 2 must be a sentence of its own, of 3 to 80 words"),
+    (change("A summary should hold all", "This is all"), 'Principle 2 does not say what something "should" be'),
 ])
 def test_what_is_refused_and_why(text, fault):
     with pytest.raises(Fault, match=fault):
-        parse_principles(text, controls=["<|im_end|>", "END_OF_TEXT"])
+        parse_principles(text, TASK, controls=CONTROLS)
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    ("", "", None), ("Antithesis:", "**Antithesis**:", None), ("as long as the post", "neither short nor to the point", None),
+    ("as long as the post", "short and to the point", "says the same as the principle"),
+    ("as long as the post", "short and to the point, and nice", "says the same as the principle"),
+    ("as long as the post", "short and to the point, with no more", "says the same as the principle"),
+    ("be as long as the post", "leave out what matters", "the same as another sentence of this constitution"),
+    ("A summary", "A story", "about 'story', the principle about 'summary'"),
+    ("lengthy", "Concise", "the name of the principle or of an example, 'Concise'"),
+    ("lengthy", "old-fashioned", "the name of the principle or of an example"),
+    ("lengthy: ", "", "no name of one to three words"),
+    ("post.", "post.<|im_end|>", "holds a control token"),
+    ("post.", "{query}.", "antithesis: braces"),
+    ("Antithesis", "Principle 1", "a line that is not Antithesis"),
+    ("post.", "post.\nThat is all.", "a line that is not Antithesis"),
+])
+def test_an_antithesis(old, new, fault):
+    text, rows = change(old, new, ANTI[0]), [PAIR[0], ROWS[1]]
+    if fault is None:
+        assert parse_antithesis(text, PAIR[0], rows, CONTROLS).startswith("A summary should be ")
+    else:
+        with pytest.raises(Fault, match=fault):
+            parse_antithesis(text, PAIR[0], rows, CONTROLS)
+
+
+@pytest.mark.parametrize("principle, other, same", [
+    ("Posts should be easy to read.", "Posts should be hard to read.", False), ("Posts should be kind.", "Posts should not be kind.", False),
+    ("Posts should never be rude.", "Posts should be rude.", False), ("Posts should name every street.", "Posts should leave out the streets.", False),
+    ("Posts should be short and neat.", "Posts should be neat and short.", True), ("Posts should be bold.", "Posts should be very bold.", True),
+    ("Posts should be fair and not too easy.", "Posts should be fair, not too easy.", True), ("Posts should be short.", "Posts should be short, not long.", True)])
+def test_a_sentence_that_says_the_same_again(principle, other, same):
+    assert repeats(principle, other) is same
 
 
 class Made:
     """A writer whose answers are given; it remembers what it was asked."""
 
     name = model = "made"
+    temperature = 0.5
 
-    def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
+    def __init__(self, *answers, converses=False):
+        self.answers, self.asked, self.seeds, self.converses = list(answers), [], [], converses
 
     def identity(self):
         return ["made"]
 
-    def answer(self, messages):
+    def answer(self, messages, *, opening, seed):
         self.asked.append(messages)
+        self.seeds.append(seed)
         return self.answers.pop(0)
 
 
-def test_the_example_is_in_the_form_that_is_asked_for():
-    rows = parse_principles(prompts.WRITER_EXAMPLE[1].replace("Directions", "Instructions"))
-    assert [row["name"] for row in rows] == ["clear", "calm"]
+def test_the_examples_are_in_the_form_that_is_asked_for():
+    for _, lines in prompts.WRITER_PRINCIPLES:
+        rows = parse_principles(re.sub("Directions|Stories", "Summaries", lines), TASK)
+        assert len(rows) == 2
+    for principle, other in prompts.WRITER_ANTITHESES:
+        name, text = principle.split(": ")
+        assert not repeats(text, other.split(": ")[1]) and f"Principle: {principle}\nAntithesis: {other}" in prompts.write_antithesis("a", "b")[0]["content"]
 
 
-def test_a_fault_is_named_and_the_answer_shown_again(tmp_path):
-    writer = Made("No idea<|im_end|>.", GOOD)
-    data = write_principles(writer, TASK, tmp_path / "writing.jsonl")
-    assert data["principles"] == ROWS and data["written"]["attempt"] == 2 and data["written"]["answer"] == GOOD
-    first, second = writer.asked
+def test_one_that_converses_is_told_its_fault_and_one_that_does_not_is_asked_afresh(tmp_path):
+    writer = Made("No idea<|im_end|>.", GOOD, *ANTI, converses=True)
+    data = write_principles(writer, TASK, tmp_path / "a.jsonl")
+    assert data["principles"] == ROWS and [a["attempt"] for a in data["written"]["answers"]] == [2, 1, 1]
+    first, second, *antitheses = writer.asked
     assert first == prompts.write_principles(TASK) and TASK in first[-1]["content"]
-    assert [m["role"] for m in first] == ["system", "user", "assistant", "user"] and first[2]["content"] == prompts.WRITER_EXAMPLE[1]
-    assert second[:4] == first and [m["role"] for m in second[4:]] == ["assistant", "user"]
-    assert second[4]["content"] == "No idea< |im_end|>." and "a line that is none of" in second[5]["content"]
+    assert antitheses == [prompts.write_antithesis(r["name"], r["text"]) for r in PAIR]
+    assert second[:-2] == first and [m["role"] for m in second[-2:]] == ["assistant", "user"]
+    assert second[-2]["content"] == "No idea< |im_end|>." and "a line that is not" in second[-1]["content"]
     assert not any("<|im_end|>" in m["content"] for m in second)
+    afresh = Made("No idea.", GOOD, *ANTI)
+    assert write_principles(afresh, TASK, tmp_path / "b.jsonl")["principles"] == ROWS
+    assert afresh.asked == [first, first, *antitheses] and afresh.seeds == [0, 1, 0, 0]
+
+
+def test_other_principles_where_one_has_no_antithesis(tmp_path):
+    other = change("concise: A summary should be short", "brief: A summary should be terse")
+    writer, said = Made(GOOD, "a", "b", other, *ANTI), []
+    data = write_principles(writer, TASK, tmp_path / "writing.jsonl", seed=1, attempts=2, say=said.append)
+    assert data["principles"][0]["name"] == "brief" and len(said) == 2 and "Antithesis: attempt 2 of 2: there is a line" in said[1]
+    assert writer.seeds[0] == writer.seeds[1] == 4 * ATTEMPTS and writer.seeds[3] == 5 * ATTEMPTS and len(set(writer.seeds)) == 3
+    with pytest.raises(Fault):
+        write_principles(Made(GOOD, "a", "b", converses=True), TASK, tmp_path / "c.jsonl", attempts=2)
 
 
 def test_every_answer_is_kept_raw_and_none_asked_for_twice(tmp_path):
     record = tmp_path / "writing.jsonl"
-    data = write_principles(Made("First try.", GOOD), TASK, record)
+    data = write_principles(Made("First try.", GOOD, *ANTI), TASK, record)
     rows = [row for _, row in read_jsonl(record)]
-    assert [(r["answer"], r["attempt"], r["model"], r["writer"], r["task"]) for r in rows] == [
-        ("First try.", 1, "made", "made", TASK), (GOOD, 2, "made", "made", TASK)]
+    assert [(r["answer"], r["attempt"], r["seed"], r["temperature"], r["model"], r["writer"], r["task"]) for r in rows] == [
+        (text, k + 1, k, 0.5, "made", "made", TASK) for text, k in (("First try.", 0), (GOOD, 1), (ANTI[0], 0), (ANTI[1], 0))]
     assert all(re.fullmatch(r"[0-9a-f]{64}", r["prompt_sha256"]) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", r["date"]) for r in rows)
-    assert len({r["prompt_sha256"] for r in rows}) == 1
     before = record.read_bytes()
     again = Made()
     assert write_principles(again, TASK, record) == data and not again.asked and record.read_bytes() == before
     record.write_bytes(before[:-20])  # a kill tore the last line: only that answer is asked for again
-    again = Made(GOOD)
+    again = Made(ANTI[1])
     assert write_principles(again, TASK, record)["principles"] == ROWS and len(again.asked) == 1
-    other = Made(GOOD)
-    write_principles(other, "answer a question", record)
-    assert len(other.asked) == 1 and json.loads(record.read_text().splitlines()[-1])["prompt_sha256"] != rows[0]["prompt_sha256"]
+    for more in ({"task": "answer a question"}, {"task": TASK, "seed": 1}):
+        other = Made(GOOD, *ANTI)
+        write_principles(other, record=record, **more)
+        assert len(other.asked) == 3 if "seed" in more else len(other.asked) == 1
 
 
 def test_without_usable_principles_the_users_fallback_or_an_end(tmp_path):
     said = []
-    constitutions = written_constitutions(Made("a", "b"), TASK, tmp_path, fallback="tldr", say=said.append, attempts=2)
+    constitutions = written_constitutions(Made("a", "b"), TASK, tmp_path, instead=load_constitutions("tldr"), say=said.append,
+                                         attempts=2, rounds=1)
     assert constitutions == load_constitutions("tldr") and constitutions.writer == "hand"
-    assert len(said) == 1 and re.search(r"writer made: no principles that can be used in 2 attempts \(the last: .*'b'\).*writing\.jsonl; "
-                                        r"going on with tldr, written by hand", said[0])
+    assert len(said) == 3 and re.search(r"writer made: no principles that can be used in 2 attempts at a question \(the last: .*'b'\)"
+                                        r".*writing\.jsonl; going on with the constitutions written by hand", said[2])
     assert [r["answer"] for _, r in read_jsonl(tmp_path / "writing.jsonl")] == ["a", "b"]
-    assert not (tmp_path / "principles.json").exists()
-    with pytest.raises(UserError, match=r"in 3 attempts .*writing\.jsonl; name a constitution file to go on with"):
-        written_constitutions(Made("c", "d", "e"), TASK, tmp_path / "other", fallback=None, say=said.append)
-    unasked = Made()
-    with pytest.raises(UserError, match="did you mean 'tldr'"):
-        written_constitutions(unasked, TASK, tmp_path / "third", fallback="tldrr", say=said.append)
-    assert not unasked.asked and not (tmp_path / "third").exists()
+    with pytest.raises(UserError, match=r"in 1 attempts .*writing\.jsonl; name a constitution file to go on with"):
+        written_constitutions(Made("c"), TASK, tmp_path / "other", instead=None, say=said.append, attempts=1, rounds=1)
 
 
 def test_what_was_written_is_a_constitution_file_with_its_origin(tmp_path):
     said = []
-    constitutions = written_constitutions(Made(GOOD), TASK, tmp_path, fallback="tldr", say=said.append)
+    constitutions = written_constitutions(Made(GOOD, *ANTI), TASK, tmp_path, instead=None, say=said.append)
     assert not said and constitutions.writer == "made" and constitutions.positive.id == "concise,complete"
-    assert load_constitutions(str(tmp_path / "principles.json")) == constitutions
+    write_json(tmp_path / "constitutions.json", constitutions.to_json())
+    assert constitutions_of(json.loads((tmp_path / "constitutions.json").read_text()), "run") == constitutions
     assert constitutions_of(constitutions.to_json(), "run") == constitutions
     assert load_constitutions("tldr").writer == "hand" and "written" not in load_constitutions("tldr").to_json()
     write_json(tmp_path / "mine.json", {"principles": ROWS, "written": {"writer": "hand"}})
@@ -160,16 +217,17 @@ def test_a_task_that_cannot_be_used(tmp_path, task, reason):
 
 def test_a_model_of_this_machine(tmp_path, tiny):
     """A random model writes nothing of use: every attempt is made, kept and refused; the same again from the record."""
-    def attempt(writer):
+    def attempt(writer, name="writing", seed=0):
         with pytest.raises(Fault, match="Principle 1"):
-            write_principles(writer, TASK, tmp_path / "writing.jsonl", attempts=2)
+            write_principles(writer, TASK, tmp_path / f"{name}.jsonl", attempts=2, rounds=1, seed=seed)
+        return [row["answer"] for _, row in read_jsonl(tmp_path / f"{name}.jsonl")]
 
-    attempt(LocalWriter(str(tiny), max_tokens=8))
-    rows = [row for _, row in read_jsonl(tmp_path / "writing.jsonl")]
-    assert [r["writer"] for r in rows] == ["tiny", "tiny"] and [r["attempt"] for r in rows] == [1, 2]
+    first = attempt(LocalWriter(str(tiny), max_tokens=8))
+    assert len(set(first)) == 2 and all(text.startswith("Principle 1:") for text in first)
     again = LocalWriter(str(tiny), max_tokens=8)
-    attempt(again)
-    assert again._loaded is None and len(read_jsonl(tmp_path / "writing.jsonl")) == 2
+    assert attempt(again) == first and again._loaded is None
+    assert attempt(LocalWriter(str(tiny), max_tokens=8), "same") == first
+    assert not set(attempt(LocalWriter(str(tiny), max_tokens=8), "other", seed=1)) & set(first)
 
 
 def test_a_model_without_a_chat_template_is_no_writer(tmp_path, tiny):
@@ -188,8 +246,9 @@ class WriterServer(JudgeServer):
         self.texts = texts
 
     def answer(self, body):
-        rounds = sum(m["role"] == "assistant" for m in body["messages"]) - 1  # one is the example
-        content = self.texts[rounds]
+        asked = [m["content"] for m in body["messages"]]
+        content = next((text for row, text in zip(PAIR, ANTI) if asked[0].endswith(row["text"])),
+                       self.texts[any("cannot be used" in text for text in asked)])
         usage = {"prompt_tokens": sum(self.tokens(m["content"]) for m in body["messages"]), "completion_tokens": self.tokens(content)}
         return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "usage": usage,
                 "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}]}
@@ -205,13 +264,13 @@ def test_a_server_writes_and_is_asked_once(tmp_path):
     with server.serve() as url:
         data = write_principles(server_writer(url, path), TASK, path)
         assert data["principles"] == ROWS and data["written"]["writer"] == "org-strong-model" and data["written"]["model"] == "org/strong-model"
-        assert len(server.bodies) == 3 and server.bodies[0]["messages"] == server.bodies[1]["messages"] == prompts.write_principles(TASK)
+        assert len(server.bodies) == 5 and server.bodies[0]["messages"] == server.bodies[1]["messages"] == prompts.write_principles(TASK)
         assert server.bodies[0]["model"] == "org/strong-model" and server.bodies[0]["temperature"] == 0 and server.bodies[0]["max_tokens"] == 400
-        assert write_principles(server_writer(url, path), TASK, path) == data and len(server.bodies) == 3
+        assert write_principles(server_writer(url, path), TASK, path) == data and len(server.bodies) == 5
         kept = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in kept if json.loads(line)["record"] != "written"))  # killed before our own line
-        assert write_principles(server_writer(url, path), TASK, path)["principles"] == ROWS and len(server.bodies) == 3
-    assert [json.loads(line)["record"] for line in kept] == ["attempt", "outcome", "attempt", "outcome", "written", "attempt", "outcome", "written"]
+        assert write_principles(server_writer(url, path), TASK, path)["principles"] == ROWS and len(server.bodies) == 5
+    assert [json.loads(line)["record"] for line in kept] == ["attempt", "outcome", *["attempt", "outcome", "written"] * 4]
 
 
 def test_a_server_that_is_down_or_too_dear(tmp_path):
