@@ -14,7 +14,7 @@ Run: make exp2 [PROFILE=mini|paper] [OUT=runs] [ARGS='--variant hand']
 
 from dataclasses import replace
 
-from repro.config import DataSpec, Experiment, ModelSpec, SamplingSpec, TrainSpec, WriterSpec
+from repro.config import DataSpec, Experiment, JudgeSpec, ModelSpec, SamplingSpec, TrainSpec, WriterSpec
 
 HAND = Experiment(
     name="exp2_tldr",
@@ -24,6 +24,7 @@ HAND = Experiment(
     constitutions="tldr_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
     data=DataSpec(source="embedded-tldr", train=112, evaluation=32),
+    judge=JudgeSpec(judges=("rule",)),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired",
              "writer claude-3-opus: retired"),
 )

@@ -12,7 +12,7 @@ Run: make exp3 [PROFILE=mini|paper] [OUT=runs] [ARGS=--cot]
 
 from dataclasses import replace
 
-from repro.config import DataSpec, Experiment, ModelSpec, SamplingSpec, TrainSpec
+from repro.config import DataSpec, Experiment, JudgeSpec, ModelSpec, SamplingSpec, TrainSpec
 
 MINI = Experiment(
     name="exp3_diverse",
@@ -21,8 +21,9 @@ MINI = Experiment(
     cot=False,
     constitutions="diverse",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
-    data=DataSpec(source="embedded-tldr", train=112, evaluation=32, draws=(3, 1)),
-    not_run=("judge gpt-4-0613: retired", "with chain of thought: --cot asks for it"),
+    data=DataSpec(source="embedded-tldr", train=112, evaluation=24, draws=(3, 1)),
+    judge=JudgeSpec(judges=("rule",)),
+    not_run=("judge gpt-4-0613: retired",),
 )
 
 PAPER = replace(
@@ -35,7 +36,6 @@ PAPER = replace(
         "The assistant", "sorry", "Response", "[insert", "[]", "]", "principles", "constitution", "summarization")),
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=5e-7, precision="bf16", batch_size=128,
                     batches=4, batches_increment=4),
-    not_run=("judge gpt-4-0613: retired",),
 )
 # Table 1 prints 5e-7 for both; the authors' logs show 1e-6 for the runs with chain of thought that Table 9 holds.
 COT = replace(PAPER, variant="cot", cot=True, train=replace(PAPER.train, learning_rate=1e-6))

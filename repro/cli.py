@@ -322,6 +322,7 @@ def run_command(args: Run) -> None:
 
 def judge_command(args: Judge) -> int:
     from repro import admission, pipeline
+    from repro.report import gather
 
     if args.admit == (args.run is not None):
         raise UserError("judge: give the folder of a finished run, or --admit")
@@ -340,8 +341,11 @@ def judge_command(args: Judge) -> int:
             print(line)
         missing = record["parsed_share"]["value"] < 1 or record["attacks"]["missing"] > 0 if record else False
     else:
-        rows = pipeline.judge_run(args.run, spec, endpoint, **how)
+        rows = [row for leaf in leaves(args.run) for row in pipeline.judge_run(leaf, spec, endpoint, **how)]
         missing = not args.dry_run and any(row["score"] is None for row in rows)
+        together = args.run if len(leaves(args.run)) > 1 else args.run.absolute().parent
+        if not args.dry_run and len(leaves(together)) > 1:  # a run of several, or all of them
+            gather(leaves(together))
         if not args.dry_run:
             print(f"judge {spec.label}: {args.run / 'judgments.jsonl'}, {args.run / 'report.html'}")
             print(admission.standing(spec.label))

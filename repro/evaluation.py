@@ -45,8 +45,9 @@ def evaluate_baseline(run: Run) -> None:
 
 
 def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> list[dict]:
-    """Per item: summed log-probs [C][R] and scored tokens [R] of the iteration's own model; and the initial model's
-    [C] for the judged response, for the likelihood judge. Scored with the generation prompts, less any reasoning."""
+    """Per item: summed log-probs [C][R] and scored tokens [R] of the iteration's own model; and, for the likelihood
+    judge where there is one, the initial model's [C] for the judged response. Scored with the generation prompts, less
+    any reasoning."""
     import torch
 
     from repro.logprobs import logprob_matrix
@@ -77,9 +78,12 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
             return matrices
 
     own = score(iteration, slice(None), "log-probs")
-    initial = [[row[:1] for row in m] for m in own] if iteration == 0 else score(0, slice(1), "under the initial model")
-    return [{"query": item.query.id, "subset": item.subset, "logprobs": m, "tokens": t, "initial": [row[0] for row in i]}
-            for (item, _, _, t), m, i in zip(items, own, initial)]
+    rows = [{"query": item.query.id, "subset": item.subset, "logprobs": m, "tokens": t}
+            for (item, _, _, t), m in zip(items, own)]
+    if "likelihood" in spec.judge.judges:
+        initial = own if iteration == 0 else score(0, slice(1), "under the initial model")
+        rows = [row | {"initial": [line[0] for line in m]} for row, m in zip(rows, initial)]
+    return rows
 
 
 def judge(run: Run) -> None:

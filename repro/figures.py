@@ -193,7 +193,8 @@ def _ours(figure: str, number: int, panel: dict, runs: Sequence[Path]) -> list[d
                                     f"found {r.get(field)!r}")
             if _fits(r, panel, metric):
                 judge = f", judge {r.get('judge')}" if metric == "win_rate" else ""
-                name = f"ours: {r.get('model')}{judge}"
+                by = f", writer {r.get('writer')}" if "writer" in panel["keys"] else ""
+                name = f"ours: {r.get('model')}{by}{judge}"
                 if len(set(subsets)) > 1:
                     name += f", {r['subset'].replace('_', '-')}"
                 rows.append({k: r.get(k) for k in COLUMNS} | {

@@ -140,7 +140,7 @@ def _facts(records: list[dict]) -> str:
         f"to be written by {writer['label']} (told to {writer['asked']}); by hand what stands in for them, whose rules "
         "measure following")
     lines = [
-        f"Model {config['model']['label']}; constitutions {config['constitutions']}, {by}; "
+        f"Model {config['model']['label']}; constitutions {Path(config['constitutions']).name}, {by}; "
         f"queries {Path(config['data']['source']).name}.",
         f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
         f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "

@@ -19,7 +19,7 @@ from repro.records import digest, locked, seal, write_json, write_jsonl
 from repro.run_figures import COLOURS, pyplot, save_figure, select
 from repro.rundir import Run, checkpoint
 
-RATES = (5e-7, 2e-6, 5e-6, 2e-5)
+RATES = (5e-7, 2e-6, 5e-6, 1e-6)  # in the order in which they were run
 STEPS = (2, 4, 6)  # those of iterations 1, 2 and 3
 GRID = list(itertools.product(RATES, STEPS))
 RESULTS = Path(__file__).parent
@@ -54,7 +54,7 @@ def draw(rows: list[dict]):
                         and r["estimator"] in (None, "infonce")]
             return found
 
-        for k, rate in enumerate(RATES):
+        for k, rate in enumerate(sorted(RATES)):
             line = [rows[0], *(r for r in rows if r["learning_rate"] == rate)]
             x, y = [at(r, "mi") for r in line], [at(r, metric) for r in line]
             axis.errorbar([r["value"] for r in x], [scale * r["value"] for r in y], [scale * r["sem"] for r in y],
