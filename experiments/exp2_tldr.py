@@ -22,7 +22,7 @@ HAND = Experiment(
     variant="hand",
     task="summary",
     constitutions="tldr_mini",
-    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
     data=DataSpec(source="embedded-tldr", train=112, evaluation=32),
     judge=JudgeSpec(judges=("rule",)),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired",

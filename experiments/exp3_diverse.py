@@ -20,7 +20,7 @@ MINI = Experiment(
     task="summary",
     cot=False,
     constitutions="diverse",
-    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
     data=DataSpec(source="embedded-tldr", train=112, evaluation=24, draws=(3, 1)),
     judge=JudgeSpec(judges=("rule",)),
     not_run=("judge gpt-4-0613: retired",),

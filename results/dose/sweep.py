@@ -13,9 +13,10 @@ from pathlib import Path
 
 from repro import models, training
 from repro.cli import load_experiment
+from repro.config import JudgeSpec
 from repro.evaluation import evaluate, records
 from repro.pipeline import sample, usable_pairs, write
-from repro.records import digest, locked, seal, write_json, write_jsonl
+from repro.records import digest, locked, seal, sealed, write_json, write_jsonl
 from repro.run_figures import COLOURS, pyplot, save_figure, select
 from repro.rundir import Run, checkpoint
 
@@ -27,7 +28,9 @@ RESULTS = Path(__file__).parent
 
 def train(run: Run, number: int, rate: float, steps: int) -> None:
     """Point `number` of the grid, in the place of an iteration's checkpoint."""
-    outputs = [checkpoint(number)]
+    outputs, key = [checkpoint(number)], digest([run.record["config_hash"], rate, steps])
+    if not sealed(run.folder / checkpoint(number), key):  # of another grid
+        run.record["stages"].pop(f"train-{number}", None)
     if not run.stage(f"train-{number}", outputs, ["sample-1"]):
         return
     spec = replace(run.experiment.train, learning_rate=rate, batches=steps)
@@ -38,7 +41,7 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
     with run.model(0, "float32") as model:
         trace = training.train(model, run.tokenizer, pairs, spec, 1, backend=run.record["backend"])
         models.save_model(model, run.tokenizer, run.folder / checkpoint(number))
-    seal(run.folder / checkpoint(number), digest([run.record["config_hash"], rate, steps]))
+    seal(run.folder / checkpoint(number), key)
     run.finish(f"train-{number}", outputs, ["sample-1"], trace=trace)
 
 
@@ -76,7 +79,8 @@ def draw(rows: list[dict]):
 def main(out: Path) -> None:
     (base,) = (e for e in load_experiment("exp2", "mini") if e.variant == "hand")
     experiment = replace(
-        base, name="dose", variant="", iterations=len(GRID), data=replace(base.data, evaluation_split="development"),
+        base, name="dose", variant="", iterations=len(GRID), judge=JudgeSpec(),
+        data=replace(base.data, evaluation_split="development"),
         train=replace(base.train, batches=max(STEPS), batches_increment=0))
     run = Run(experiment, out / experiment.path, lambda text: print(text, file=sys.stderr))
     with locked(run.folder):
