@@ -30,7 +30,8 @@ PAPER = Experiment(
     data=DataSpec(source="hh-rlhf", subsets=("helpful", "harmless"), train=10_000, evaluation=250),
     sampling=SamplingSpec(max_new_tokens=350),
     train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
-    not_run=("baseline mistral-7b-instruct", "judge gpt-4-0613: retired"),
+    baseline=ModelSpec(name="mistralai/Mistral-7B-Instruct-v0.1", label="mistral-7b-instruct"),
+    not_run=("judge gpt-4-0613: retired", "MI of mistral-7b-instruct"),
 )
 
 EXPERIMENTS = {"mini": MINI, "paper": PAPER}

@@ -4,7 +4,7 @@ Does it matter who writes the principles? A weak writer (mistral-7b-instruct) an
 principles, concise and comprehensive, with antitheses. The paper: mistral-7b and mixtral-8x7b, 250 held-out posts, three
 iterations; at iteration 3, raw win rates against the own base model of 71 and 62 % (weak writer), 70 and 62 % (strong);
 against mistral-7b-instruct 47 and 65 %, 44 and 68 %; 8 x A100 80 GB. `paper` is that setting with the weak writer. The
-strong one is retired: `--name exp2_strong --writer openai --writer-model NAME` has another write.
+strong one is retired: ARGS='--name exp2_strong --writer openai --writer-model NAME' has another model write.
 `mini` keeps the structure with the embedded 135M model, which is also its weak writer, and 160 posts of ours; beside it
 stand two principles written by hand (`hand`, never "strong") that this model can follow. Its numbers are its own, never the
 paper's.
@@ -39,10 +39,11 @@ MISTRAL = replace(
     writer=WriterSpec(model=INSTRUCT, label="mistral-7b-instruct"),
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
     baseline=ModelSpec(name=INSTRUCT, label="mistral-7b-instruct"),
-    data=DataSpec(source="tldr", train=2_000, evaluation=250),
-    sampling=SamplingSpec(max_new_tokens=350, drop_phrases=("[insert", "]", "Response"), full_stop=True),
+    data=DataSpec(source="tldr", train=5_000, evaluation=250),
+    sampling=SamplingSpec(max_new_tokens=350, spare=1.0, full_stop=True,
+                          drop_phrases=("[insert", "]", "Response")),
     train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
-    not_run=("judge gpt-4-0613: retired", "writer claude-3-opus: retired"),
+    not_run=("judge gpt-4-0613: retired", "writer claude-3-opus: retired", "MI of mistral-7b-instruct"),
 )
 MIXTRAL = replace(
     MISTRAL,

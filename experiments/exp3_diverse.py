@@ -3,11 +3,12 @@
 Does a model that was trained on some principles follow others? Constitutions of two principles are drawn from 15 styles of
 summaries, each on either side, against their opposites; 5 styles are kept for evaluation. The paper: llama3-70b, 250 posts,
 three iterations with batches doubled; at iteration 3, raw win rates against the base model of 60 % (learned) and 63 % (held
-out), with chain of thought 69 and 67 %; 8 x A100 80 GB. `paper` is that setting, without and with chain of thought.
+out), with chain of thought 69 and 67 %; 8 x A100 80 GB. `paper` is that setting, without and with chain of thought, but
+for one thing: without it the authors sampled with training's short prompt, here with the example of the format.
 `mini` keeps the structure with the embedded 135M model and 160 posts of ours. Many of the styles are beyond it: the report
 says for each principle whether the initial model follows it. Its numbers are its own, never the paper's.
 
-Run: make exp3 [PROFILE=mini|paper] [OUT=runs] [ARGS=--cot]
+Run: make exp3 [PROFILE=mini|paper] [OUT=runs]; with chain of thought in mini: ARGS=--cot
 """
 
 from dataclasses import replace
@@ -21,7 +22,7 @@ MINI = Experiment(
     cot=False,
     constitutions="diverse",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
-    data=DataSpec(source="embedded-tldr", train=112, evaluation=24, draws=(3, 1)),
+    data=DataSpec(source="embedded-tldr", train=112, evaluation=24, draws=(2, 1)),
     judge=JudgeSpec(judges=("rule",)),
     not_run=("judge gpt-4-0613: retired",),
 )
@@ -31,13 +32,15 @@ PAPER = replace(
     profile="paper",
     variant="direct",
     model=ModelSpec(name="meta-llama/Meta-Llama-3-70B", label="llama3-70b", prompt="plain"),
-    data=DataSpec(source="tldr", train=3_500, evaluation=250),
-    sampling=SamplingSpec(max_new_tokens=350, full_stop=True, drop_phrases=(
+    data=DataSpec(source="tldr", train=7_500, evaluation=250),
+    sampling=SamplingSpec(max_new_tokens=350, spare=1.0, full_stop=True, drop_phrases=(
         "The assistant", "sorry", "Response", "[insert", "[]", "]", "principles", "constitution", "summarization")),
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=5e-7, precision="bf16", batch_size=128,
                     batches=4, batches_increment=4),
 )
 # Table 1 prints 5e-7 for both; the authors' logs show 1e-6 for the runs with chain of thought that Table 9 holds.
-COT = replace(PAPER, variant="cot", cot=True, train=replace(PAPER.train, learning_rate=1e-6))
+COT = replace(
+    PAPER, variant="cot", cot=True, train=replace(PAPER.train, learning_rate=1e-6),
+    sampling=replace(PAPER.sampling, drop_phrases=(*PAPER.sampling.drop_phrases, "The post")))
 
 EXPERIMENTS = {"mini": MINI, "paper": (PAPER, COT)}

@@ -22,12 +22,12 @@ from typing import Annotated
 
 import tyro
 
-from repro.config import JUDGES, WRITERS, Experiment, JudgeSpec, WriterSpec, choose
+from repro.config import JUDGES, NAME, WRITERS, Experiment, JudgeSpec, WriterSpec, choose
 from repro.datasets import SOURCES
 from repro.endpoint import Endpoint
 from repro.records import UserError, first_line, read_json
 from repro.report import leaves
-from repro.run_figures import select, telling
+from repro.run_figures import select, series, telling
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -78,7 +78,8 @@ class Run:
     asked: str | None = None
     """What the writer is told that the model has to do, such as "write a summary of a forum post"."""
     cot: bool = False
-    """Chain of thought: samples reason first; the reasoning is not trained on. The run is named <experiment>_cot."""
+    """Chain of thought: samples reason first; the reasoning is not trained on. The run is named <experiment>_cot. (In
+    profile paper exp3 has a variant of its own for it.)"""
     truncate: bool = False
     """Cut queries that are longer than the context, instead of refusing them."""
     judge: tuple[str, ...] | None = None
@@ -90,9 +91,10 @@ class Run:
     answer: str | None = None
     """How that judge answers: schema, text, logprobs, or auto."""
     price: tuple[float, float] | None = None
-    """USD per million prompt and completion tokens, where the table does not know the model."""
+    """USD per million prompt and completion tokens of judge and writer, where the table does not know the model."""
     max_usd: float = 10.0
-    """What the openai judge may cost in this folder, earlier runs included; never exceeded."""
+    """What the openai judge may cost in a run's folder, earlier runs included, and what the openai writer; never
+    exceeded."""
 
 
 @dataclass(frozen=True)
@@ -226,13 +228,21 @@ def load_experiment(name: str, profile: str) -> tuple[Experiment, ...]:
 def configure(args: Run) -> tuple[Experiment, ...]:
     """The experiment's runs with the flags laid over each."""
     runs = load_experiment(args.experiment, args.profile)
-    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", args.name):
+    if args.name is not None and not re.fullmatch(NAME, args.name):
         raise UserError(f"--name {args.name!r}: allowed are letters, digits and _ . -")
     if args.variant is not None:
         if not runs[0].variant:
             raise UserError(f"--variant {args.variant}: {args.experiment} has one run in profile {args.profile}")
         runs = [e for e in runs if e.variant == choose("--variant", args.variant, [e.variant for e in runs])]
-    return tuple(_with_flags(base, args) for base in runs)
+    asked_of_writer = args.writer in WRITERS or args.writer_model or args.writer_url or args.asked
+    if asked_of_writer and len(runs) > 1:  # of several runs, those with a writer
+        if not any(e.writer for e in runs):
+            raise UserError("--writer: no run of this experiment has a writer; choose one with --variant")
+        return tuple(_with_flags(e, args if e.writer else dataclasses.replace(
+            args, writer=None, writer_model=None, writer_url=None, asked=None)) for e in runs)
+    if args.cot and any(e.cot for e in runs):
+        raise UserError("--cot: this profile has runs with chain of thought; choose one with --variant")
+    return tuple(_with_flags(e, args) for e in runs)
 
 
 def _over(spec, **changes):
@@ -265,50 +275,54 @@ def _writer(base: WriterSpec | None, args: Run) -> WriterSpec | None:
     base = base or WriterSpec()
     if kind == "openai" and not args.writer_model:
         raise UserError("--writer openai needs the name of a model at its server: --writer-model")
-    label = args.writer_model and re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(args.writer_model).name).strip("-.")
-    return _over(base, kind=kind, model=args.writer_model, label=label, asked=args.asked)
+    if args.writer_url and (kind or base.kind) != "openai":
+        raise UserError("--writer-url needs --writer openai")
+    return _over(base, kind=kind, model=args.writer_model, label=args.writer_model and "", asked=args.asked)
 
 
 def summary(folder: Path) -> list[str]:
     """The last lines of a run: where the page is, and what happened to MI, length and following."""
     metrics = read_json(folder / "metrics.json")
     first, last = 0, max(r["iteration"] for r in metrics)
-    tell = telling(metrics)
+    tell, models = telling(metrics), {line["model"] for line in series(metrics)}
 
     def change(label, digits, **fixed):
         found = {}
         for row in select(metrics, **fixed):
-            if row["iteration"] in (first, last):
+            if row["iteration"] in (first, last) and row["model"] in models:  # not a baseline's
                 found.setdefault(tell(row), {})[row["iteration"]] = row
         parts = [f"{key} {a[first]['value']:.{digits}f} -> {a[last]['value']:.{digits}f} "
                  f"(±{a[last]['sem'] or 0:.{digits}f})" for key, a in found.items() if {first, last} <= a.keys()]
         return f"{label}: " + ", ".join(parts) if parts else f"{label}: NOT RUN"
 
-    model = metrics[0]["model"]
     lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce", principle=None),
-             change("length, tokens", 1, metric="length_tokens", model=model),
+             change("length, tokens", 1, metric="length_tokens"),
              change("following, by rule", 2, metric="following", principle=None)]
     stages = [s for leaf in leaves(folder) for s in read_json(leaf / "run.json")["stages"].values()]
     lines.append(f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
                  f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB")
 
-    def average(digits, **fixed):
-        ends = [[r["value"] for r in select(metrics, iteration=i, principle=None, **fixed)] for i in (first, last)]
-        return " -> ".join(f"{sum(e) / len(e):.{digits}f}" for e in ends) if all(ends) else "NOT RUN"
+    (line, *others) = series(metrics)
 
-    lines.append(f"report: {folder / 'report.html'} (iterations 0 -> {last}: "
-                 f"bound {average(2, metric='mi', estimator='infonce')} nats, "
-                 f"length {average(0, metric='length_tokens', model=model)} tokens, following "
-                 f"{average(2, metric='following')})")
+    def ends(digits, **fixed):
+        found = [select(metrics, iteration=i, principle=None, **line, **fixed) for i in (first, last)]
+        return " -> ".join(f"{rows[0]['value']:.{digits}f}" for rows in found) if all(found) else "NOT RUN"
+
+    of = f" of {tell(line)}" if others else ""
+    lines.append(f"report: {folder / 'report.html'} (iterations 0 -> {last}{of}: "
+                 f"bound {ends(2, metric='mi', estimator='infonce')} nats, "
+                 f"length {ends(0, metric='length_tokens')} tokens, following {ends(2, metric='following')})")
     return lines
 
 
 def run_command(args: Run) -> None:
-    from repro.pipeline import run
+    from repro.pipeline import check_together, run
     from repro.report import gather
 
     runs = configure(args)
     folders = []
+    if len(runs) > 1:
+        check_together(runs, args.out)
     for experiment in runs:
         if len(runs) > 1:
             print(f"--- {experiment.path}", file=sys.stderr)

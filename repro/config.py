@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from repro.models import EMBEDDED
 from repro.records import UserError, digest
@@ -148,6 +149,12 @@ class TrainSpec:
 
 
 JUDGES = ("rule", "likelihood", "openai")
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # what may be part of a file's name
+
+
+def safe_name(model: str) -> str:
+    """A model's name without what a file's name cannot hold."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", model).strip("-.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,14 +182,14 @@ class JudgeSpec:
         _positive(self, "max_tokens")
         if "openai" in self.judges and not self.model:
             raise UserError("JudgeSpec.model: the openai judge needs the name of a model at its server (--judge-model)")
-        if self.model and (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.label) or self.label in JUDGES):
+        if self.model and (not re.fullmatch(NAME, self.label) or self.label in JUDGES):
             raise UserError(f"JudgeSpec.name: {self.label!r}; allowed are letters, digits and _ . -, but not "
                             f"{', '.join(JUDGES)}")
 
     @property
     def label(self) -> str:
         """The LLM judge's name in records, figures and file names."""
-        return self.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", self.model).strip("-.")
+        return self.name or safe_name(self.model)
 
 
 WRITERS = ("local", "openai")
@@ -191,17 +198,21 @@ WRITERS = ("local", "openai")
 @dataclass(frozen=True, kw_only=True)
 class WriterSpec:
     """A language model that writes the principles (repro/writing.py). `kind`: "local" runs in this process, "openai"
-    behind an OpenAI-compatible server. `label`: its name in records. `asked`: what it is told that the model has to do."""
+    behind an OpenAI-compatible server. `label`: its name in records, by default the model's. `asked`: what it is told that
+    the model has to do. `temperature`: None leaves it to the writer: 0.7 here, the server's own there."""
 
     kind: str = "local"
     model: str = EMBEDDED
-    label: str = EMBEDDED
+    label: str = ""
     asked: str = "write a summary of a forum post"
+    temperature: float | None = None
 
     def __post_init__(self):
         choose("WriterSpec.kind", self.kind, WRITERS)
-        if not self.model:
-            raise UserError("WriterSpec.model: empty; the name of the model that writes (--writer-model)")
+        object.__setattr__(self, "label", self.label or safe_name(Path(self.model).name))
+        if not re.fullmatch(NAME, self.label) or self.label == "hand":
+            raise UserError(f"WriterSpec.label: {self.label!r} (of the model {self.model!r}); a writer needs a name of "
+                            "letters, digits and _ . -, other than hand")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +246,12 @@ class Experiment:
 
     def __post_init__(self):
         _positive(self, "iterations")
+        for field_name in ("name", "profile", "variant"):
+            value = getattr(self, field_name)
+            if not re.fullmatch(NAME, value) and (value or field_name != "variant"):
+                raise UserError(f"Experiment.{field_name}: {value!r}; allowed are letters, digits and _ . -")
+        if self.baseline and self.baseline.label == self.model.label:
+            raise UserError(f"Experiment.baseline: its label is the policy's, {self.model.label!r}; give it one of its own")
         choose("Experiment.task", self.task, ("dialogue", "summary"))
         if self.cot and (self.task, self.model.prompt) == ("dialogue", "plain"):
             raise UserError("Experiment.cot: chain of thought in a dialogue needs a chat template (--prompt chat)")

@@ -198,8 +198,8 @@ def measure(run: Run) -> None:
 
 
 def records(run: Run) -> Iterator[dict]:
-    """Every metric of the run with n, SEM and 95 % interval. The unit of n is the item: a held-out query, of a pool with
-    the constitution that it was dealt."""
+    """Every metric of the run with n, SEM and 95 % interval. The unit of n is the held-out query, over whose items (of a
+    pool it may have several) values are averaged first; of a win rate it is the item, of one principle the response."""
     import numpy as np
 
     spec, items = run.experiment, run.items()
@@ -215,18 +215,30 @@ def records(run: Run) -> Iterator[dict]:
             sums = np.array([scored[k]["logprobs"] for k in at])
             means = sums / np.array([scored[k]["tokens"] for k in at])[:, None, :]
             fixed = constants | {"subset": subset, "iteration": iteration}
+
+            def mean(values, queries=tuple(item.query.id for item in here)) -> metrics.Estimate:
+                found: dict[str, list[float]] = {}
+                for query, value in zip(queries, values):
+                    if value is not None:
+                        found.setdefault(query, []).append(value)
+                return metrics.mean([sum(each) / len(each) for each in found.values()])
+
             for estimator, logprobs in (("infonce", means), ("symmetric_infonce", means), ("mean_of_logs", sums)):
-                yield _record("mi", metrics.mutual_information(logprobs, estimator), fixed, estimator=estimator)
-            yield _record("accuracy_row", metrics.mean(metrics.accuracy_row(means)), fixed)
-            yield _record("accuracy_col", metrics.mean(metrics.accuracy_col(means)), fixed)
-            yield _record("length_tokens", metrics.mean([g[0]["tokens"] for g in groups]), fixed)
+                yield _record("mi", mean(getattr(metrics, estimator)(logprobs)), fixed, estimator=estimator)
+            yield _record("accuracy_row", mean(metrics.accuracy_row(means)), fixed)
+            yield _record("accuracy_col", mean(metrics.accuracy_col(means)), fixed)
+            yield _record("length_tokens", mean([g[0]["tokens"] for g in groups]), fixed)
+            followed = [c and judging.follows(g[0]["text"], c) for g, c in
+                        ((g, run.ruled(item.constitutions[0])) for g, item in zip(groups, here))]
+            if any(followed):
+                yield _record("following", mean([f and sum(f.values()) / len(f) for f in followed]), fixed)
             yield from _following(run, here, groups, fixed)
             if isinstance(run.constitutions, Pool):
                 yield from _by_principle(here, metrics.infonce(means), fixed)
             watch = [[judging.hack_watch(r["text"], " ".join(c.statements()), item.query.text)
                       for r, c in zip(g, item.constitutions)] for g, item in zip(groups, here)]
             for metric in watch[0][0]:
-                yield _record(metric, metrics.mean([sum(w[metric] for w in g) / C for g in watch]), fixed)
+                yield _record(metric, mean([sum(w[metric] for w in g) / C for g in watch]), fixed)
             mine = [j for j in judgments if (j["iteration"], j["subset"]) == (iteration, subset)]
             for judge, baseline in dict.fromkeys((j["judge"], j["baseline"]) for j in mine):
                 rows = [j for j in mine if (j["judge"], j["baseline"]) == (judge, baseline)]
@@ -243,16 +255,14 @@ def records(run: Run) -> Iterator[dict]:
 
 
 def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dict) -> Iterator[dict]:
-    """The share of responses that follow, by rule: in all (the judged response, the sides of its constitution that have a
-    rule) and for each principle and antithesis ("not_..."), under a constitution that holds it: the judged one of a set
-    for the principle, all that hold it otherwise."""
-    ruled = [run.ruled(item.constitutions[0]) for item in items]
-    judged = [judging.follows(g[0]["text"], c) for g, c in zip(groups, ruled) if c is not None]
-    if judged:
-        yield _record("following", metrics.mean([sum(f.values()) / len(f) for f in judged]), fixed)
+    """The share of responses that follow each principle, and each antithesis ("not_..."), by rule, under a constitution
+    that holds it: of a set the judged one for the principle, all that hold it otherwise. Of principles that a model
+    wrote: the hand-written ones, under the judged constitution."""
     if run.experiment.writer:
-        for name in judged[0] if judged else ():
-            yield _record("following", metrics.mean([float(f[name]) for f in judged]), fixed, principle=name)
+        for name in (p.name for p in run.by_hand.principles if p.rule):
+            yield _record("following", metrics.mean([
+                float(judging.follows(group[0]["text"], run.by_hand.positive)[name]) for group in groups]), fixed,
+                principle=name)
         return
     found: dict[tuple[str, bool], list[float]] = {}
     for group, item in zip(groups, items):

@@ -8,7 +8,7 @@ with the same bytes (same machine, versions and thread count).
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from repro.config import Experiment, JudgeSpec
 from repro.constitutions import Constitution, constitutions_of
 from repro.endpoint import Endpoint
 from repro.evaluation import add_judgments, evaluate, evaluate_baseline, judge, llm_judgments, measure
-from repro.records import Query, digest, locked, read_json, read_jsonl, seal, write_json
+from repro.records import Query, UserError, digest, locked, read_json, read_jsonl, seal, write_json
 from repro.report import report_figures, write_report
 from repro.rundir import Run, checkpoint, open_run, training_file
 from repro.sampling import sample_to_file
@@ -48,6 +48,25 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
         measure(run)
         report(run)
     return folder
+
+
+def check_together(experiments: Sequence[Experiment], out: Path | str) -> None:
+    """Check the inputs of every run of an experiment, and that their results can stand side by side, before the first of
+    them begins. Raises UserError."""
+    runs, lines, together = [], {}, Path(out) / experiments[0].name / experiments[0].profile
+    if (together / "run.json").is_file() and "variants" not in read_json(together / "run.json"):
+        raise UserError(f"{together} holds a single run; choose another OUT or --name, or delete the folder")
+    for experiment in experiments:
+        writer = experiment.writer and experiment.writer.label
+        other = lines.setdefault((experiment.model.label, writer, experiment.cot), experiment.variant)
+        if other != experiment.variant:
+            raise UserError(f"the runs {other} and {experiment.variant} cannot be told apart in metrics.json: their "
+                            "models' labels, writers or chain of thought must differ; choose one with --variant")
+        runs.append(Run(experiment, Path(out) / experiment.path, lambda text: None))
+        runs[-1].check()
+    if len({len(run.items()[0].constitutions) for run in runs}) > 1:
+        raise UserError(f"{together}: the runs have different numbers of constitutions; their bounds cannot stand side by "
+                        "side; choose one with --variant")
 
 
 def _say(text: str) -> None:
@@ -81,10 +100,14 @@ def write(run: Run) -> None:
     if not run.stage("write", outputs, []):
         path = run.folder / "constitutions.json"
         return run.adopt(constitutions_of(read_json(path), str(path)))
-    writer = LocalWriter(spec.model, label=spec.label) if spec.kind == "local" else ServerWriter(
-        run.writer_endpoint, run.folder / "writer_requests.jsonl", label=spec.label)
+    how = {"label": spec.label, "temperature": spec.temperature}
+    writer = LocalWriter(spec.model, **how) if spec.kind == "local" else ServerWriter(
+        run.writer_endpoint, run.folder / "writer_requests.jsonl", **how)
     run.adopt(written_constitutions(writer, spec.asked, run.folder, instead=run.by_hand, say=run.say,
                                     controls=run.controls(), seed=run.experiment.seed))
+    if run.constitutions is run.by_hand:
+        run.record["not_run"].append(f"writer {spec.label}: wrote nothing that can be used; the principles are those of "
+                                     f"{run.experiment.constitutions}")
     run.finish("write", outputs, [], writer=run.constitutions.writer)
 
 

@@ -1,4 +1,4 @@
-"""Every prompt, in our wording and the paper's structure (arXiv 2404.14313, A.12, A.16, A.17 and A.19).
+"""Every prompt, in our wording and the paper's structure (arXiv 2404.14313, A.12 and A.16 to A.19).
 
 User text (queries, principles) is only ever an argument here, never a template, and was checked for control tokens.
 """
@@ -6,6 +6,8 @@ User text (queries, principles) is only ever an argument here, never a template,
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import jinja2
 
 CHAT_SYSTEM = "You are a helpful assistant that follows the principles it is given."
 CHAT_TASK = {"dialogue": "", "summary": "\n\nSummarise what happened in this post."}
@@ -28,8 +30,26 @@ PLAIN_REASON = ("Reasoning: [insert what the constitution asks for, and how]\n\n
                 "I will first reason about the constitution, then write my summary on a new line after \"Summary:\".\n\n"
                 "Reasoning:")
 PLAIN_QUERY = {"dialogue": ("Human", "Assistant:"), "summary": ("POST", "Summary:")}
-PLAIN_STOPS = ("\n\nHuman", "###")  # where a base model's answer ends and its imitation of the format begins
+# Where a base model's answer ends and its imitation of the format begins.
+PLAIN_STOPS = {"dialogue": ("\n\nHuman", "###"), "summary": ("Human: ", "###")}
 OPENING = {("plain", "summary", False): "The post", ("plain", "summary", True): "The constitution asks"}
+
+
+def chat(tokenizer, messages: list[dict]) -> str:
+    """The messages in the tokenizer's chat template, up to where the model answers. Where the template takes no system
+    turn (Mistral-7B-Instruct-v0.1's), its text heads the first user turn. Raises ValueError or a jinja2 error where
+    there is no template that takes even that."""
+    def render(turns):
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    system, *rest = messages
+    if system["role"] != "system":
+        return render(messages)
+    try:
+        return render(messages)
+    except jinja2.TemplateError:
+        first, *others = rest
+        return render([first | {"content": f"{system['content']}\n\n{first['content']}"}, *others])
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,7 @@ class Form:
         ask = CHAT_REASON.format(mark=self.mark, what=self.mark[:-1].lower()) if reason else ""
         messages = [{"role": "system", "content": CHAT_SYSTEM},
                     {"role": "user", "content": query + CHAT_TASK[self.task] + "\n\n" + "\n".join(statements) + ask}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return chat(tokenizer, messages)
 
     def _plain(self, statements: Sequence[str], query: str, sample: bool, reason: bool) -> str:
         numbered = "\n".join(f"{k}. {s}" for k, s in enumerate(statements, start=1))
@@ -78,7 +98,7 @@ class Form:
         if self.cot:
             text = text.partition(self.mark)[2].strip().split("\n\n", 1)[0]
         if self.kind == "plain":
-            for stop in PLAIN_STOPS:
+            for stop in PLAIN_STOPS[self.task]:
                 text = text.split(stop, 1)[0]
             text = text.rstrip()
         return text

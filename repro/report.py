@@ -9,6 +9,7 @@ import html
 from pathlib import Path
 
 from repro.admission import standing
+from repro.config import safe_name
 from repro.constitutions import ConstitutionSet, Pool, constitutions_of
 from repro.records import (
     UserError,
@@ -72,7 +73,7 @@ def _table(metrics: list[dict], seed: int) -> str:
     keys = dict.fromkeys(tuple(r.get(f) for f in (*fields, *SERIES))
                          for r in sorted(mine, key=lambda r: list(LABELS).index(r["metric"])))
     iterations = sorted({r["iteration"] for r in mine})
-    baselines = {r["baseline"] for r in mine if r["baseline"]}
+    baselines, policies = {r["baseline"] for r in mine if r["baseline"]}, {r["model"] for r in select(mine, metric="mi")}
     for key in keys:
         found = {r["iteration"]: r for r in mine if key == tuple(r.get(f) for f in (*fields, *SERIES))}
         metric, estimator, judge, baseline, ties, length, principle = key[:len(fields)]
@@ -81,8 +82,9 @@ def _table(metrics: list[dict], seed: int) -> str:
         digits = 1 if metric in ("length_tokens", "win_rate") else 3
         cells = "".join(f"<td class=n>{_interval(found[i], digits) if i in found else ''}</td>" for i in iterations)
         first = next(iter(found.values()))
+        of = tell(first) if first["model"] in policies else first["model"]
         rows.append(f"<tr><td>{LABELS[metric]}{': ' + html.escape(what) if what else ''}</td>"
-                    f"<td>{html.escape(tell(first))}</td>{cells}<td class=n>{first['n']}</td></tr>")
+                    f"<td>{html.escape(of)}</td>{cells}<td class=n>{first['n']}</td></tr>")
     head = "".join(f"<th>iteration {i}</th>" for i in iterations)
     return f"<table><tr><th>value [95 % interval]</th><th>of</th>{head}<th>n</th></tr>{''.join(rows)}</table>"
 
@@ -130,15 +132,15 @@ def _responses(folder: Path, record: dict) -> str:
             f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}</p>" + "".join(parts))
 
 
-def _facts(records: list[dict]) -> str:
+def _facts(records: list[dict], writer_of: str) -> str:
     record = records[0]
     config, train = record["config"], record["config"]["train"]
     seconds = ", ".join(f"seed {r['config']['seed']}: {sum(s['seconds'] for s in r['stages'].values()) / 60:.1f} min"
                         for r in records)
     writer = config.get("writer")
-    by = "written by hand" if not writer else (
-        f"to be written by {writer['label']} (told to {writer['asked']}); by hand what stands in for them, whose rules "
-        "measure following")
+    by = f"by {writer_of}" if not writer else (
+        f"whose rules measure following; the principles of this run: {writer['label']} was asked for some to "
+        f"{writer['asked']}, and they are by {writer_of}")
     lines = [
         f"Model {config['model']['label']}; constitutions {Path(config['constitutions']).name}, {by}; "
         f"queries {Path(config['data']['source']).name}.",
@@ -160,7 +162,7 @@ def _principles(folders: list[Path]) -> str:
         constitutions, data = _constitutions(folder), read_json(folder / "constitutions.json")
         rows = "".join(f"<tr><td>{html.escape(p.name)}</td><td>{html.escape(p.text)}</td><td>{html.escape(p.antithesis)}"
                        f"</td><td>{html.escape(p.rule or 'none')}</td></tr>" for p in constitutions.principles)
-        by = f"<p>Written by {html.escape(constitutions.writer)}.</p>" if "written" in data else ""
+        by = f"<p>Written by {html.escape(constitutions.writer)}:</p>" if "written" in data else ""
         head = "<tr><th></th><th>principle</th><th>antithesis (not_...)</th><th>rule</th></tr>"
         tables[f"{by}<table>{head}{rows}</table>"] = True
     return "".join(tables)
@@ -184,8 +186,9 @@ def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figure
     for folders in groups:
         records = [read_json(folder / "run.json") for folder in folders]
         variant = records[0]["config"].get("variant")
-        body += [f"<h2>{html.escape(variant)}</h2>" if len(groups) > 1 else "", _facts(records), _principles(folders)]
-        body.append(_responses(folders[0], records[0]))
+        body += [f"<h2>{html.escape(variant)}</h2>" if len(groups) > 1 else "",
+                 _facts(records, _constitutions(folders[0]).writer), _principles(folders),
+                 _responses(folders[0], records[0])]
     body.append("<h2>Every value</h2>")
     seeds = sorted({r["seed"] for r in metrics})
     for seed in seeds:
@@ -198,7 +201,19 @@ def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figure
 def figure_names(folder: Path, metrics: list[dict]) -> list[str]:
     """One figure of all measures, one of a pool's principles, one of each LLM judge's win rate."""
     pool = isinstance(_constitutions(folder), Pool)
-    return ["iterations", *(["principles"] if pool else []), *(f"win_rate-{j}" for j in language_models(metrics))]
+    return ["iterations", *(_principles_figures(metrics) if pool else ()),
+            *(f"win_rate-{j}" for j in language_models(metrics))]
+
+
+def _principles_figures(metrics: list[dict]) -> dict[str, list[dict]]:
+    """Name -> records of a figure of every principle: one for each model and kind of sampling."""
+    found: dict[tuple, list[dict]] = {}
+    for r in metrics:
+        found.setdefault((r["model"], r["writer"], r["cot"]), []).append(r)
+    found = {key: rows for key, rows in found.items() if select(rows, metric="mi")}  # less a baseline's
+    if len(found) == 1:
+        return {"principles": next(iter(found.values()))}
+    return {safe_name(f"principles-{model}{'-cot' if cot else ''}"): rows for (model, _, cot), rows in found.items()}
 
 
 def report_figures(folder: Path) -> list[str]:
@@ -216,7 +231,8 @@ def _save_figures(metrics: list[dict], folder: Path, out: Path) -> None:
     save_figure(draw(metrics, 2 if pool else len(constitutions.constitutions), title), out)
     if pool:
         kinds = {kind: [p.name for p in constitutions.of(kind)] for kind in constitutions.kinds}
-        save_figure(draw_principles(metrics, kinds, title), out, "principles")
+        for name, rows in _principles_figures(metrics).items():
+            save_figure(draw_principles(rows, kinds, title + (", with CoT" if rows[0]["cot"] else "")), out, name)
     for judge in language_models(metrics):
         save_figure(draw_win_rate(metrics, judge, title), out, f"win_rate-{judge}")
 
@@ -236,11 +252,15 @@ def leaves(folder: Path) -> list[Path]:
     return [folder / v for v in variants] if variants else [folder]
 
 
-def _distinct(metrics: list[dict]) -> list[dict]:
-    """The records less those that repeat another's keys: of a writer that wrote nothing usable, the run is the same as
-    that of what stood in for it."""
-    values = ("value", "sem", "ci95", "n")
-    return list({tuple((k, r[k]) for k in sorted(r) if k not in values): r for r in reversed(metrics)}.values())[::-1]
+def _standing_alone(folders: list[Path]) -> list[Path]:
+    """The runs less those whose writer wrote nothing usable, where one without a writer is among them: theirs are the
+    same results again."""
+    def fell_back(folder: Path) -> bool:
+        writer = read_json(folder / "run.json")["config"].get("writer")
+        return bool(writer) and _constitutions(folder).writer != writer["label"]
+
+    by_hand = any(not read_json(folder / "run.json")["config"].get("writer") for folder in folders)
+    return [folder for folder in folders if not (by_hand and fell_back(folder))]
 
 
 def gather(folders: list[Path]) -> Path:
@@ -252,7 +272,7 @@ def gather(folders: list[Path]) -> Path:
     records = [read_json(folder / "run.json") for folder in folders]
     first = records[0]
     with locked(out):
-        metrics = _distinct([r for folder in folders for r in read_json(folder / "metrics.json")])
+        metrics = [r for folder in _standing_alone(folders) for r in read_json(folder / "metrics.json")]
         for name, folder in zip(names, folders):
             for path in sorted((folder / "responses").glob("*.jsonl")):
                 write_bytes(make_folder(out / "responses") / f"{name}-{path.name}", path.read_bytes())
@@ -277,10 +297,11 @@ def gather(folders: list[Path]) -> Path:
 def _without_places(record: dict) -> dict:
     """The record with the names, not the folders, of the files it read: those are one machine's."""
     config = record["config"]
-    return record | {"config": config | {
+    labelled = {k: config[k] | {name: config[k]["label"]} for k, name in (
+        ("model", "name"), ("baseline", "name"), ("writer", "model")) if isinstance(config.get(k), dict)}
+    return record | {"config": config | labelled | {
         "constitutions": Path(config["constitutions"]).name,
-        "data": config["data"] | {"source": Path(config["data"]["source"]).name},
-        "model": config["model"] | {"name": config["model"]["label"]}}}
+        "data": config["data"] | {"source": Path(config["data"]["source"]).name}}}
 
 
 def publish(folders: list[Path], results: Path, *, page: bool = True) -> Path:
@@ -295,21 +316,21 @@ def publish(folders: list[Path], results: Path, *, page: bool = True) -> Path:
         if not (folder / "metrics.json").is_file():
             raise UserError(f"{folder}: no metrics.json; only a finished run can be published")
         groups.setdefault(read_json(folder / "run.json")["config"].get("variant", ""), []).append(folder)
-    metrics = []
     for runs in groups.values():
         records = [read_json(run / "run.json") for run in runs]
         for run, record in zip(runs, records):
             if record["config"] | {"seed": None} != records[0]["config"] | {"seed": None} or \
                     record["inputs"] != records[0]["inputs"]:
                 raise UserError(f"{run}: its config differs from {runs[0]}'s in more than the seed")
-            metrics += read_json(run / "metrics.json")
         if len({r["config"]["seed"] for r in records}) < len(records):
             raise UserError("the runs to publish must have different seeds")
     every = list(groups.values())
     first = read_json(every[0][0] / "run.json")["config"]
-    if any(read_json(runs[0] / "run.json")["config"]["name"] != first["name"] for runs in every):
-        raise UserError("the runs to publish must be of one experiment")
-    out, metrics = make_folder(results / first["name"] / first["profile"]), _distinct(metrics)
+    if any(read_json(runs[0] / "run.json")["config"][k] != first[k] for runs in every for k in ("name", "profile")):
+        raise UserError("the runs to publish must be of one experiment and profile")
+    alone = _standing_alone([run for runs in every for run in runs])
+    metrics = [r for run in alone for r in read_json(run / "metrics.json")]
+    out = make_folder(results / first["name"] / first["profile"])
     _save_figures(metrics, every[0][0], out / "figures")
     write_json(out / "metrics.json", metrics)
     for variant, runs in groups.items():

@@ -145,7 +145,9 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     axes[1].set_ylim(bottom=0)
     axes[2].axhline(50, color="0.4", ls=":", lw=1)
     axes[2].set(title=f"Win rate, {named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
-    axes[3].set(title="Following" if shown == [None] else "Following, all-positive constitution", ylim=(0, 103),
+    written = any(line["writer"] != "hand" for line in lines)
+    axes[3].set(title="Following" if shown == [None] else "Following the hand-written principles" if written else
+                "Following, all-positive constitution", ylim=(0, 103),
                 ylabel="sides of the constitution followed (%)" if shown == [None] else
                 "responses that follow the principle (%)")
     if judge in language_models(metrics):
@@ -168,18 +170,16 @@ def draw(metrics: list[dict], constitutions: int, title: str):
 def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str):
     """Every principle of a pool by itself, the initial model (open) and the last iteration (filled): the bound over the
     items that hold it, and how often a rule is met under the principle and under its antithesis. Bars: ± SEM over items,
-    of several seeds together. `kinds`: "learned", "held_out" -> names."""
+    of several seeds the mean. `metrics`: of one model, writer and kind of sampling. `kinds`: "learned", "held_out" ->
+    names."""
     last = max(r["iteration"] for r in metrics)
     names = [(kind, name) for kind in kinds for name in kinds[kind]]
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 1.6 + 0.26 * len(names)), layout="constrained", sharey=True)
 
     def pooled(**fixed):
-        """The mean of the seeds, weighted by n, and its SEM; None where nothing was measured."""
+        """The mean of the seeds, and of their SEMs (they share the items); empty where nothing was measured."""
         rows = select(metrics, **fixed)
-        n = sum(r["n"] for r in rows)
-        if not n:
-            return None
-        return sum(r["n"] * r["value"] for r in rows) / n, math.sqrt(sum((r["n"] * (r["sem"] or 0)) ** 2 for r in rows)) / n
+        return rows and [sum(r[k] or 0 for r in rows) / len(rows) for k in ("value", "sem")]
 
     def bar(axis, y, found, colour, marker, filled, scale=1.0):
         if found:
@@ -196,7 +196,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
                 COLOURS[kind == "held_out"], "o", filled)
             bar(axes[1], y + up, pooled(metric="following", principle=name, **fixed), COLOURS[2], "^", filled, 100)
             against = pooled(metric="following", principle=f"not_{name}", **fixed)
-            bar(axes[1], y + up, against and (1 - against[0], against[1]), COLOURS[3], "v", filled, 100)
+            bar(axes[1], y + up, against and [1 - against[0], against[1]], COLOURS[3], "v", filled, 100)
         if not select(metrics, metric="following", principle=name):
             axes[1].text(50, y, "no rule", ha="center", va="center", fontsize=7, color="0.45")
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for _, name in names])
@@ -219,7 +219,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     axes[1].legend(handles=[key(COLOURS[2], "^", "under the principle"), key(COLOURS[3], "v", "under its antithesis")],
                    loc="lower right", fontsize=7)
     seeds = len({r["seed"] for r in metrics})
-    figure.suptitle(f"{title} (bars: ± SEM over items{f', {seeds} seeds together' if seeds > 1 else ''})", fontsize=10)
+    figure.suptitle(f"{title} (bars: ± SEM over items{f'; mean of {seeds} seeds' if seeds > 1 else ''})", fontsize=10)
     return figure
 
 

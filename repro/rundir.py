@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import gc
+import math
 import platform
 import random
 import resource
@@ -96,8 +97,8 @@ class Run:
 
     # ---- inputs, checked before any model loads
 
-    def prepare(self) -> None:
-        """Read and check every input; then bind the directory to this configuration."""
+    def check(self) -> None:
+        """Read and check every input, and write nothing."""
         spec = self.experiment
         if "openai" in spec.judge.judges:
             self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
@@ -111,21 +112,32 @@ class Run:
                             "what stands in for it must be a set too")
         queries, self.dropped = load_queries(spec.data.source, spec=spec.data)
         self.place, self.tokenizer, self.form = self._speaker(spec.model)
-        for other in filter(None, (spec.baseline, spec.writer if spec.writer and spec.writer.kind == "local" else None)):
-            models.resolve_model(other.name if isinstance(other, ModelSpec) else other.model)
         queries = self._fit(queries)
         self.training = [q for q in queries if q.split == "train"]
         self.held_out = [q for q in queries if q.split == spec.data.evaluation_split]
         self.subsets = spec.data.subsets or tuple(dict.fromkeys(q.subset for q in queries))
         self._enough()
+        self._places = {"model.name": self.place}
+        if spec.writer and spec.writer.kind == "local":
+            self._places["writer.model"] = models.resolve_model(spec.writer.model)
+        if spec.baseline:
+            other = self.answering_as(spec.baseline)
+            other._frame(self.constitutions)
+            check_control_tokens(((q.where or q.id, q.text) for q in self.held_out), other.controls())
+            self._places["baseline.name"] = other.place
+
+    def prepare(self) -> None:
+        """Check every input; then bind the directory to this configuration."""
+        self.check()
+        queries = (*self.training, *self.held_out)
         self._bind({"data.source": digest([asdict(q) | {"where": ""} for q in queries]),
                     "constitutions": digest(self.constitutions.to_json()),
-                    "model.name": digest(models.describe(self.place)["sha256"]) if Path(self.place).is_dir()
-                    else self.place})
+                    **{field: digest(models.describe(place)["sha256"]) if Path(place).is_dir() else place
+                       for field, place in self._places.items()}})
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
-                                                    for q in (*self.training, *self.held_out)])
+                                                    for q in queries])
 
     def _speaker(self, spec: ModelSpec):
         """Where a model lies, its tokenizer, and how it is prompted."""
@@ -135,8 +147,8 @@ class Run:
     def answering_as(self, spec: ModelSpec) -> "Run":
         """This run with another model in the policy's place, for a baseline's responses (without chain of thought)."""
         other = copy.copy(self)
-        other.place, other.tokenizer, form = self._speaker(spec)
-        other.form = replace(form, cot=False)
+        other.experiment = replace(self.experiment, model=spec, baseline=None, cot=None)
+        other.place, other.tokenizer, other.form = other._speaker(spec)
         return other
 
     def controls(self) -> list[str]:
@@ -165,8 +177,8 @@ class Run:
         try:
             frames = [self.prompt(c, None, sample=True, reason=self.form.cot) for c in every]
         except (ValueError, jinja2.TemplateError) as e:
-            raise UserError(f"--prompt chat: the tokenizer of {spec.model.name} has no chat template that takes a system "
-                            f"and a user turn ({first_line(e)}); use --prompt plain") from e
+            raise UserError(f"--prompt chat: the tokenizer of {spec.model.name} has no chat template that takes a user "
+                            f"turn ({first_line(e)}); use --prompt plain") from e
         frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
         context = models.load_config(self.place).max_position_embeddings
         if context - frame - self.response_tokens() - 8 < self.longest:
@@ -264,7 +276,7 @@ class Run:
         of the negatives of the query's subset; of a pool, one drawn from the learned principles against its opposite.
         """
         spec = self.experiment
-        want = round(spec.train.queries_needed(iteration) * (1 + spec.sampling.spare))
+        want = math.ceil(spec.train.queries_needed(iteration) * (1 + spec.sampling.spare))
         halves = []
         for subset in self.subsets:
             queries = [q for q in self.training if q.subset == subset]

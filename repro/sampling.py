@@ -24,8 +24,8 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0,
                  seed: int = 0, stop: str | None = None) -> list[dict]:
     """Responses to one batch, greedy at temperature 0: [{text, tokens, finished}], control tokens dropped from the text.
-    Above 0 they are drawn from the whole distribution, the same ones for the same
-    `seed`. `stop`: a text that ends a response, of which it is a part."""
+    Above 0 they are drawn from the whole distribution, the same ones for the same `seed`. `stop`: a text that ends a
+    response, of which it is a part."""
     import torch
 
     tokenizer.padding_side = "left"

@@ -24,7 +24,7 @@ from repro.rules import words
 ATTEMPTS = 8  # at each question: the two principles, then each antithesis
 ROUNDS = 4  # how often a writer that is asked afresh may begin with other principles
 MAX_TOKENS = 400
-ORIGIN = ("prompt_sha256", "attempt", "temperature", "seed", "date", "answer")  # what a file says of each answer
+ORIGIN = ("prompt_sha256", "attempt", "temperature", "seed")  # of each answer, in the constitution file
 FEWEST_WORDS, MOST_WORDS = 3, 80  # of a principle; the paper's have 10 to 50
 
 
@@ -41,8 +41,9 @@ class LocalWriter:
 
     converses = False
 
-    def __init__(self, model: str, *, label: str | None = None, max_tokens: int = 100, temperature: float = 0.7):
-        self.model, self.name, self.max_tokens, self.temperature = model, label or Path(model).name, max_tokens, temperature
+    def __init__(self, model: str, *, label: str | None = None, max_tokens: int = 100, temperature: float | None = None):
+        self.model, self.name, self.max_tokens = model, label or Path(model).name, max_tokens
+        self.temperature = 0.7 if temperature is None else temperature
         self._loaded, self._drawn = None, {}
 
     def identity(self) -> list:
@@ -57,7 +58,7 @@ class LocalWriter:
             self._loaded = load_model(self.model), load_tokenizer(self.model)
         model, tokenizer = self._loaded
         try:
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompt = prompts.chat(tokenizer, messages)
         except (ValueError, jinja2.TemplateError) as e:
             raise UserError(f"writer {self.name}: the tokenizer has no chat template that takes a user turn "
                             f"({first_line(e)}); a writer must be instruction-tuned") from e
@@ -76,7 +77,7 @@ class ServerWriter:
     converses = True
 
     def __init__(self, endpoint: Endpoint, ledger: Path, *, label: str | None = None, max_tokens: int = MAX_TOKENS,
-                 temperature: float | None = 0.0):
+                 temperature: float | None = None):
         self.endpoint, self.model, self.max_tokens, self.temperature = endpoint, endpoint.model, max_tokens, temperature
         self.name = label or re.sub(r"[^A-Za-z0-9_.-]+", "-", endpoint.model).strip("-.")
         self.ledger = Ledger(ledger, {"writer": self.name})

@@ -10,7 +10,7 @@ from test_experiments import KEYS, contents, small
 from repro import cli, sampling
 from repro.constitutions import Pool
 from repro.judging import follows
-from repro.pipeline import run, usable_pairs
+from repro.pipeline import check_together, run, usable_pairs
 from repro.prompts import CHAT_REASON, Form
 from repro.records import UserError
 from repro.report import gather, leaves, publish
@@ -68,7 +68,7 @@ def test_items_of_a_pool_are_the_same_for_every_seed_and_each_principle_counts_a
     shared = prepared(experiment, folder)
     other = prepared(dataclasses.replace(experiment, seed=5), tmp_path)
     assert shared.items() == other.items() and shared.training_plan(1) != other.training_plan(1)
-    assert Counter(i.subset for i in shared.items()) == {"learned": 3 * 2, "held_out": 2}
+    assert Counter(i.subset for i in shared.items()) == {"learned": 2 * 2, "held_out": 2}
     held_out = {p.name for p in shared.constitutions.held_out}
     for item in shared.items():
         assert {p.name in held_out for c in item.constitutions for p in c.principles} == {item.subset == "held_out"}
@@ -87,9 +87,9 @@ def test_the_shipped_evaluation_has_no_item_twice():
 
     shared.constitutions, shared.held_out = load_constitutions("diverse"), [q for q in queries if q.split == "evaluation"]
     items = shared.items()
-    assert len(items) == len({(i.query.id, frozenset(p.name for p in i.constitutions[0].principles)) for i in items}) == 96
+    assert len(items) == len({(i.query.id, frozenset(p.name for p in i.constitutions[0].principles)) for i in items}) == 72
     times = Counter(p.name for i in items for p in i.constitutions[0].principles)
-    assert set(times.values()) <= {9, 10, 11}
+    assert set(times.values()) <= {5, 6, 7, 8, 9, 10, 11}
 
 
 def test_metrics_of_a_pool_agree_with_the_responses(diverse):
@@ -111,15 +111,17 @@ def test_metrics_of_a_pool_agree_with_the_responses(diverse):
             want = [bool(r["text"].strip()) and rule(r["text"]) != part.startswith("not_") for r in sides[part]]
             assert record["n"] == len(want) and record["value"] == pytest.approx(sum(want) / len(want))
         for subset in ("learned", "held_out"):
-            shares = []
+            by_query = {}
             for item, row in zip(items, responses[::2]):
                 marks = follows(row["text"], item.constitutions[0])
                 if item.subset == subset and marks:
-                    shares.append(sum(marks.values()) / len(marks))
+                    by_query.setdefault(item.query.id, []).append(sum(marks.values()) / len(marks))
+            shares = [sum(each) / len(each) for each in by_query.values()]
             record = [r for r in metrics if (r["metric"], r["iteration"], r["subset"], r.get("principle")) == (
                 "following", iteration, subset, None)]
             if shares:
                 assert (record[0]["n"], record[0]["value"]) == (len(shares), pytest.approx(sum(shares) / len(shares)))
+    assert {r["n"] for r in metrics if r["metric"] in ("mi", "length_tokens") and not r.get("principle")} == {2}  # queries
     by_principle = [r for r in metrics if r["metric"] == "mi" and r.get("principle") and r["iteration"] == 3]
     assert {r["principle"] for r in by_principle} == {p.name for i in items for p in i.constitutions[0].principles}
     judged = [r for r in rows(folder / "judgments.jsonl") if r["judge"] == "rule" and r["iteration"] == 1]
@@ -165,7 +167,10 @@ def test_a_writer_that_writes_nothing_usable_leaves_the_hand_written_run_once(ti
     experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
     folder = gather([run(e, tmp_path, say=quiet) for e in experiments])
     metrics, alone = (json.loads((folder / name / "metrics.json").read_text()) for name in (".", "hand"))
-    assert {r["writer"] for r in metrics} == {"hand"} and len(metrics) == len(alone)
+    assert metrics == alone and {r["writer"] for r in metrics} == {"hand"}
+    why = "wrote nothing that can be used; the principles are those of tldr_mini"
+    assert any(why in line for line in json.loads((folder / "run.json").read_text())["not_run"])
+    assert why in (folder / "report.html").read_text()
 
 
 def test_variants_are_published_together(variants, tmp_path):
@@ -190,6 +195,8 @@ def test_a_resumed_writer_is_not_asked_again(variants):
     ({"writer": "openai"}, "--writer-model"),
     ({"asked": "sing"}, "need --writer"),
     ({"variant": "weak"}, "exp1 has one run"),
+    ({"writer": "local", "writer_url": "http://127.0.0.1:1"}, "--writer-url needs --writer openai"),
+    ({"writer": "local", "writer_model": "somewhere/hand"}, "WriterSpec.label: 'hand'.*other than hand"),
 ])
 def test_flags_of_the_writer_that_do_not_fit(flags, reason):
     with pytest.raises(UserError, match=reason):
@@ -197,6 +204,8 @@ def test_flags_of_the_writer_that_do_not_fit(flags, reason):
 
 
 def test_flags_of_the_writer():
+    weak, hand = cli.configure(cli.Run("exp2", writer="openai", writer_model="m", asked="sing"))
+    assert (weak.writer.label, weak.writer.asked, hand.writer) == ("m", "sing", None)  # what is by hand stays so
     (only,) = cli.configure(cli.Run("exp2", variant="hand"))
     assert only.variant == "hand" and only.writer is None
     (only,) = cli.configure(cli.Run("exp1", writer="openai", writer_model="org/some model", asked="answer"))
@@ -204,6 +213,43 @@ def test_flags_of_the_writer():
     assert {e.writer for e in cli.configure(cli.Run("exp2", writer="hand"))} == {None}
     with pytest.raises(UserError, match="variant: 'weka' is unknown.*'weak'"):
         cli.configure(cli.Run("exp2", variant="weka"))
+
+
+def test_runs_that_cannot_stand_side_by_side_are_refused_before_the_first_begins(tiny, tmp_path, variants):
+    weak, hand = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
+    with pytest.raises(UserError, match="hand and other cannot be told apart in metrics.json"):
+        check_together([hand, dataclasses.replace(hand, variant="other", iterations=1)], tmp_path)
+    wide = tmp_path / "wide.json"
+    wide.write_text(json.dumps({"principles": [{"name": n, "text": f"Be {n}.", "antithesis": f"Be no {n}."} for n in "abc"]}))
+    with pytest.raises(UserError, match="different numbers of constitutions"):
+        check_together([weak, dataclasses.replace(hand, constitutions=str(wide))], tmp_path)
+    with pytest.raises(UserError, match="no such file"):  # of the second run
+        check_together([weak, dataclasses.replace(hand, data=dataclasses.replace(hand.data, source="none.jsonl"))], tmp_path)
+    assert list(tmp_path.iterdir()) == [wide]
+    check_together(variants[0], variants[1].parents[1])
+    folder = tmp_path / "exp2_tldr/mini"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"stages": {}}')
+    with pytest.raises(UserError, match="holds a single run"):
+        check_together([weak, hand], tmp_path)
+    with pytest.raises(UserError, match="Experiment.variant: '../x'"):
+        dataclasses.replace(hand, variant="../x")
+    with pytest.raises(UserError, match="Experiment.baseline: its label is the policy's"):
+        dataclasses.replace(hand, baseline=hand.model)
+    with pytest.raises(UserError, match="--cot: this profile has runs with chain of thought"):
+        cli.configure(cli.Run("exp3", profile="paper", cot=True))
+
+
+def test_a_template_without_a_system_turn_has_it_in_the_users(tiny):
+    from transformers import AutoTokenizer
+
+    from repro.prompts import CHAT_SYSTEM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert "system\n" + CHAT_SYSTEM in Form().render(tokenizer, ["Be brief."], "Why?", sample=True)
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + tokenizer.chat_template
+    text = Form().render(tokenizer, ["Be brief."], "Why?", sample=True)
+    assert f"user\n{CHAT_SYSTEM}\n\nWhy?\n\nBe brief.<|im_end|>" in text and "system\n" not in text
 
 
 @pytest.mark.parametrize("body, reason", [
@@ -252,7 +298,8 @@ def test_the_response_is_what_follows_the_mark():
     assert summary.response("I only think about it.") == ""
     plain = Form("plain", "summary", True)
     assert plain.response("The constitution asks much.\nSummary: The post says no. ### Main") == "The post says no."
-    assert Form("plain", "summary").response("The post is short.\n\nHuman: Thanks") == "The post is short."
+    assert Form("plain", "summary").response("The post is short. Human: Thanks") == "The post is short."
+    assert Form("plain").response("Human: no.\n\nHuman: Thanks") == "Human: no."
     assert Form("chat", "dialogue").response("Human: kept as it is") == "Human: kept as it is"
 
 
