@@ -48,7 +48,7 @@ def matmul_precision(model, precision: str):
     if precision != "fp32_master":
         yield
     elif model.device.type == "cuda":
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):  # a cached copy would outlive the update
             yield
     else:
         before = torch.backends.mkldnn.matmul.fp32_precision

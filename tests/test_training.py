@@ -173,3 +173,19 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
     (_, tokens), = packs(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False, budget=10_000)
     config.num_hidden_layers = 2
     assert training.activation_bytes(config, tokens, 4) == pytest.approx(four - two, rel=error)
+
+
+def test_products_under_autocast_use_the_updated_weights(monkeypatch):
+    """On CUDA the whole of an iteration is one context, whose cache of bf16 weights would outlive an update."""
+    from types import SimpleNamespace
+
+    from repro.training import matmul_precision
+
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, **how: autocast("cpu", **how))
+    layer, x = torch.nn.Linear(8, 8, bias=False), torch.ones(1, 8)
+    with matmul_precision(SimpleNamespace(device=torch.device("cuda")), "fp32_master"):
+        before = layer(x).detach()
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+        assert before.dtype == torch.bfloat16 and torch.allclose(layer(x).float(), before.float() + 8, atol=0.1)
