@@ -22,11 +22,12 @@ from typing import Annotated
 
 import tyro
 
+from repro import config
 from repro.config import JUDGES, NAME, WRITERS, Experiment, JudgeSpec, WriterSpec, choose
 from repro.datasets import SOURCES
 from repro.endpoint import Endpoint
 from repro.records import UserError, first_line, read_json
-from repro.report import leaves
+from repro.report import cut_answers, leaves
 from repro.run_figures import select, series, telling
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
@@ -196,7 +197,7 @@ def load_experiment(name: str, profile: str) -> tuple[Experiment, ...]:
     shipped = {p.stem: p for p in sorted(EXPERIMENTS.glob("exp*.py"))}
     short = {stem.split("_")[0]: stem for stem in shipped}
     if name.endswith(".py"):
-        path = Path(name)
+        path = Path(name).resolve()
         if not path.is_file():
             raise UserError(f"experiment {name}: no such file")
     else:
@@ -210,7 +211,7 @@ def load_experiment(name: str, profile: str) -> tuple[Experiment, ...]:
     except Exception as e:  # the user's own Python: name the line, not our stack
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
         line = getattr(e, "lineno", None) or (lines[-1] if lines else 1)
-        raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
+        raise UserError(f"{path}:{line}: {_unknown_field(e) or f'{type(e).__name__}: {first_line(e)}'}") from e
     profiles = getattr(module, "EXPERIMENTS", None)
     if not isinstance(profiles, dict) or not profiles:
         raise UserError(f"{path}: EXPERIMENTS: must be a dict of profile -> Experiment, or a tuple of them")
@@ -223,6 +224,18 @@ def load_experiment(name: str, profile: str) -> tuple[Experiment, ...]:
     if len({(e.name, e.profile) for e in found}) > 1:
         raise UserError(f"{path}: EXPERIMENTS[{profile!r}]: the runs must have one name and profile")
     return found
+
+
+def _unknown_field(error: Exception) -> str | None:
+    """What is wrong with a field that a dataclass of repro/config.py does not have; None for any other error."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    kind = found and getattr(config, found[1], None)
+    if not dataclasses.is_dataclass(kind):
+        return None
+    try:
+        choose(f"{found[1]}: field", found[2], [f.name for f in dataclasses.fields(kind)])
+    except UserError as e:
+        return str(e)
 
 
 def configure(args: Run) -> tuple[Experiment, ...]:
@@ -298,6 +311,7 @@ def summary(folder: Path) -> list[str]:
     lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce", principle=None),
              change("length, tokens", 1, metric="length_tokens"),
              change("following, by rule", 2, metric="following", principle=None)]
+    lines += [(f"{leaf.name}: " if leaf != folder else "") + line for leaf in leaves(folder) for line in cut_answers(leaf)]
     stages = [s for leaf in leaves(folder) for s in read_json(leaf / "run.json")["stages"].values()]
     lines.append(f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
                  f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB")

@@ -159,6 +159,8 @@ def _read(source: str) -> tuple[object, str]:
     path = DATA / f"{source}.json"
     if not path.is_file():
         path = Path(source).expanduser()
+        if not path.is_file() and (path.suffix or "/" in source):
+            raise UserError(f"--constitutions {source}: no such file (a path counts from where the command runs)")
         if not path.is_file():
             shipped = sorted(p.stem for p in DATA.glob("*.json"))
             choose("--constitutions", source, (*shipped, "a JSON or TOML file"))

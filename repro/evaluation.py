@@ -306,7 +306,11 @@ def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
 
 
 def _record(metric: str, estimate: metrics.Estimate, fixed: dict, **extra) -> dict:
+    """One line of metrics.json. An interval ends where the metric's range does."""
+    most = 100.0 if metric == "win_rate" else 1.0 if metric.startswith(("accuracy", "hack", "following")) else None
+    ci95 = estimate.ci95 if estimate.ci95 is None or most is None else [
+        min(max(end, 0.0), most) for end in estimate.ci95]
     keys = ("subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator", "ties", "length", "seed")
     return ({"metric": metric} | dict.fromkeys(keys) | fixed | extra
             | {"value": estimate.value, "sem": estimate.sem, "n": estimate.n,
-               "ci95": None if estimate.ci95 is None else list(estimate.ci95)})
+               "ci95": None if ci95 is None else list(ci95)})

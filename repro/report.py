@@ -89,6 +89,18 @@ def _table(metrics: list[dict], seed: int) -> str:
     return f"<table><tr><th>value [95 % interval]</th><th>of</th>{head}<th>n</th></tr>{''.join(rows)}</table>"
 
 
+def cut_answers(folder: Path) -> list[str]:
+    """A line where most of the judged answers of the last iteration end at the cap on their length, not by themselves:
+    then length, and what comes late in an answer, cannot be seen."""
+    config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
+    C = 2 if isinstance(constitutions, Pool) else len(constitutions.constitutions)
+    path = folder / f"responses/evaluation-{config['iterations']}.jsonl"
+    judged = [row for _, row in read_jsonl(path)][::C]
+    cut = sum(not row["finished"] for row in judged)
+    return [f"{cut} of {len(judged)} judged answers were cut at {config['sampling']['max_new_tokens']} tokens "
+            "(SamplingSpec.max_new_tokens)"] if 2 * cut > len(judged) else []
+
+
 def _private(constitutions: ConstitutionSet | Pool) -> set[str]:
     """The sides, as they stand in a constitution's id, whose responses are not shown."""
     return {f"not_{p.name}" for p in constitutions.principles if p.private}
@@ -132,7 +144,8 @@ def _responses(folder: Path, record: dict) -> str:
             f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}</p>" + "".join(parts))
 
 
-def _facts(records: list[dict], writer_of: str) -> str:
+def _facts(folders: list[Path], writer_of: str) -> str:
+    records = [read_json(folder / "run.json") for folder in folders]
     record = records[0]
     config, train = record["config"], record["config"]["train"]
     seconds = ", ".join(f"seed {r['config']['seed']}: {sum(s['seconds'] for s in r['stages'].values()) / 60:.1f} min"
@@ -149,7 +162,8 @@ def _facts(records: list[dict], writer_of: str) -> str:
         f"{train['batches_increment']} more in each later one, {train['precision']}.",
         f"Measured on {record['device']}, {record['threads']} threads, torch {record['packages']['torch']}; {seconds}; "
         f"config {record['config_hash'][:12]}, commit {(record['commit'] or 'unknown')[:12]}.",
-        "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + "."]
+        "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + ".",
+        *(line + "." for line in cut_answers(folders[0]))]
     if config["profile"] == "mini":
         lines.insert(0, "A mini run: its own model, principles and queries. None of these numbers is the paper's.")
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
@@ -187,7 +201,7 @@ def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figure
         records = [read_json(folder / "run.json") for folder in folders]
         variant = records[0]["config"].get("variant")
         body += [f"<h2>{html.escape(variant)}</h2>" if len(groups) > 1 else "",
-                 _facts(records, _constitutions(folders[0]).writer), _principles(folders),
+                 _facts(folders, _constitutions(folders[0]).writer), _principles(folders),
                  _responses(folders[0], records[0])]
     body.append("<h2>Every value</h2>")
     seeds = sorted({r["seed"] for r in metrics})

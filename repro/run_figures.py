@@ -99,7 +99,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     iterations = sorted({r["iteration"] for r in metrics})
     found = judges(metrics)
     judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
-    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.9), layout="constrained")
 
     def plot(axis, colour, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
         found = select(metrics, **fixed)
@@ -157,7 +157,8 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         axis.set_xlabel("iteration (0 = initial model)")
     axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
     if principles(metrics):
-        axes[3].legend(loc="best", fontsize=7, handlelength=3.2)
+        axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7, handlelength=3.2, ncols=2,
+                       columnspacing=1)
     else:
         axes[3].text(0.5, 0.5, "NOT RUN: no principle has a rule", ha="center", transform=axes[3].transAxes)
     bars = "bars: ± SEM over items"

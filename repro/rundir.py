@@ -218,12 +218,13 @@ class Run:
             if not all(counts):
                 raise UserError(f"--queries {spec.data.source}: subset {subset!r} has {counts[0]} training and {counts[1]} "
                                 f"{spec.data.evaluation_split} queries; both must be above 0")
-        for iteration in range(1, spec.iterations + 1):
-            need, have = spec.train.queries_needed(iteration), len(self.training_plan(iteration))
+        needs = [spec.train.queries_needed(k) for k in range(1, spec.iterations + 1)]
+        for iteration, need in enumerate(needs, start=1):
+            have = len(self.training_plan(iteration))
             if have < need:
                 raise UserError(f"--queries {spec.data.source}: iteration {iteration} trains on {need} queries and its "
-                                f"half of the training queries holds {have}; give at least {2 * need} training "
-                                "queries, or a smaller TrainSpec.batch_size")
+                                f"half of the training queries holds {have}; give at least {2 * max(needs)} training "
+                                "queries for all iterations, or a smaller TrainSpec.batch_size")
 
     def _bind(self, inputs: dict) -> None:
         fields = flatten(self.experiment.to_json()) | inputs
@@ -235,7 +236,9 @@ class Run:
             self.record = read_json(path)
             if self.record.get("config_hash") != hash and self.record.get("stages"):
                 theirs = flatten(self.record.get("config", {})) | self.record.get("inputs", {})
-                differ = [f"{k} ({theirs.get(k)!r} there, {fields.get(k)!r} here)"
+                there, here_ = flatten(self.record.get("config", {})), flatten(self.experiment.to_json())
+                differ = [f"{k} ({there.get(k)!r} there, {here_.get(k)!r} here)" if there.get(k) != here_.get(k)
+                          else f"{k} (another content)"
                           for k in sorted(fields.keys() | theirs.keys()) if fields.get(k) != theirs.get(k)]
                 instead = "choose another OUT or --name, or delete the folder"
                 if all(d.startswith("judge.") for d in differ):
@@ -260,7 +263,7 @@ class Run:
         without = [p.name for p in self.by_hand.principles if not p.rule]
         if len(without) == len(self.by_hand.principles):
             return ["judge rule: no principle has a rule"]
-        return [f"judge rule: goes by the principles that have a rule; none has {', '.join(without)}"] if without else []
+        return [f"judge rule on {', '.join(without)}: without a rule; it goes by the others"] if without else []
 
     def written(self) -> list[str]:
         """The stage that everything else depends on, where a model writes the principles."""

@@ -110,7 +110,9 @@ def test_truncate_says_what_it_cuts(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("from repro.config import TrainSpec\n\nTrainSpec(optimiser='adamw')\n", "mine.py:3: TypeError"),
+    ("from repro.config import TrainSpec\n\nTrainSpec(optimiser='adamw')\n",
+     "mine.py:3: TrainSpec: field: 'optimiser' is unknown; allowed: 'dose', 'optimizer'"),
+    ("int('x')\n", "mine.py:1: ValueError"),
     ("x = (\n", "mine.py:1: SyntaxError"), ("EXPERIMENTS = {'mini': 1}\n", "mine.py: EXPERIMENTS: must be a dict"),
     ("from repro.config import TrainSpec\nTrainSpec(dose='as_prnted')\n", "did you mean 'as_printed'")])
 def test_a_users_experiment_file(capsys, tmp_path, text, reason):
@@ -136,8 +138,14 @@ def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):
     rows += [r | {"principle": "brief", "value": 9.0} for r in rows if r["metric"] == "following"]  # about one: not averaged
     rows += [r | {"model": "another", "value": 99.0} for r in rows if r["metric"] == "length_tokens"]  # a baseline's
     (tmp_path / "metrics.json").write_text(json.dumps(rows))
-    (tmp_path / "run.json").write_text(json.dumps({"stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}}}))
+    (tmp_path / "run.json").write_text(json.dumps({
+        "stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}}, "config": {"iterations": 1, "sampling": {"max_new_tokens": 8}}}))
+    (tmp_path / "constitutions.json").write_text(json.dumps(GOOD_SET))
+    (tmp_path / "responses").mkdir()
+    answers = [{"finished": k in (1, 3, 4)} for k in range(6)]  # three queries; the judged ones are 0, 2 and 4
+    (tmp_path / "responses/evaluation-1.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
     lines = cli.summary(tmp_path)
+    assert "2 of 3 judged answers were cut at 8 tokens (SamplingSpec.max_new_tokens)" in lines
     assert lines[-1] == (f"report: {tmp_path}/report.html (iterations 0 -> 1: bound 0.50 -> 1.50 nats, length 20 -> 21 tokens, "
                          "following 0.00 -> 1.00)")
     assert lines[-2] == "1.0 minutes of work in all, peak memory 1.5 GiB"

@@ -404,7 +404,7 @@ def test_a_family_that_the_shared_path_does_not_know_runs_on_the_reference_and_s
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"data": {"train": 5}}, "iteration 2 trains on 8 queries and its half of the training queries holds 4"),
+    ({"data": {"train": 5}}, "iteration 2 trains on 8 queries and its half of the training queries holds 4; give at least 24 training"),
     ({"sampling": {"max_new_tokens": 2000}}, "leave no room in a context of 2048")])
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tiny, tmp_path, change, reason):
     experiment = small(load_experiment("exp1", "mini")[0], tiny)
