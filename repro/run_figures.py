@@ -161,7 +161,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
                        columnspacing=1)
     else:
         axes[3].text(0.5, 0.5, "NOT RUN: no principle has a rule", ha="center", transform=axes[3].transAxes)
-    bars = "bars: ± SEM over items"
+    bars = "bars: ± SEM over held-out queries"
     if len(seeds) > 1:
         bars += f"; thin: each of {len(seeds)} seeds, thick: their mean"
     figure.suptitle(f"{title} ({bars})", fontsize=10)

@@ -146,6 +146,6 @@ def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):
     (tmp_path / "responses/evaluation-1.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
     lines = cli.summary(tmp_path)
     assert "2 of 3 judged answers were cut at 8 tokens (SamplingSpec.max_new_tokens)" in lines
-    assert lines[-1] == (f"report: {tmp_path}/report.html (iterations 0 -> 1: bound 0.50 -> 1.50 nats, length 20 -> 21 tokens, "
-                         "following 0.00 -> 1.00)")
+    assert lines[-1] == (f"report: {tmp_path}/report.html (iterations 0 -> 1 of helpful: bound 0.50 -> 1.50 nats, "
+                         "length 20 -> 21 tokens, following 0.00 -> 1.00)")
     assert lines[-2] == "1.0 minutes of work in all, peak memory 1.5 GiB"
