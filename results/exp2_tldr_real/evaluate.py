@@ -22,7 +22,7 @@ def main(finished: Path, posts: Path, out: Path) -> None:
 
     source = open_run(finished, say).experiment
     experiment = replace(source, name="exp2_tldr_real", writer=None, data=replace(
-        source.data, source=str(posts), evaluation=10**9))
+        source.data, source=str(posts), evaluation=10**9), sampling=replace(source.sampling, batch_size=64))
     run = Run(experiment, out / experiment.path, say)
     with locked(run.folder):
         run.prepare()
