@@ -142,7 +142,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", fontsize=8, color="0.3")
     axes[0].set(title="Mutual information", ylabel="InfoNCE lower bound (nats)", ylim=(0, limit * 1.12))
     axes[1].set(title="Length", ylabel="response length (tokens)")
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, axes[1].get_ylim()[1] * 1.04)
     axes[2].axhline(50, color="0.4", ls=":", lw=1)
     axes[2].set(title=f"Win rate, {named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
     written = any(line["writer"] != "hand" for line in lines)
@@ -156,10 +156,10 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         axis.set_xticks(iterations)
         axis.set_xlabel("iteration (0 = initial model)")
     axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
-    if principles(metrics):
+    if principles(metrics) and shown != [None]:  # else it would be the first panel's again
         axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7, handlelength=3.2, ncols=2,
                        columnspacing=1)
-    else:
+    elif not principles(metrics):
         axes[3].text(0.5, 0.5, "NOT RUN: no principle has a rule", ha="center", transform=axes[3].transAxes)
     bars = "bars: ± SEM over held-out queries"
     if len(seeds) > 1:
@@ -216,7 +216,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
 
     axes[0].legend(handles=[key(COLOURS[0], "o", "learned"), key(COLOURS[1], "o", "held out"),
                             key("0.4", "o", "initial model", False), key("0.4", "o", f"iteration {last}")],
-                   loc="lower right", fontsize=7)
+                   loc="lower right", bbox_to_anchor=(0.94, 0), fontsize=7)  # left of the dotted line
     axes[1].legend(handles=[key(COLOURS[2], "^", "under the principle"), key(COLOURS[3], "v", "under its antithesis")],
                    loc="lower right", fontsize=7)
     seeds = len({r["seed"] for r in metrics})
