@@ -14,7 +14,6 @@ but which queries go together.
 import copy
 import math
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -87,8 +86,9 @@ class Sharded:
 
     def load_model(self, name: str, *, dtype: str):
         """Rank 0: the model, on the CPU. The others: the same without weights."""
-        load = self.together(lambda: models.load_model(name, dtype=dtype, device="meta" if self.rank else "cpu"))
-        return load
+        found = []
+        self.together(lambda: found.append(models.load_model(name, dtype=dtype, device="meta" if self.rank else "cpu")))
+        return found[0]
 
     # ---- what repro.training calls
 
@@ -147,17 +147,18 @@ class Sharded:
         dist.all_gather(everyone, own, group=self.group)
         return [tuple(row.tolist()) for row in everyone]
 
-    def together(self, do: Callable):
+    def together(self, do: Callable) -> list:
         try:
-            result, failure = do(), None
+            own = do(), None
         except UserError as e:
-            result, failure = None, first_line(e)
-        failures: list[str | None] = [None] * self.ranks
-        dist.all_gather_object(failures, failure)
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                raise UserError(failure if rank == 0 else f"rank {rank} on {socket.gethostname()}: {failure}")
-        return result
+            own = None, first_line(e)
+        everyone: list = [None] * self.ranks
+        dist.all_gather_object(everyone, own)
+        failures = [(rank, failure) for rank, (_, failure) in enumerate(everyone) if failure is not None]
+        if failures:
+            rank, failure = failures[0]
+            raise UserError(failure if rank == 0 else f"{failure} (rank {rank})")
+        return [result for result, _ in everyone]
 
     # ---- after training
 

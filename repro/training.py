@@ -139,9 +139,9 @@ class OneProcess:
         """Every rank's values, in the order of ranks."""
         return [values]
 
-    def together(self, do: Callable):
-        """This rank's `do()`; where it raises UserError on any rank, it does on all."""
-        return do()
+    def together(self, do: Callable) -> list:
+        """What `do()` returns on every rank; where it raises UserError on any, it does on all."""
+        return [do()]
 
 
 def _optimizer(module, spec: TrainSpec):
@@ -229,7 +229,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
             trace.append({"step": step, "loss": total, "queries": len(batch), "rate": update.rate, "grad_norm": norm})
             on_query(len(batch) - done)
             if steps:
-                steps.save(engine, module, optimizer, trace)
+                steps.save(engine, module, optimizer, trace, now=max(stops) > 0)
                 if max(stops):
                     raise KeyboardInterrupt if max(stops) == signal.SIGINT else SystemExit(128 + int(max(stops)))
     model.eval()
