@@ -3,7 +3,7 @@
 1. Rank 0 reads the weights; the others build the model without any. Each decoder layer is a group of its own, embedding,
    final norm and head (tied or not) are the root's; rank 0 sends every rank its shard.
 2. A batch is one set of queries for any number of ranks: dealt out by length, each rank's queries in passes, the same
-   number of passes on every rank (one without queries of its own does work that counts 0), since every pass gathers weights.
+   number of passes on every rank (one without queries left does work that counts 0), since every pass gathers weights.
 3. Gradients are summed over a rank's passes and travel once a step, in float32, where a whole gradient fits beside the
    model; else after each pass. The same sums either way.
 
@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from repro import models
-from repro.logprobs import parts
+from repro.logprobs import slices
 from repro.records import UserError, first_line
 from repro.training import Objective, free_bytes
 
@@ -56,7 +56,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[tuple[list[in
         loads[rank] += lengths[query]
     passes = []
     for share in map(sorted, shares):
-        cuts = parts([lengths[q] for q in share], budget) if share else []
+        cuts = slices([lengths[q] for q in share], budget) if share else []
         passes.append([(share[cut], len(share[cut])) for cut in cuts])
     shortest = min(range(len(lengths)), key=lambda q: lengths[q])
     most = max(map(len, passes))
@@ -70,10 +70,8 @@ def sharded() -> Iterator["Sharded"]:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=OTHER_TIMEOUT)
-    try:
-        yield Sharded("cuda" if cuda else "cpu")
-    finally:
-        dist.destroy_process_group()
+    yield Sharded("cuda" if cuda else "cpu")
+    dist.destroy_process_group()  # not after an error: the other ranks may never come to it
 
 
 class Sharded:
@@ -99,7 +97,7 @@ class Sharded:
         buffers = list(objective.buffers()) if self.rank == 0 else []
         objective.to("meta")
         model.tie_weights()
-        self._plain = copy.deepcopy(model)  # what `export` fills
+        self._objective, self._plain = objective, copy.deepcopy(model)  # the latter is what `export` fills
         mesh = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("ranks",))
         root = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         # On a GPU, autocast rounds the layers' matrices to bf16 in any case: they travel rounded. The rest of the
@@ -162,9 +160,9 @@ class Sharded:
 
     # ---- after training
 
-    def export(self, objective: Objective, save: Callable) -> None:
-        """`save(model)` on rank 0, with all weights in a model on the CPU."""
-        state = get_model_state_dict(objective, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    def export(self, save: Callable) -> None:
+        """`save(model)` on rank 0, with all trained weights in a model on the CPU."""
+        state = get_model_state_dict(self._objective, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
         def fill():
             if self.rank == 0:

@@ -53,7 +53,7 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
         groups = [[pair] for group in groups for pair in group]
         score = partial(_score_reference, pad=tokenizer.pad_token_id)
     whole = backend == "shared" and torch.is_grad_enabled()
-    parts = [slice(None)] if whole else parts([packed_length(group) for group in groups], BATCH_TOKENS)
+    parts = [slice(None)] if whole else slices([packed_length(group) for group in groups], BATCH_TOKENS)
     totals = torch.cat([score(model, groups[part]) for part in parts]).view(B, C, R)
     if not length_normalize:
         return totals
@@ -73,7 +73,7 @@ def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]
             for b in range(len(prompts)) for prompt in prompts[b]]
 
 
-def parts(lengths: list[int], budget: int) -> list[slice]:
+def slices(lengths: list[int], budget: int) -> list[slice]:
     """Consecutive items in parts whose lengths sum to at most `budget`, one item at least: a caller with a backward after
     each part gives `logprob_matrix` one part at once."""
     cuts, total = [0], 0

@@ -14,7 +14,18 @@ from shutil import disk_usage
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from repro.records import MARKER, UserError, file_facts, first_line, make_folder, read_json, remove_folder, seal, sealed, write_json
+from repro.records import (
+    MARKER,
+    UserError,
+    file_facts,
+    first_line,
+    make_folder,
+    read_json,
+    remove_folder,
+    seal,
+    sealed,
+    write_json,
+)
 
 KEEP = 2  # complete checkpoints: the newest, and one in case it is altered
 
@@ -38,19 +49,19 @@ class StepCheckpoints:
         """Load the newest checkpoint that is complete and unaltered; returns its trace, [] where there is none."""
         for folder in engine.together(self._folders)[0]:
             complete = sealed(folder, self.key, slice(engine.rank, None, engine.ranks))
-            if not all(good for good, in engine.gather(complete)):
-                if engine.rank == 0:
-                    print(f"{folder}: {_why(folder, self.key)}; skipped", file=sys.stderr)
-                continue
-            weights, state = get_state_dict(module, optimizer)
-            saved = {"module": weights, "optimizer": state}
-            engine.together(lambda: _io("read", checkpoint.load, saved, folder))
-            set_state_dict(module, optimizer, model_state_dict=saved["module"], optim_state_dict=saved["optimizer"])
-            trace = read_json(folder / "trace.json")
+            if all(good for good, in engine.gather(complete)):
+                break
             if engine.rank == 0:
-                print(f"going on after step {len(trace)} ({folder})", file=sys.stderr)
-            return trace
-        return []
+                print(f"{folder}: {_why(folder, self.key)}; skipped", file=sys.stderr)
+        else:
+            return []
+        saved = dict(zip(("module", "optimizer"), get_state_dict(module, optimizer)))
+        engine.together(lambda: _io("read", checkpoint.load, saved, folder))
+        set_state_dict(module, optimizer, model_state_dict=saved["module"], optim_state_dict=saved["optimizer"])
+        trace = read_json(folder / "trace.json")
+        if engine.rank == 0:
+            print(f"going on after step {len(trace)} ({folder})", file=sys.stderr)
+        return trace
 
     def save(self, engine, module, optimizer, trace: list[dict], *, now: bool = False) -> None:
         """Save after the step that ends `trace`, if it is worth it or `now`. Raises UserError where the disk refuses."""
@@ -60,11 +71,12 @@ class StepCheckpoints:
             return
         folder = self.folder / f"step-{len(trace):06d}"
         engine.together(lambda: engine.rank or (remove_folder(folder), make_folder(folder)))
-        weights, state = get_state_dict(module, optimizer)
+        state = dict(zip(("module", "optimizer"), get_state_dict(module, optimizer)))
         try:
-            engine.together(lambda: _io("write", checkpoint.save, {"module": weights, "optimizer": state}, folder))
-            files = engine.together(lambda: self._files(engine.rank, folder, trace))
-            engine.together(lambda: engine.rank or seal(folder, self.key, {k: v for part in files for k, v in part.items()}))
+            engine.together(lambda: _io("write", checkpoint.save, state, folder))
+            parts = engine.together(lambda: self._files(engine.rank, folder, trace))
+            files = {name: fact for part in parts for name, fact in part.items()}
+            engine.together(lambda: engine.rank or seal(folder, self.key, files))
         except UserError:
             if engine.rank == 0:
                 remove_folder(folder)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repro import models
 from repro.config import TrainSpec
-from repro.logprobs import logprob_matrix, packed_tokens, parts
+from repro.logprobs import logprob_matrix, packed_tokens, slices
 from repro.losses import symmetric_infonce
 from repro.records import UserError
 
@@ -120,13 +121,18 @@ class OneProcess:
 
     rank, ranks = 0, 1
 
+    def load_model(self, name: str, *, dtype: str):
+        """The model that `train` takes."""
+        return models.load_model(name, dtype=dtype)
+
     def prepare(self, objective: Objective) -> Objective:
         """The module to train, its weights where they belong."""
+        self._objective = objective
         return objective
 
     def passes(self, lengths: list[int], budget: int) -> list[tuple[list[int], int]]:
         """This rank's forward-backward passes: which queries (`lengths`: packed tokens of each), how many count."""
-        return [(list(range(*part.indices(len(lengths)))), part.stop - part.start) for part in parts(lengths, budget)]
+        return [(list(range(*part.indices(len(lengths)))), part.stop - part.start) for part in slices(lengths, budget)]
 
     def before_backward(self, module: Objective, *, last: bool) -> None:
         """Gradients of the other passes are summed before they travel."""
@@ -142,6 +148,10 @@ class OneProcess:
     def together(self, do: Callable) -> list:
         """What `do()` returns on every rank; where it raises UserError on any, it does on all."""
         return [do()]
+
+    def export(self, save: Callable) -> None:
+        """`save(model)` once, with all trained weights."""
+        save(self._objective.model)
 
 
 def _optimizer(module, spec: TrainSpec):
@@ -220,9 +230,9 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                 ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
                 where = save_batch({"iteration": iteration, "step": step, "ranks": ranks, "loss": str(total),
                                     "grad_norm": str(norm), "queries": [p.query for p in batch]})
-                whose = f" (of ranks {ranks})" if ranks and engine.ranks > 1 else ""
-                raise UserError(f"iteration {iteration}, step {step}: loss {total}{whose}, gradient norm {norm}: not finite; "
-                                f"stopped before the update (the batch: {where})")
+                whose = f" (on ranks {ranks})" if ranks and engine.ranks > 1 else ""
+                raise UserError(f"iteration {iteration}, step {step}: loss {total}{whose}, gradient norm {norm}: not "
+                                f"finite; stopped before the update (the batch: {where})")
             for group in optimizer.param_groups:
                 group["lr"] = spec.learning_rate * update.rate
             optimizer.step()

@@ -1,50 +1,75 @@
-"""What the ranks of tests/test_fsdp.py do, under torchrun: one launch for all cases, since each costs two imports of torch.
+"""The cases of tests/test_fsdp.py, done by one process in the test or by the ranks of one torchrun (a launch costs two
+imports of torch, so there is one for all cases):
 
     torchrun --nproc-per-node 2 tests/fsdp_ranks.py CASES.json OUT
 """
 
-import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
-import torch.distributed as dist
 from conftest import byte_tokenizer
-from fsdp_cases import exported, ragged, spec_of
+from safetensors.torch import save_file
 
 from repro import distributed, training
+from repro.config import TrainSpec
 from repro.records import UserError, write_json
 from repro.steps import StepCheckpoints
-from repro.training import train
+from repro.training import TrainingPair
 
 
-def work(engine, case: dict, out: Path) -> dict:
-    """Train and export as one case says; what it raised, if that was a UserError."""
-    training.PACK_TOKENS["cpu"] = case["budget"]
-    if case.get("room"):
-        distributed.free_bytes = training.free_bytes = lambda device: case["room"]
-    spec = spec_of(case)
-    steps = StepCheckpoints(Path(case["steps"]), key="k") if case.get("steps") else None
-    model = engine.load_model(case["model"], dtype=training.weights_dtype(spec.precision))
-    passes, seen = [], []
-    deal = distributed.deal
-    distributed.deal = lambda *a: passes.append([len(p) for p in deal(*a)]) or deal(*a)
-    if "poison" in case:  # this rank's part alone
-        symmetric = training.symmetric_infonce
-        training.symmetric_infonce = lambda m: symmetric(m) * (torch.nan if engine.rank == case["poison"] else 1)
-    objective = {}
-    prepare = engine.prepare
-    engine.prepare = lambda o: objective.setdefault("it", prepare(o))
+def ragged(n: int) -> list[TrainingPair]:
+    """Queries whose prompts and responses differ widely in length."""
+    return [TrainingPair(f"q{k}", (f"Be short. Question {k}{'?' * (5 * k % 13)}\n", f"Be long, as long as it takes. Question {k}?\n"),
+                         (f"yes {k}{'y' * (k % 3)}", f"yes, and then much more of {k}{' and' * (7 * k % 5)}"))
+            for k in range(n)]
+
+
+def run_case(engine, case: dict, out: Path) -> dict:
+    """Train as `case` says and leave the weights in `out`; returns what was seen, or what was raised."""
+    spec = TrainSpec(**{"batch_size": 5, "batches": 3, "learning_rate": 1e-3, "precision": "fp32"} | case.get("spec", {}))
+    steps = StepCheckpoints(Path(case["steps"]), "key", worth=0) if "steps" in case else None
+    seen, syncs, infonce = [], [], training.symmetric_infonce
+    before_backward = engine.before_backward
+
+    def note(module, *, last):
+        syncs.append(last)
+        before_backward(module, last=last)
+
+    patches = [mock.patch.dict(training.PACK_TOKENS, cpu=case.get("budget", 300)),
+               mock.patch.object(engine, "before_backward", note)]
+    if "room" in case:  # bytes: activations and gradients do not fit
+        patches += [mock.patch.object(module, "free_bytes", lambda device: case["room"]) for module in (training, distributed)]
+    if "poison" in case:  # on this rank alone
+        patches.append(mock.patch.object(training, "symmetric_infonce",
+                                         lambda m: infonce(m) * (torch.nan if engine.rank == case["poison"] else 1)))
+    for patch in patches:
+        patch.start()
     try:
-        trace = train(model, byte_tokenizer(), ragged(case["queries"]), spec, 1, backend=case.get("backend", "shared"),
-                      steps=steps, engine=engine, on_query=seen.append, asked=list(case.get("asked", [])),
-                      save_batch=lambda facts: write_json(out / f"bad-{engine.rank}.json", facts))
-        engine.export(objective["it"], lambda plain: exported(plain, out))
-        return {"trace": trace, "passes": passes, "seen": sum(seen), "one_reduction": engine.one_reduction}
+        model = engine.load_model(case["model"], dtype=training.weights_dtype(spec.precision))
+        trace = training.train(model, byte_tokenizer(), ragged(case.get("queries", 15)), spec, 1, engine=engine, steps=steps,
+                               on_query=seen.append, asked=list(case.get("asked", [])),
+                               save_batch=lambda facts: write_json(out / f"{case['name']}-{engine.rank}.json", facts))
+        engine.export(lambda plain: save_file({k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"
+                                               or not plain.config.tie_word_embeddings}, out / f"{case['name']}.safetensors"))
+        return {"trace": trace, "queries": sum(seen), "passes": len(syncs), "syncs": sum(syncs)}
     except (UserError, SystemExit) as e:
         return {"raised": f"{type(e).__name__}: {e}"}
     finally:
-        distributed.deal = deal
-        if "poison" in case:
-            training.symmetric_infonce = symmetric
+        for patch in patches:
+            patch.stop()
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    with distributed.sharded() as engine:
+        for case in cases:
+            results = engine.together(lambda: run_case(engine, case, out))  # noqa: B023
+            if engine.rank == 0:
+                write_json(out / f"{case['name']}.json", results)
+
+
+if __name__ == "__main__":
+    main()
