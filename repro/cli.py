@@ -335,8 +335,6 @@ def run_command(args: Run) -> None:
     from repro.pipeline import check_together, run
     from repro.report import gather
 
-    if args.ranks < 1:
-        raise UserError(f"--ranks {args.ranks}: must be 1 or more")
     runs = configure(args)
     folders = []
     if len(runs) > 1:

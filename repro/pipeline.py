@@ -35,6 +35,7 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
     Raises UserError for any input that cannot be used, before a model loads and with nothing half-written.
     """
     say = say or _say
+    worker.check_ranks(ranks)
     folder = Path(out) / experiment.path
     run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint, ranks=ranks)
     with locked(folder):

@@ -81,7 +81,7 @@ class StepCheckpoints:
             if engine.rank == 0:
                 remove_folder(folder)
             raise
-        engine.together(lambda: engine.rank or self._prune())
+        engine.together(lambda: engine.rank or self._prune(folder))
         self._since = time.monotonic()
         self._cost = self._since - started
 
@@ -93,25 +93,26 @@ class StepCheckpoints:
             own |= file_facts(folder, "trace.json") | file_facts(folder, ".metadata")
         return own
 
-    def _prune(self) -> None:
-        complete = 0
+    def _prune(self, newest: Path) -> None:
+        """Keep what a later call could take; what is newer than `newest` was skipped."""
+        good = [folder for folder in self._folders() if folder <= newest and _key(folder) == self.key][:KEEP]
         for folder in self._folders():
-            complete += (folder / MARKER).is_file()
-            if complete > KEEP or not (folder / MARKER).is_file():
+            if folder not in good:
                 remove_folder(folder)
 
-    def remove(self) -> None:
-        """All of them: the iteration is done."""
-        remove_folder(self.folder)
+
+def _key(folder: Path) -> str | None:
+    """What a complete folder is valid for; None where it is torn."""
+    try:
+        return read_json(folder / MARKER)["key"]
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def _why(folder: Path, key: str) -> str:
     if not (folder / MARKER).is_file():
         return "not complete (its save was interrupted)"
-    try:
-        return "altered" if read_json(folder / MARKER)["key"] == key else "of another config or other inputs"
-    except (UserError, KeyError, TypeError):
-        return "altered"
+    return "altered" if _key(folder) in (key, None) else "of another config or other inputs"
 
 
 def _io(doing: str, act, state: dict, folder: Path) -> None:

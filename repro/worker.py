@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,6 +24,17 @@ from repro.config import TrainSpec
 from repro.records import UserError, dumps, first_line, loads, read_json, remove_folder, write_json
 
 ATTACHED = "SAMI_ATTACHED"  # set where stdin is the pipeline's
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise UserError for a number of ranks that this machine cannot have."""
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: must be 1 or more")
+    if ranks > 1:
+        import torch
+
+        if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+            raise UserError(f"--ranks {ranks}: this machine has {torch.cuda.device_count()} GPUs, and each rank needs one")
 
 
 def job_file(iteration: int) -> str:
@@ -70,7 +82,7 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
          str(folder), str(iteration)], text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {ATTACHED: "1", "OMP_NUM_THREADS": str(max(1, cores // ranks)), "PYTHONUNBUFFERED": "1"})
-    heard = {"queries": [], "trace": [], "error": [], "failed": [], "other": []}
+    heard = {"queries": [], "trace": [], "error": [], "failed": [], "other": deque(maxlen=200)}
     listener = threading.Thread(target=_listen, args=(process.stdout, heard, on_query), daemon=True)
     listener.start()
     try:
@@ -95,7 +107,7 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
                     "saved stays: run the same command to go on")
 
 
-def _listen(stream, heard: dict[str, list], on_query: Callable[[int], None]) -> None:
+def _listen(stream, heard: dict, on_query: Callable[[int], None]) -> None:
     for line in stream:
         try:
             (kind, value), = loads(line).items()
@@ -107,7 +119,7 @@ def _listen(stream, heard: dict[str, list], on_query: Callable[[int], None]) -> 
                 on_query(value)
 
 
-def _lost(heard: dict[str, list]) -> str:
+def _lost(heard: dict) -> str:
     """Which rank ended first and how, in torchrun's words or the rank's own."""
     ends = re.findall(r"^ +rank +: (\d+).*\n +exitcode +: (-?\d+)", "".join(heard["other"]), flags=re.M)
     killed = [(rank, -int(code)) for rank, code in ends if int(code) < 0 and -int(code) != signal.SIGTERM]
@@ -115,7 +127,7 @@ def _lost(heard: dict[str, list]) -> str:
         return f"rank {killed[0][0]} was lost (killed by signal {killed[0][1]})"
     if heard["failed"]:
         return heard["failed"][0]
-    sys.stderr.writelines(heard["other"][-40:])
+    print("".join(heard["other"]), file=sys.stderr)
     return "its workers ended without a word (the end of torchrun's is above)"
 
 
