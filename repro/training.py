@@ -161,23 +161,28 @@ def _optimizer(module, spec: TrainSpec):
 
 @contextmanager
 def stop_after_step(asked: list[int]) -> Iterator[None]:
-    """The first SIGTERM or SIGINT only puts its number into `asked`; the second acts at once."""
+    """The first SIGTERM or SIGINT only puts its number into `asked`; the second acts at once. One that comes too late for
+    a step of the block acts after it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number, frame):
         asked.append(number)
+        noted.append(number)
         signal.signal(number, before[number])
         with suppress(RuntimeError):  # in the middle of another line on stderr
             print("stopping after this step; once more to stop at once", file=sys.stderr)
 
+    noted: list[int] = []
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if noted:
+        signal.raise_signal(noted[0])
 
 
 def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iteration: int, *,

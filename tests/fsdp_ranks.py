@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from conftest import byte_tokenizer
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from repro import distributed, training
 from repro.config import TrainSpec
@@ -31,7 +32,8 @@ def run_case(engine, case: dict, out: Path) -> dict:
     """Train as `case` says and leave the weights in `out`; returns what was seen, or what was raised."""
     spec = TrainSpec(**{"batch_size": 5, "batches": 3, "learning_rate": 1e-3, "precision": "fp32"} | case.get("spec", {}))
     steps = StepCheckpoints(Path(case["steps"]), "key", worth=0) if "steps" in case else None
-    seen, syncs, infonce = [], [], training.symmetric_infonce
+    seen, syncs, tight, infonce = [], [], [], training.symmetric_infonce
+    enable = PreTrainedModel.activation_checkpointing_enable
     before_backward = engine.before_backward
 
     def note(module, *, last):
@@ -39,7 +41,9 @@ def run_case(engine, case: dict, out: Path) -> dict:
         before_backward(module, last=last)
 
     patches = [mock.patch.dict(training.PACK_TOKENS, cpu=case.get("budget", 300)),
-               mock.patch.object(engine, "before_backward", note)]
+               mock.patch.object(engine, "before_backward", note),
+               mock.patch.object(PreTrainedModel, "activation_checkpointing_enable",
+                                 lambda self, *a, **k: tight.append(1) or enable(self, *a, **k))]
     if "room" in case:  # bytes: activations and gradients do not fit
         patches += [mock.patch.object(module, "free_bytes", lambda device: case["room"]) for module in (training, distributed)]
     if "poison" in case:  # on this rank alone
@@ -54,7 +58,8 @@ def run_case(engine, case: dict, out: Path) -> dict:
                                save_batch=lambda facts: write_json(out / f"{case['name']}-{engine.rank}.json", facts))
         engine.export(lambda plain: save_file({k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"
                                                or not plain.config.tie_word_embeddings}, out / f"{case['name']}.safetensors"))
-        return {"trace": trace, "queries": sum(seen), "passes": len(syncs), "syncs": sum(syncs)}
+        return {"trace": trace, "queries": sum(seen), "passes": len(syncs), "syncs": sum(syncs),
+                "checkpointed": len(tight)}
     except (UserError, SystemExit) as e:
         return {"raised": f"{type(e).__name__}: {e}"}
     finally:

@@ -14,7 +14,7 @@ from fsdp_ranks import ragged, run_case
 from safetensors.torch import load_file
 from test_logprobs import tiny_family
 
-from repro import distributed, models, steps
+from repro import distributed, models, steps, training
 from repro.config import TrainSpec
 from repro.records import MARKER, sealed
 from repro.steps import StepCheckpoints
@@ -40,6 +40,7 @@ def work(tmp_path_factory):
         {"name": "bf16", "model": tied, "spec": {"precision": "bf16"}},
         {"name": "fp32_master", "model": tied, "spec": {"precision": "fp32_master"}},
         {"name": "tight", "model": tied, "room": 1000},
+        {"name": "half_tight", "model": tied, "room": 700_000},
         {"name": "poisoned", "model": tied, "poison": 1},
         {"name": "written_by_2", "model": tied, "steps": str(root / "of-2"), "asked": [15]},
         {"name": "read_by_2", "model": tied, "steps": str(root / "of-1")}]
@@ -110,6 +111,13 @@ def test_bf16_weights_stay_bf16_and_gradients_are_summed_in_float32(work):
 def test_two_ranks_without_room_checkpoint_activations_and_reduce_after_each_pass(work):
     one, ranks, weights = work("tight")
     assert_same(one, ranks, weights)
+    assert all(rank["checkpointed"] == rank["passes"] for rank in ranks)
+
+
+def test_fsdp_ranks_need_not_checkpoint_the_same_passes(work):
+    one, ranks, weights = work("half_tight")
+    assert_same(one, ranks, weights)
+    assert all(0 < rank["checkpointed"] < rank["passes"] for rank in ranks)
 
 
 def test_a_loss_that_is_not_finite_on_one_fsdp_rank_stops_all_before_the_update(work):
@@ -281,6 +289,29 @@ def test_saving_takes_no_more_than_its_share(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(StepCheckpoints, "_prune", lambda self, newest: saves.append(1))
     trained(tiny, tmp_path, worth=1e9)
     assert len(saves) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_one_that_comes_too_late_is_not_lost(tiny, undisturbed, tmp_path, monkeypatch, number):
+    def ended(number, frame):
+        raise SystemExit("by the handler")
+
+    before = signal.signal(number, ended)
+    real, calls = training.packed_tokens, []
+    try:
+        monkeypatch.setattr(training, "packed_tokens", lambda *a, **k: (
+            calls.append(1), len(calls) == 2 and signal.raise_signal(number), real(*a, **k))[2])
+        with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt, match="143|^$"):
+            trained(tiny, tmp_path)
+        assert len(calls) == 2 and signal.getsignal(number) is ended
+        monkeypatch.setattr(StepCheckpoints, "save", lambda self, e, m, o, trace, now: len(trace) == 6 and signal.raise_signal(number))
+        with pytest.raises(SystemExit, match="by the handler"):
+            trained(tiny, tmp_path)
+        assert len(calls) == 6
+    finally:
+        signal.signal(number, before)
+    monkeypatch.undo()
+    assert identical(trained(tiny, tmp_path), undisturbed)
 
 
 def test_a_disk_that_is_full_in_a_save_ends_in_one_line_and_the_last_step_stays(tiny, undisturbed, tmp_path):
