@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from conftest import byte_tokenizer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -30,18 +31,19 @@ def ragged(n: int) -> list[TrainingPair]:
 
 def run_case(engine, case: dict, out: Path) -> dict:
     """Train as `case` says and leave the weights in `out`; returns what was seen, or what was raised."""
-    spec = TrainSpec(**{"batch_size": 5, "batches": 3, "learning_rate": 1e-3, "precision": "fp32"} | case.get("spec", {}))
+    spec = TrainSpec(**{"batch_size": 5, "batches": 3, "learning_rate": 1e-3, "precision": "fp32", "optimizer": "adamw"} | case.get("spec", {}))
     steps = StepCheckpoints(Path(case["steps"]), "key", worth=0) if "steps" in case else None
-    seen, syncs, tight, infonce = [], [], [], training.symmetric_infonce
-    enable = PreTrainedModel.activation_checkpointing_enable
-    before_backward = engine.before_backward
+    seen, passes, tight, reductions, infonce = [], [], [], [], training.symmetric_infonce
+    enable, before_backward, reduce = (PreTrainedModel.activation_checkpointing_enable, engine.before_backward,
+                                       dist.reduce_scatter_tensor)
 
     def note(module, *, last):
-        syncs.append(last)
+        passes.append(1)
         before_backward(module, last=last)
 
     patches = [mock.patch.dict(training.PACK_TOKENS, cpu=case.get("budget", 300)),
                mock.patch.object(engine, "before_backward", note),
+               mock.patch.object(dist, "reduce_scatter_tensor", lambda *a, **k: reductions.append(1) or reduce(*a, **k)),
                mock.patch.object(PreTrainedModel, "activation_checkpointing_enable",
                                  lambda self, *a, **k: tight.append(1) or enable(self, *a, **k))]
     if "room" in case:  # bytes: activations and gradients do not fit
@@ -58,8 +60,8 @@ def run_case(engine, case: dict, out: Path) -> dict:
                                save_batch=lambda facts: write_json(out / f"{case['name']}-{engine.rank}.json", facts))
         engine.export(lambda plain: save_file({k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"
                                                or not plain.config.tie_word_embeddings}, out / f"{case['name']}.safetensors"))
-        return {"trace": trace, "queries": sum(seen), "passes": len(syncs), "syncs": sum(syncs),
-                "checkpointed": len(tight)}
+        return {"trace": trace, "queries": sum(seen), "passes": len(passes), "checkpointed": len(tight),
+                "reductions": len(reductions)}
     except (UserError, SystemExit) as e:
         return {"raised": f"{type(e).__name__}: {e}"}
     finally:

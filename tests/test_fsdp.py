@@ -36,11 +36,12 @@ def work(tmp_path_factory):
     cases = [{"name": name, "model": str(root / name)} for name in FAMILIES] + [
         {"name": "one_query", "model": tied, "spec": {"batch_size": 1}},
         {"name": "one_pass", "model": tied, "budget": 10_000},
-        {"name": "clipped", "model": tied, "spec": {"max_grad_norm": 0.5, "optimizer": "adamw"}},
+        {"name": "clipped", "model": tied, "spec": {"max_grad_norm": 0.5}},
+        {"name": "rmsprop", "model": tied, "spec": {"optimizer": "rmsprop"}},
         {"name": "bf16", "model": tied, "spec": {"precision": "bf16"}},
         {"name": "fp32_master", "model": tied, "spec": {"precision": "fp32_master"}},
         {"name": "tight", "model": tied, "room": 1000},
-        {"name": "half_tight", "model": tied, "room": 700_000},
+        {"name": "half_tight", "model": tied, "room": 600_000},
         {"name": "poisoned", "model": tied, "poison": 1},
         {"name": "written_by_2", "model": tied, "steps": str(root / "of-2"), "asked": [15]},
         {"name": "read_by_2", "model": tied, "steps": str(root / "of-1")}]
@@ -84,7 +85,8 @@ def test_two_ranks_train_as_one_process_does(work, family):
     one, ranks, weights = work(family)
     assert_same(one, ranks, weights)
     assert ranks[0]["queries"] == one["queries"] == 15
-    assert len({rank["passes"] for rank in ranks}) == 1 and all(rank["syncs"] == 3 < rank["passes"] for rank in ranks)
+    assert len({rank["passes"] for rank in ranks}) == 1 and ranks[0]["passes"] > 3
+    assert all(rank["reductions"] == 3 * 3 for rank in ranks)  # a step: two layers and the root, once
     before = {k: v for k, v in models.load_model(str(work.root / family)).state_dict().items() if k in weights[0]}
     assert all(not torch.equal(before[k], v) for k, v in weights[0].items())  # every tensor was trained
 
@@ -103,21 +105,31 @@ def test_bf16_weights_stay_bf16_and_gradients_are_summed_in_float32(work):
     assert {t.dtype for part in weights for t in part.values()} == {torch.bfloat16}
     assert ranks[0]["trace"][0]["loss"] == pytest.approx(one["trace"][0]["loss"], rel=1e-3)  # the initial weights'
     assert ranks[0]["trace"][0]["grad_norm"] == pytest.approx(one["trace"][0]["grad_norm"], rel=2e-2)
-    # RMSprop's first step is 10 learning rates either way where a gradient is rounding noise
-    close = torch.cat([((weights[0][k].float() - weights[1][k].float()).abs() < 5e-3).flatten() for k in weights[0]])
-    assert close.float().mean() > 0.95
+    assert share_within(weights, 5e-3) > 0.95
+
+
+def share_within(weights, atol):
+    close = [((weights[0][k].float() - weights[1][k].float()).abs() <= atol).flatten() for k in weights[0]]
+    return torch.cat(close).float().mean().item()
+
+
+def test_rmsprop_on_two_ranks(work):
+    """Where a gradient is rounding noise, its step is 10 learning rates either way: so all but a few weights agree."""
+    one, ranks, weights = work("rmsprop")
+    assert_same(one, ranks, weights, atol=0.06)
+    assert share_within(weights, 2e-6) > 0.99
 
 
 def test_two_ranks_without_room_checkpoint_activations_and_reduce_after_each_pass(work):
     one, ranks, weights = work("tight")
     assert_same(one, ranks, weights)
-    assert all(rank["checkpointed"] == rank["passes"] for rank in ranks)
+    assert all(rank["checkpointed"] == rank["passes"] and rank["reductions"] == 3 * rank["passes"] for rank in ranks)
 
 
 def test_fsdp_ranks_need_not_checkpoint_the_same_passes(work):
     one, ranks, weights = work("half_tight")
     assert_same(one, ranks, weights)
-    assert all(0 < rank["checkpointed"] < rank["passes"] for rank in ranks)
+    assert all(0 < rank["checkpointed"] < rank["passes"] and rank["reductions"] == 9 for rank in ranks)
 
 
 def test_a_loss_that_is_not_finite_on_one_fsdp_rank_stops_all_before_the_update(work):

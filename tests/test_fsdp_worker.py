@@ -82,7 +82,7 @@ def goes_on(folder: Path, ranks: int, alone) -> None:
     assert [p for p in (folder / worker.steps_folder(1)).iterdir() if sealed(p, "key")]
     told = []
     trace = worker.train(folder, 1, ranks, on_query=told.append)
-    assert sum(told) == 2 * STEPS and max(told) > 2  # what was done before comes as one number
+    assert sum(told) == 2 * STEPS and told[0] >= 2  # what was done before
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in trace] == pytest.approx([row[key] for row in alone[0]], rel=1e-3)
     weights = load_file(folder / "checkpoints/iteration-1/model.safetensors")
