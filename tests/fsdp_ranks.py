@@ -21,6 +21,8 @@ from repro.records import UserError, write_json
 from repro.steps import StepCheckpoints
 from repro.training import TrainingPair
 
+REDUCE = "reduce_scatter_single"  # what FSDP calls
+
 
 def ragged(n: int) -> list[TrainingPair]:
     """Queries whose prompts and responses differ widely in length."""
@@ -35,7 +37,7 @@ def run_case(engine, case: dict, out: Path) -> dict:
     steps = StepCheckpoints(Path(case["steps"]), "key", worth=0) if "steps" in case else None
     seen, passes, tight, reductions, infonce = [], [], [], [], training.symmetric_infonce
     enable, before_backward, reduce = (PreTrainedModel.activation_checkpointing_enable, engine.before_backward,
-                                       dist.reduce_scatter_tensor)
+                                       getattr(dist, REDUCE))
 
     def note(module, *, last):
         passes.append(1)
@@ -43,7 +45,7 @@ def run_case(engine, case: dict, out: Path) -> dict:
 
     patches = [mock.patch.dict(training.PACK_TOKENS, cpu=case.get("budget", 300)),
                mock.patch.object(engine, "before_backward", note),
-               mock.patch.object(dist, "reduce_scatter_tensor", lambda *a, **k: reductions.append(1) or reduce(*a, **k)),
+               mock.patch.object(dist, REDUCE, lambda *a, **k: reductions.append(str(k["input"].dtype)) or reduce(*a, **k)),
                mock.patch.object(PreTrainedModel, "activation_checkpointing_enable",
                                  lambda self, *a, **k: tight.append(1) or enable(self, *a, **k))]
     if "room" in case:  # bytes: activations and gradients do not fit
@@ -61,7 +63,7 @@ def run_case(engine, case: dict, out: Path) -> dict:
         engine.export(lambda plain: save_file({k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"
                                                or not plain.config.tie_word_embeddings}, out / f"{case['name']}.safetensors"))
         return {"trace": trace, "queries": sum(seen), "passes": len(passes), "checkpointed": len(tight),
-                "reductions": len(reductions)}
+                "reductions": reductions}
     except (UserError, SystemExit) as e:
         return {"raised": f"{type(e).__name__}: {e}"}
     finally:
