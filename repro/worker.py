@@ -7,6 +7,7 @@ gone, and they end at once, so that none writes into a folder that another run m
 one JSON object a line.
 """
 
+import gc
 import os
 import re
 import signal
@@ -48,6 +49,10 @@ def steps_folder(iteration: int) -> str:
 def train(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int], None]) -> list[dict]:
     """Do the job in `folder`, which leaves its weights in Hugging Face format; returns the trace of its steps."""
     if ranks > 1:
+        import torch
+
+        gc.collect()  # the sampling model's memory is the workers' now
+        torch.cuda.empty_cache()
         return launch(folder, iteration, ranks, on_query=on_query)
     from repro.training import OneProcess
 
@@ -82,7 +87,7 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
          str(folder), str(iteration)], text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {ATTACHED: "1", "OMP_NUM_THREADS": str(max(1, cores // ranks)), "PYTHONUNBUFFERED": "1"})
-    heard = {"queries": [], "trace": [], "error": [], "failed": [], "other": deque(maxlen=200)}
+    heard = {"queries": [], "row": [], "done": [], "error": [], "failed": [], "other": deque(maxlen=200)}
     listener = threading.Thread(target=_listen, args=(process.stdout, heard, on_query), daemon=True)
     listener.start()
     try:
@@ -101,8 +106,8 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
             process.wait()
         listener.join(10)
         process.stdout.close()
-    if process.returncode == 0 and heard["trace"]:
-        return heard["trace"][0]
+    if process.returncode == 0 and heard["done"] == [len(heard["row"])]:
+        return heard["row"]
     raise UserError(heard["error"][0] if heard["error"] else f"training on {ranks} ranks stopped: {_lost(heard)}; what is "
                     "saved stays: run the same command to go on")
 
@@ -134,6 +139,7 @@ def _lost(heard: dict) -> str:
 # ---- in a worker
 
 def _tell(**what) -> None:
+    """One line, short enough to stay whole among those of other ranks."""
     print(dumps(what), flush=True)
 
 
@@ -179,7 +185,9 @@ def main() -> None:
         with sharded() as engine:
             trace = work(folder, iteration, engine, lambda n: engine.rank or _tell(queries=n), asked)
             if engine.rank == 0:
-                _tell(trace=trace)
+                for row in trace:
+                    _tell(row=row)
+                _tell(done=len(trace))
     except UserError as e:
         _tell(error=str(e))
         raise SystemExit(2) from None
