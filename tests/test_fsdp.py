@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,7 +271,6 @@ def test_an_altered_or_torn_checkpoint_is_skipped_with_a_word(tiny, undisturbed,
                                                         lambda p: p.write_bytes(b""))]
     engine = OneProcess()
     for k, (name, damage) in enumerate(damages):
-        import shutil
         folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(k)))
         path = folder / "step-000002" / name
         before = path.read_bytes()

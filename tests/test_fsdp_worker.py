@@ -1,7 +1,9 @@
 """The pipeline and its torchrun workers: what a signal, a lost rank and a lost pipeline leave, and that it goes on."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,12 @@ import pytest
 import torch
 from fsdp_ranks import ragged
 from safetensors.torch import load_file, save_file
+from test_experiments import small
 
 from repro import worker
+from repro.cli import load_experiment
 from repro.config import TrainSpec
+from repro.pipeline import run
 from repro.records import sealed
 from repro.training import OneProcess
 
@@ -120,8 +125,6 @@ def test_fsdp_ranks_end_with_their_pipeline(pipeline, tmp_path):
 
 
 def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path):
-    import shutil
-
     poisoned = Path(shutil.copytree(tiny, tmp_path / "poisoned"))
     weights = load_file(poisoned / "model.safetensors")
     weights["model.embed_tokens.weight"][ord("y")] = torch.nan
@@ -131,3 +134,26 @@ def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path)
         worker.launch(tmp_path, 1, 2, on_query=lambda n: None)
     facts = json.loads((tmp_path / "not_finite.json").read_text())
     assert facts == {"iteration": 1, "step": 1, "ranks": [0, 1], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}
+
+
+def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path):
+    """Another number of ranks is no other config: what is finished counts, and the training is the same to rounding."""
+    experiment = dataclasses.replace(small(load_experiment("exp1", "mini"), tiny), iterations=1)
+    records, said = [], []
+    for ranks in (1, 2):
+        folder = run(experiment, tmp_path / str(ranks), say=said.append, ranks=ranks)
+        records.append(json.loads((folder / "run.json").read_text()))
+        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["iteration-1"]  # no job, no steps
+    one, two = (record["stages"]["train-1"] for record in records)
+    assert (one["ranks"], two["ranks"]) == (1, 2) and records[0]["config_hash"] == records[1]["config_hash"]
+    assert [row["loss"] for row in two["trace"]] == pytest.approx([row["loss"] for row in one["trace"]], rel=2e-2)  # bf16 products
+    said.clear()
+    run(experiment, tmp_path / "2", say=said.append)
+    assert "train-1: done before, skipped" in said
+
+
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_a_number_of_ranks_that_cannot_be(tiny, tmp_path, ranks):
+    with pytest.raises(worker.UserError, match=f"--ranks {ranks}: must be 1 or more"):
+        run(small(load_experiment("exp1", "mini"), tiny), tmp_path / "out", ranks=ranks)
+    assert not (tmp_path / "out").exists()
