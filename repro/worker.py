@@ -94,6 +94,7 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
         process.wait()
     except (KeyboardInterrupt, SystemExit):
         if heard["queries"]:  # training: else there is nothing to save
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
             with suppress(BrokenPipeError):
                 print("stop", file=process.stdin, flush=True)
             process.wait()
