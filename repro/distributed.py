@@ -130,8 +130,8 @@ class Sharded:
 
     def clip(self, module, limit: float) -> float:
         shards = [p.grad.to_local() for p in module.parameters()]
-        square = torch.nn.utils.get_total_norm([s.float() for s in shards if s.numel()]).double() ** 2
-        square = square.to(self.device).reshape(1)
+        norms = [torch.linalg.vector_norm(s, dtype=torch.float32) for s in shards if s.numel()]  # no copy in float32
+        square = torch.stack([*norms, torch.zeros((), device=self.device)]).double().square().sum().reshape(1)
         dist.all_reduce(square, group=self.group)
         norm = math.sqrt(square.item())
         if norm > limit:

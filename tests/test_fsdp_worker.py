@@ -138,7 +138,7 @@ def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path)
 
 def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path):
     """Another number of ranks is no other config: what is finished counts, and the training is the same to rounding."""
-    experiment = dataclasses.replace(small(load_experiment("exp1", "mini"), tiny), iterations=1)
+    experiment = dataclasses.replace(small(load_experiment("exp1", "mini")[0], tiny), iterations=1)
     records, said = [], []
     for ranks in (1, 2):
         folder = run(experiment, tmp_path / str(ranks), say=said.append, ranks=ranks)
@@ -155,5 +155,5 @@ def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path):
 @pytest.mark.parametrize("ranks", [0, -1])
 def test_a_number_of_ranks_that_cannot_be(tiny, tmp_path, ranks):
     with pytest.raises(worker.UserError, match=f"--ranks {ranks}: must be 1 or more"):
-        run(small(load_experiment("exp1", "mini"), tiny), tmp_path / "out", ranks=ranks)
+        run(small(load_experiment("exp1", "mini")[0], tiny), tmp_path / "out", ranks=ranks)
     assert not (tmp_path / "out").exists()
