@@ -96,6 +96,8 @@ class Run:
     max_usd: float = 10.0
     """What the openai judge may cost in a run's folder, earlier runs included, and what the openai writer; never
     exceeded."""
+    ranks: int = 1
+    """Processes that train (torchrun, FSDP2), one GPU each where there are any; any number gives the same update."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,7 @@ def run_command(args: Run) -> None:
         judge = Endpoint(model=experiment.judge.model, base_url=args.base_url, price=args.price, max_usd=args.max_usd)
         writer = experiment.writer and Endpoint(model=experiment.writer.model, base_url=args.writer_url,
                                                 price=args.price, max_usd=args.max_usd)
-        folders.append(run(experiment, args.out, endpoint=judge, writer_endpoint=writer))
+        folders.append(run(experiment, args.out, endpoint=judge, writer_endpoint=writer, ranks=args.ranks))
     for line in summary(gather(folders)):
         print(line)
 

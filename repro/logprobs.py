@@ -53,7 +53,7 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
         groups = [[pair] for group in groups for pair in group]
         score = partial(_score_reference, pad=tokenizer.pad_token_id)
     whole = backend == "shared" and torch.is_grad_enabled()
-    parts = [slice(None)] if whole else _parts([packed_length(group) for group in groups], BATCH_TOKENS)
+    parts = [slice(None)] if whole else slices([packed_length(group) for group in groups], BATCH_TOKENS)
     totals = torch.cat([score(model, groups[part]) for part in parts]).view(B, C, R)
     if not length_normalize:
         return totals
@@ -61,13 +61,11 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
     return totals / totals.new_tensor(counts).view(B, C, R)
 
 
-def packs(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *, score_eos: bool,
-          budget: int) -> list[tuple[slice, int]]:
-    """Consecutive queries in parts of at most `budget` packed tokens each (a query of more is a part of its own), and
-    the tokens of each: what a caller with a backward after each part gives to `logprob_matrix` at once."""
+def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
+                  score_eos: bool) -> list[int]:
+    """Tokens that each of the B queries takes in a packed sequence."""
     groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
-    lengths = [sum(map(packed_length, groups[k: k + C])) for k in range(0, len(groups), C)]
-    return [(part, sum(lengths[part])) for part in _parts(lengths, budget)]
+    return [sum(map(packed_length, groups[k: k + C])) for k in range(0, len(groups), C)]
 
 
 def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]]:
@@ -75,8 +73,9 @@ def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]
             for b in range(len(prompts)) for prompt in prompts[b]]
 
 
-def _parts(lengths: list[int], budget: int) -> list[slice]:
-    """Consecutive items in parts whose lengths sum to at most `budget`, one item at least."""
+def slices(lengths: list[int], budget: int) -> list[slice]:
+    """Consecutive items in parts whose lengths sum to at most `budget`, one item at least: a caller with a backward after
+    each part gives `logprob_matrix` one part at once."""
     cuts, total = [0], 0
     for k, length in enumerate(lengths):
         if total and total + length > budget:

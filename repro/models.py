@@ -171,20 +171,25 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_model(name: str, *, dtype: str = "float32"):
-    """A causal LM in eval mode with weights in `dtype` (float32 or bfloat16), on the GPU where there is one.
+def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
+    """A causal LM in eval mode with weights in `dtype` (float32 or bfloat16), on the GPU where there is one or on `device`;
+    on "meta" without weights, from its config alone.
 
     safetensors only, no remote code. Raises UserError where the weights are missing or do not fit the config.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     place = resolve_model(name)
     logging.disable_progress_bar()
+    if device == "meta":
+        config = _hub_errors(place, lambda: AutoConfig.from_pretrained(place))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     model = _hub_errors(place, lambda: AutoModelForCausalLM.from_pretrained(
         place, dtype=getattr(torch, dtype), use_safetensors=True))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def load_config(place: str):

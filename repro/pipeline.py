@@ -6,6 +6,7 @@ same command skips a stage whose config, inputs and files match, and does the re
 with the same bytes (same machine, versions and thread count).
 """
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from repro import models
+from repro import worker
 from repro.config import Experiment, JudgeSpec
 from repro.constitutions import Constitution, constitutions_of
 from repro.endpoint import Endpoint
 from repro.evaluation import add_judgments, evaluate, evaluate_baseline, judge, llm_judgments, measure
-from repro.records import Query, UserError, digest, locked, read_json, read_jsonl, seal, write_json
+from repro.records import Query, UserError, digest, locked, read_json, read_jsonl, seal
 from repro.report import report_figures, write_report
 from repro.rundir import Run, checkpoint, open_run, training_file
 from repro.sampling import sample_to_file
@@ -26,15 +27,17 @@ from repro.writing import LocalWriter, ServerWriter, written_constitutions
 
 
 def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None,
-        endpoint: Endpoint | None = None, writer_endpoint: Endpoint | None = None) -> Path:
+        endpoint: Endpoint | None = None, writer_endpoint: Endpoint | None = None, ranks: int = 1) -> Path:
     """Run the experiment (or what is left of it) in `out`/<name>/<profile>[/<variant>]; returns that folder. `endpoint`
-    is where the LLM judge is, `writer_endpoint` the principle writer, by default the hosted one.
+    is where the LLM judge is, `writer_endpoint` the principle writer, by default the hosted one; `ranks` is how many
+    processes train, each on a GPU where there are any.
 
     Raises UserError for any input that cannot be used, before a model loads and with nothing half-written.
     """
     say = say or _say
+    worker.check_ranks(ranks)
     folder = Path(out) / experiment.path
-    run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint)
+    run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint, ranks=ranks)
     with locked(folder):
         run.prepare()
         write(run)
@@ -151,7 +154,7 @@ def train_iteration(run: Run, iteration: int) -> None:
 
     name, inputs, outputs = f"train-{iteration}", [f"sample-{iteration}"], [checkpoint(iteration)]
     if not run.stage(name, outputs, inputs):
-        return
+        return worker.clear(run.folder, iteration)
     spec, folder = run.experiment, run.folder / checkpoint(iteration)
     kept, dropped = usable_pairs(run, iteration)
     need = spec.train.queries_needed(iteration)
@@ -161,17 +164,14 @@ def train_iteration(run: Run, iteration: int) -> None:
         query=q.id, responses=tuple(" " + r.strip() if spec.model.prompt == "plain" else r.strip() for r in responses),
         prompts=tuple(run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False) for c in pair))
         for q, pair, responses in kept]
-    with run.model(0, training.weights_dtype(spec.train.precision)) as model:
-        with tqdm(total=need, desc=name, unit="query") as bar:
-            def save_batch(ids):
-                write_json(run.folder / "not_finite.json", {"iteration": iteration, "queries": ids})
-                return run.folder / "not_finite.json"
-
-            trace = training.train(model, run.tokenizer, pairs, spec.train, iteration, backend=run.record["backend"],
-                                   on_query=bar.update, save_batch=save_batch)
-        models.save_model(model, run.tokenizer, folder)
+    worker.write_job(run.folder, iteration, model=run.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
+                     backend=run.record["backend"], out=checkpoint(iteration))
+    with tqdm(total=need, desc=name, unit="query") as bar:
+        trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update)
+    gc.collect()
     seal(folder, digest([run.record["config_hash"], iteration]))
-    run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped))
+    run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks)
+    worker.clear(run.folder, iteration)
 
 
 def report(run: Run, *, again: bool = False) -> None:

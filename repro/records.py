@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -225,31 +226,49 @@ def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[tuple[int, dict]]
 
 # ---- completeness
 
-def seal(folder: Path, key: str) -> None:
-    """Declare `folder` complete: the marker, written last, holds `key` and each file's size and sha256."""
-    folder = Path(folder)
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        with open(path, "rb") as f:
+def file_facts(folder: Path, pattern: str = "*") -> dict[str, dict]:
+    """Name -> size and sha256 of the files below `folder`, made durable; the marker left out."""
+    facts = {}
+    for path in sorted(p for p in Path(folder).rglob(pattern) if p.is_file() and p.name != MARKER):
+        with _readable(path, "write"), open(path, "rb") as f:
             os.fsync(f.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    write_json(folder / MARKER, {"key": key, "files": files})
+        facts[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return facts
 
 
-def sealed(folder: Path, key: str | None = None) -> bool:
-    """True if the folder is complete (for `key`, where given) and every file still has its size and sha256."""
+def seal(folder: Path, key: str, files: dict[str, dict] | None = None) -> None:
+    """Declare `folder` complete: the marker, written last, holds `key` and each file's size and sha256 (`files`, where
+    several processes have found them out)."""
+    write_json(Path(folder) / MARKER, {"key": key, "files": file_facts(folder) if files is None else files})
+
+
+def sealed(folder: Path, key: str | None = None, share: slice = slice(None)) -> bool:
+    """True if the folder is complete (for `key`, where given) and every file (of its `share` of them, in the order of
+    names) still has its size and sha256."""
     folder = Path(folder)
     if not (folder / MARKER).is_file():
         return False
-    marker = read_json(folder / MARKER)
-    if key is not None and marker["key"] != key:
-        return False
-    for name, fact in marker["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != fact["bytes"] or file_sha256(path) != fact["sha256"]:
+    try:
+        marker = read_json(folder / MARKER)
+        files = [(folder / name, fact["bytes"], fact["sha256"]) for name, fact in sorted(marker["files"].items())]
+        if key is not None and marker["key"] != key:
+            return False
+    except (UserError, KeyError, TypeError, AttributeError):
+        files = [(folder / MARKER, None, None)]
+    for path, size, sha256 in files[share]:
+        if not path.is_file() or path.stat().st_size != size or file_sha256(path) != sha256:
             print(f"{path}: missing or altered since it was written; it will be made again", file=sys.stderr)
             return False
     return True
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all in it, its marker first: what a crash leaves of it is not complete. Nothing where there is
+    none."""
+    if Path(folder).is_dir():
+        with _readable(folder, "remove"):
+            (Path(folder) / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
 
 # ---- one run, one process

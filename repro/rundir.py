@@ -93,6 +93,7 @@ class Run:
     record: dict = field(default_factory=dict)
     endpoint: Endpoint | None = None  # where the LLM judge is, if there is one
     writer_endpoint: Endpoint | None = None  # where the principle writer is, if it is behind a server
+    ranks: int = 1  # processes that train; no part of the config, since any number gives the same update
     _started: float = field(default_factory=time.monotonic)
 
     # ---- inputs, checked before any model loads

@@ -1,19 +1,25 @@
 """One SAMI iteration: pairs -> log-prob matrices -> symmetric InfoNCE -> steps, from the initial weights.
 
-The batches are a pure function of the pairs' order, so there is no state to restore: an iteration that was
-interrupted is trained again and gives the same weights.
+The batches are a pure function of the pairs' order, so weights and optimizer are all there is to restore: an
+iteration that was interrupted goes on after its last checkpointed step and gives the same weights (repro/steps.py).
+The same loop trains on many ranks (repro/distributed.py); one process is the reference that they are held against.
 """
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from repro import models
 from repro.config import TrainSpec
-from repro.logprobs import logprob_matrix, packs
+from repro.logprobs import logprob_matrix, packed_tokens, slices
 from repro.losses import symmetric_infonce
 from repro.records import UserError
 
@@ -75,7 +81,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that activations may take: what is free on a GPU, half of what a machine has on a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks_here
 
 
 @contextmanager
@@ -93,52 +100,152 @@ def activation_checkpointing(model, tokens: int):
         model.activation_checkpointing_disable()
 
 
-def _optimizer(model, spec: TrainSpec):
+class Objective(torch.nn.Module):
+    """Queries -> their part of a batch's mean loss. Trunk, head and loss are one forward: whoever gathers weights around a
+    forward (FSDP) has then gathered the head's too."""
+
+    def __init__(self, model, tokenizer, spec: TrainSpec, backend: str):
+        super().__init__()
+        self.model, self.tokenizer, self.spec, self.backend = model, tokenizer, spec, backend
+
+    def forward(self, part: Sequence[TrainingPair], counted: int, queries: int) -> Tensor:
+        """Mean loss of `part`, weighted as `counted` of the batch's `queries` (0: work that leaves no trace)."""
+        logprobs = logprob_matrix(self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
+                                  backend=self.backend, length_normalize=self.spec.length_normalize,
+                                  score_eos=self.spec.score_eos)
+        return symmetric_infonce(logprobs) * counted / queries
+
+
+class OneProcess:
+    """The whole of a batch here. repro/distributed.py has the same methods for many ranks."""
+
+    rank, ranks = 0, 1
+
+    def load_model(self, name: str, *, dtype: str):
+        """The model that `train` takes."""
+        return models.load_model(name, dtype=dtype)
+
+    def prepare(self, objective: Objective) -> Objective:
+        """The module to train, its weights where they belong."""
+        self._objective = objective
+        return objective
+
+    def passes(self, lengths: list[int], budget: int) -> list[tuple[list[int], int]]:
+        """This rank's forward-backward passes: which queries (`lengths`: packed tokens of each), how many count."""
+        return [(list(range(*part.indices(len(lengths)))), part.stop - part.start) for part in slices(lengths, budget)]
+
+    def before_backward(self, module: Objective, *, last: bool) -> None:
+        """Gradients of the other passes are summed before they travel."""
+
+    def clip(self, module: Objective, limit: float) -> float:
+        """The gradient's norm over all ranks, before it is scaled down to `limit`."""
+        return torch.nn.utils.clip_grad_norm_(module.parameters(), limit).item()
+
+    def gather(self, *values: float) -> list[tuple[float, ...]]:
+        """Every rank's values, in the order of ranks."""
+        return [values]
+
+    def together(self, do: Callable) -> list:
+        """What `do()` returns on every rank; where it raises UserError on any, it does on all."""
+        return [do()]
+
+    def export(self, save: Callable) -> None:
+        """`save(model)` once, with all trained weights."""
+        save(self._objective.model)
+
+
+def _optimizer(module, spec: TrainSpec):
     kinds = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}
-    return kinds[spec.optimizer](model.parameters(), lr=spec.learning_rate)
+    return kinds[spec.optimizer](module.parameters(), lr=spec.learning_rate)
+
+
+@contextmanager
+def stop_after_step(asked: list[int]) -> Iterator[None]:
+    """The first SIGTERM or SIGINT only puts its number into `asked`; the second acts at once. One that comes too late for
+    a step of the block acts after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number, frame):
+        asked.append(number)
+        noted.append(number)
+        signal.signal(number, before[number])
+        with suppress(RuntimeError):  # in the middle of another line on stderr
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    noted: list[int] = []
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if noted:
+        signal.raise_signal(noted[0])
 
 
 def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iteration: int, *,
           backend: str = "shared", on_query: Callable[[int], None] = lambda n: None,
-          save_batch: Callable[[list[str]], object] = lambda ids: None) -> list[dict]:
+          save_batch: Callable[[dict], object] = lambda facts: None, steps=None, engine=None,
+          asked: list[int] | None = None) -> list[dict]:
     """Train `model` in place on `pairs` in their order; returns one row per update: step, loss, queries, rate, norm.
 
     `pairs` must hold at least `spec.queries_needed(iteration)` items; `on_query` is told of each finished query.
-    `precision` "bf16" needs a model in bfloat16, the others float32 weights. Raises UserError on a loss or gradient
-    that is not finite, before the update; `save_batch` is given the queries' ids first.
+    `precision` "bf16" needs a model in bfloat16, the others float32 weights. `steps` (a StepCheckpoints) holds what an
+    interrupted call has done; with it, SIGTERM and SIGINT (or a number in `asked`) end the call after the current step,
+    saved, as SystemExit or KeyboardInterrupt. `engine`: a `Sharded` for many ranks, each of which calls this with the same
+    arguments. Raises UserError on a loss or gradient that is not finite, before the update and on all ranks; `save_batch`
+    is given iteration, step, ranks and the queries' ids first.
     """
     plan, need = spec.updates(iteration), spec.queries_needed(iteration)
     if len(pairs) < need:
         raise UserError(f"iteration {iteration}: {len(pairs)} training pairs left of {need} needed; give more queries, "
                         "a smaller batch_size, or fewer batches")
-    optimizer = _optimizer(model, spec)
+    engine, asked = engine or OneProcess(), [] if asked is None else asked
+    module = engine.prepare(Objective(model, tokenizer, spec, backend))
+    optimizer = _optimizer(module, spec)
     clip = AS_RUN_CLIP if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
     budget = PACK_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
-    trace, start = [], 0
+    trace = steps.restore(engine, module, optimizer) if steps else []
+    start = sum(update.queries for update in plan[: len(trace)])
+    on_query(start)
     model.train()
-    with matmul_precision(model, spec.precision):
-        for step, update in enumerate(plan, start=1):
+    with matmul_precision(model, spec.precision), stop_after_step(asked) if steps else nullcontext():
+        for step, update in list(enumerate(plan, start=1))[len(trace):]:
             batch = pairs[start: start + update.queries]
             start += update.queries
             optimizer.zero_grad(set_to_none=True)
-            total = 0.0
-            prompts, responses = [p.prompts for p in batch], [p.responses for p in batch]
-            for part, tokens in packs(tokenizer, prompts, responses, score_eos=spec.score_eos, budget=budget):
-                with activation_checkpointing(model, tokens):
-                    logprobs = logprob_matrix(model, tokenizer, prompts[part], responses[part], backend=backend,
-                                              length_normalize=spec.length_normalize, score_eos=spec.score_eos)
-                    loss = symmetric_infonce(logprobs) * len(prompts[part]) / len(batch)
+            own, done = 0.0, 0
+            lengths = packed_tokens(tokenizer, [p.prompts for p in batch], [p.responses for p in batch],
+                                    score_eos=spec.score_eos)
+            passes = engine.passes(lengths, budget)
+            for k, (chosen, counted) in enumerate(passes, start=1):
+                engine.before_backward(module, last=k == len(passes))
+                with activation_checkpointing(model, sum(lengths[q] for q in chosen)):
+                    loss = module([batch[q] for q in chosen], counted, len(batch))
                     loss.backward()
-                total += loss.item()
-                on_query(len(prompts[part]))
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).item()
+                own += loss.item()
+                done += counted
+                on_query(counted)
+            norm = engine.clip(module, clip or math.inf)
+            losses, stops = zip(*engine.gather(own, max(asked, default=0)))
+            total = sum(losses)
             if not math.isfinite(total) or not math.isfinite(norm):
-                where = save_batch([p.query for p in batch])
-                raise UserError(f"iteration {iteration}, step {step}: loss {total}, gradient norm {norm}: not finite; "
-                                f"stopped before the update (the batch: {where})")
+                ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+                where = save_batch({"iteration": iteration, "step": step, "ranks": ranks, "loss": str(total),
+                                    "grad_norm": str(norm), "queries": [p.query for p in batch]})
+                whose = f" (on ranks {ranks})" if ranks and engine.ranks > 1 else ""
+                raise UserError(f"iteration {iteration}, step {step}: loss {total}{whose}, gradient norm {norm}: not "
+                                f"finite; stopped before the update (the batch: {where})")
             for group in optimizer.param_groups:
                 group["lr"] = spec.learning_rate * update.rate
             optimizer.step()
             trace.append({"step": step, "loss": total, "queries": len(batch), "rate": update.rate, "grad_norm": norm})
+            on_query(len(batch) - done)
+            if steps:
+                steps.save(engine, module, optimizer, trace, now=max(stops) > 0)
+                if max(stops):
+                    raise KeyboardInterrupt if max(stops) == signal.SIGINT else SystemExit(128 + int(max(stops)))
     model.eval()
     return trace

@@ -276,15 +276,12 @@ def test_an_attention_that_does_not_know_the_layout_gives_nan_not_a_wrong_number
 
 
 def test_many_queries_in_one_pack_equal_one_at_a_time(tiny, monkeypatch):
-    from repro.logprobs import packs
+    from repro.logprobs import packed_tokens, slices
 
     model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
     alone = torch.cat([logprob_matrix(model, tokenizer, PROMPTS[b:b + 1], RESPONSES[b:b + 1], length_normalize=True,
                                       score_eos=False) for b in (0, 1)])
     torch.testing.assert_close(matrix(model, tokenizer, "shared"), alone, atol=1e-5, rtol=0)
-    def parts(budget):
-        return [(list(range(2))[part], tokens) for part, tokens in packs(tokenizer, PROMPTS, RESPONSES, score_eos=False,
-                                                                         budget=budget)]
-
-    (first, a), (second, b) = parts(1)
-    assert first == [0] and second == [1] and parts(a + b) == [([0, 1], a + b)] and len(parts(a + b - 1)) == 2
+    a, b = packed_tokens(tokenizer, PROMPTS, RESPONSES, score_eos=False)
+    assert slices([a, b], 1) == [slice(0, 1), slice(1, 2)] == slices([a, b], a + b - 1)
+    assert slices([a, b], a + b) == [slice(0, 2)]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["kernels", "repro", "experiments"]  # each may import those before it, and itself
 NO_TORCH = {"metrics", "published", "archive", "beyond", "readers_page", "figures", "run_figures", "report", "records",
             "config", "datasets", "constitutions", "prompts", "rules", "writing", "judging", "endpoint", "asking",
-            "llm_judge", "admission", "rundir", "pipeline", "evaluation", "sampling", "models", "cli"}
+            "llm_judge", "admission", "rundir", "pipeline", "evaluation", "sampling", "models", "worker", "cli"}
 
 
 def sources(folder: str) -> list[Path]:
@@ -47,7 +47,7 @@ def test_every_module_is_classified_and_torch_stays_where_it_belongs():
         if path.stem in NO_TORCH or path.stem == "__init__":
             assert "torch" not in imported(path, everywhere=False), path.name
         else:
-            assert path.stem in ("logprobs", "losses", "prefix", "training"), path.name
+            assert path.stem in ("logprobs", "losses", "prefix", "training", "distributed", "steps"), path.name
 
 
 @pytest.mark.parametrize("statement", ["import repro", "import kernels", "from repro import metrics, figures, published, report"])

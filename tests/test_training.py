@@ -109,8 +109,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny):
     before = copy.deepcopy(model.state_dict())
     saved = []
     with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite"):
-        train(model, byte_tokenizer(), pairs(4), SPEC, 1, save_batch=lambda ids: saved.extend(ids) or "batch.json")
-    assert saved == ["q0", "q1"]
+        train(model, byte_tokenizer(), pairs(4), SPEC, 1, save_batch=lambda facts: saved.append(facts) or "batch.json")
+    assert saved == [{"iteration": 1, "step": 1, "ranks": [0], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}]
     assert all(torch.equal(torch.nan_to_num(before[k]), torch.nan_to_num(v)) for k, v in model.state_dict().items())
 
 
@@ -154,7 +154,7 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
     """Two layers' worth: the difference between four layers and two."""
     from test_logprobs import PROMPTS, RESPONSES, tiny_family
 
-    from repro.logprobs import logprob_matrix, packs
+    from repro.logprobs import logprob_matrix, packed_tokens
 
     def kept(layers):
         model = tiny_family(family, num_hidden_layers=layers)
@@ -170,7 +170,7 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
         return sum(storages.values()), model.config
 
     (four, config), (two, _) = kept(4), kept(2)
-    (_, tokens), = packs(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False, budget=10_000)
+    tokens = sum(packed_tokens(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False))
     config.num_hidden_layers = 2
     assert training.activation_bytes(config, tokens, 4) == pytest.approx(four - two, rel=error)
 

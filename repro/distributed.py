@@ -1,0 +1,173 @@
+"""Training on many ranks: torchrun and FSDP2 (`fully_shard`), under the loop of repro/training.py.
+
+1. Rank 0 reads the weights; the others build the model without any. Each decoder layer is a group of its own, embedding,
+   final norm and head (tied or not) are the root's; rank 0 sends every rank its shard.
+2. A batch is one set of queries for any number of ranks: dealt out by length, each rank's queries in passes, the same
+   number of passes on every rank (one without queries left does work that counts 0), since every pass gathers weights.
+3. Gradients are summed over a rank's passes and travel once a step, in float32, where a whole gradient fits beside the
+   model; else after each pass. The same sums either way.
+
+The sum over ranks is the one-process gradient up to the order of additions. Nothing here depends on how long a text is
+but which queries go together.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from repro import models
+from repro.logprobs import slices
+from repro.records import UserError, first_line
+from repro.training import Objective, free_bytes
+
+STEP_TIMEOUT = timedelta(seconds=60)   # of a step's collectives: how far ranks are apart is less than one pass
+OTHER_TIMEOUT = timedelta(minutes=60)  # while rank 0 reads or writes a whole model, the others wait
+
+
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """The repeated blocks of a model: of its outermost module lists, the one with the most parameters."""
+    lists, inner = [], set()
+    for module in model.modules():  # parents come first
+        if isinstance(module, torch.nn.ModuleList) and module not in inner:
+            lists.append(module)
+            inner.update(module.modules())
+    if not lists:
+        raise UserError(f"{type(model).__name__}: no list of decoder layers in it to shard by; train it on one rank")
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+
+
+def deal(lengths: list[int], ranks: int, budget: int) -> list[list[tuple[list[int], int]]]:
+    """Per rank its passes: (which queries, how many of them count). The longest query first, to the rank with the fewest
+    tokens so far. All ranks get the same number of passes; what fills up is the shortest query of all, counting 0."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for query in sorted(range(len(lengths)), key=lambda q: (-lengths[q], q)):
+        rank = loads.index(min(loads))
+        shares[rank].append(query)
+        loads[rank] += lengths[query]
+    passes = []
+    for share in map(sorted, shares):
+        cuts = slices([lengths[q] for q in share], budget) if share else []
+        passes.append([(share[cut], len(share[cut])) for cut in cuts])
+    shortest = min(range(len(lengths)), key=lambda q: lengths[q])
+    most = max(map(len, passes))
+    return [own + [([shortest], 0)] * (most - len(own)) for own in passes]
+
+
+@contextmanager
+def sharded() -> Iterator["Sharded"]:
+    """The process group of a torchrun worker: NCCL where there are GPUs, gloo elsewhere."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=OTHER_TIMEOUT)
+    yield Sharded("cuda" if cuda else "cpu")
+    dist.destroy_process_group()  # not after an error: the other ranks may never come to it
+
+
+class Sharded:
+    """Many ranks in the place of `repro.training.OneProcess`; every rank calls each method."""
+
+    def __init__(self, device: str):
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(device)
+        self.group = dist.new_group(timeout=STEP_TIMEOUT)
+
+    def load_model(self, name: str, *, dtype: str):
+        """Rank 0: the model, on the CPU. The others: the same without weights."""
+        found = []
+        self.together(lambda: found.append(models.load_model(name, dtype=dtype, device="meta" if self.rank else "cpu")))
+        return found[0]
+
+    # ---- what repro.training calls
+
+    def prepare(self, objective: Objective) -> Objective:
+        """Shard the objective in place and give every rank its weights, which are rank 0's."""
+        model, spec = objective.model, objective.spec
+        state = objective.state_dict() if self.rank == 0 else {}
+        buffers = list(objective.buffers()) if self.rank == 0 else []
+        objective.to("meta")
+        model.tie_weights()
+        self._objective, self._plain = objective, copy.deepcopy(model)  # the latter is what `export` fills
+        mesh = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("ranks",))
+        root = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        # On a GPU, autocast rounds the layers' matrices to bf16 in any case: they travel rounded. The rest of the
+        # arithmetic stays as it is in one process: inputs of a layer are not cast, embedding and head are float32.
+        halved = spec.precision == "fp32_master" and self.device.type == "cuda"
+        layer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False) if halved else root
+        for module, policy in [*((block, layer) for block in decoder_layers(model)), (objective, root)]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            module.set_gradient_divide_factor(1.0)  # a sum: each rank's loss is its part of the mean already
+            module.set_force_sum_reduction_for_comms(True)
+        objective.to_empty(device=self.device)
+        model.tie_weights()
+        set_model_state_dict(objective, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        for k, buffer in enumerate(objective.buffers()):
+            if self.rank == 0:
+                buffer.copy_(buffers[k])
+            dist.broadcast(buffer, src=0)
+        whole = 4 * sum(p.numel() for p in objective.parameters())
+        free = min(room for room, in self.gather(free_bytes(self.device)))
+        self.one_reduction = whole <= free / 2
+        return objective
+
+    def passes(self, lengths: list[int], budget: int) -> list[tuple[list[int], int]]:
+        return deal(lengths, self.ranks, budget)[self.rank]
+
+    def before_backward(self, module, *, last: bool) -> None:
+        module.set_requires_gradient_sync(last or not self.one_reduction)
+        module.set_is_last_backward(last)
+
+    def clip(self, module, limit: float) -> float:
+        shards = [p.grad.to_local() for p in module.parameters()]
+        norms = [torch.linalg.vector_norm(s, dtype=torch.float32) for s in shards if s.numel()]  # no copy in float32
+        square = torch.stack([*norms, torch.zeros((), device=self.device)]).double().square().sum().reshape(1)
+        dist.all_reduce(square, group=self.group)
+        norm = math.sqrt(square.item())
+        if norm > limit:
+            for shard in shards:
+                shard.mul_(limit / (norm + 1e-6))
+        return norm
+
+    def gather(self, *values: float) -> list[tuple[float, ...]]:
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.all_gather(everyone, own, group=self.group)
+        return [tuple(row.tolist()) for row in everyone]
+
+    def together(self, do: Callable) -> list:
+        try:
+            own = do(), None
+        except UserError as e:
+            own = None, first_line(e)
+        everyone: list = [None] * self.ranks
+        dist.all_gather_object(everyone, own)
+        failures = [(rank, failure) for rank, (_, failure) in enumerate(everyone) if failure is not None]
+        if failures:
+            rank, failure = failures[0]
+            raise UserError(failure if rank == 0 else f"{failure} (rank {rank})")
+        return [result for result, _ in everyone]
+
+    # ---- after training
+
+    def export(self, save: Callable) -> None:
+        """`save(model)` on rank 0, with all trained weights in a model on the CPU."""
+        state = get_model_state_dict(self._objective, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+        def fill():
+            if self.rank == 0:
+                self._plain.load_state_dict({k.removeprefix("model."): v for k, v in state.items()}, assign=True)
+                self._plain.tie_weights()
+                save(self._plain)
+
+        self.together(fill)

@@ -1,0 +1,203 @@
+"""An iteration's training as a job: the pipeline writes it into the run folder; it is done here, or by torchrun's workers.
+
+    torchrun --nproc-per-node RANKS -m repro.worker RUN ITERATION
+
+The pipeline holds their stdin: a line on it asks them to stop after the current step, its end says that the pipeline is
+gone, and they end at once, so that none writes into a folder that another run may have taken. What they tell on stdout is
+one JSON object a line.
+"""
+
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from repro import models
+from repro.config import TrainSpec
+from repro.records import UserError, dumps, first_line, loads, read_json, remove_folder, write_json
+
+ATTACHED = "SAMI_ATTACHED"  # set where stdin is the pipeline's
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise UserError for a number of ranks that this machine cannot have."""
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: must be 1 or more")
+    if ranks > 1:
+        import torch
+
+        if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+            raise UserError(f"--ranks {ranks}: this machine has {torch.cuda.device_count()} GPUs, and each rank needs one")
+
+
+def job_file(iteration: int) -> str:
+    return f"checkpoints/iteration-{iteration}.job.json"
+
+
+def steps_folder(iteration: int) -> str:
+    return f"checkpoints/iteration-{iteration}.steps"
+
+
+def train(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int], None]) -> list[dict]:
+    """Do the job in `folder`, which leaves its weights in Hugging Face format; returns the trace of its steps."""
+    if ranks > 1:
+        import torch
+
+        gc.collect()  # the sampling model's memory is the workers' now
+        torch.cuda.empty_cache()
+        return launch(folder, iteration, ranks, on_query=on_query)
+    from repro.training import OneProcess
+
+    return work(folder, iteration, OneProcess(), on_query)
+
+
+def clear(folder: Path, iteration: int) -> None:
+    """Remove what a finished iteration needs no longer."""
+    remove_folder(folder / steps_folder(iteration))
+    (folder / job_file(iteration)).unlink(missing_ok=True)
+
+
+def write_job(folder: Path, iteration: int, *, model: str, pairs: list, spec: TrainSpec, backend: str, key: str,
+              out: str) -> None:
+    """All that the workers of an iteration need: `model` a name or place, `pairs` TrainingPairs, `key` of its step
+    checkpoints, `out` the folder below `folder` for the weights."""
+    write_json(folder / job_file(iteration), {"model": model, "train": asdict(spec), "backend": backend, "key": key,
+                                              "out": out, "pairs": [asdict(pair) for pair in pairs]})
+
+
+# ---- in the pipeline
+
+def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int], None]) -> list[dict]:
+    """Have `ranks` workers do the job in `folder`; returns the trace of its steps.
+
+    Raises UserError with the workers' reason, or with the rank that was lost. SystemExit and KeyboardInterrupt (a signal)
+    are raised on once the workers have saved their step; a second one ends them at once.
+    """
+    cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "repro.worker",
+         str(folder), str(iteration)], text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {ATTACHED: "1", "OMP_NUM_THREADS": str(max(1, cores // ranks)), "PYTHONUNBUFFERED": "1"})
+    heard = {"queries": [], "row": [], "done": [], "error": [], "failed": [], "other": deque(maxlen=200)}
+    listener = threading.Thread(target=_listen, args=(process.stdout, heard, on_query), daemon=True)
+    listener.start()
+    try:
+        process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        if heard["queries"]:  # training: else there is nothing to save
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
+            with suppress(BrokenPipeError):
+                print("stop", file=process.stdin, flush=True)
+            process.wait()
+        raise
+    finally:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        listener.join(10)
+        process.stdout.close()
+    if process.returncode == 0 and heard["done"] == [len(heard["row"])]:
+        return heard["row"]
+    raise UserError(heard["error"][0] if heard["error"] else f"training on {ranks} ranks stopped: {_lost(heard)}; what is "
+                    "saved stays: run the same command to go on")
+
+
+def _listen(stream, heard: dict, on_query: Callable[[int], None]) -> None:
+    for line in stream:
+        try:
+            (kind, value), = loads(line).items()
+            heard[kind].append(value)
+        except (ValueError, KeyError, AttributeError):
+            heard["other"].append(line)
+        else:
+            if kind == "queries":
+                on_query(value)
+
+
+def _lost(heard: dict) -> str:
+    """Which rank ended first and how, in torchrun's words or the rank's own."""
+    ends = re.findall(r"^ +rank +: (\d+).*\n +exitcode +: (-?\d+)", "".join(heard["other"]), flags=re.M)
+    killed = [(rank, -int(code)) for rank, code in ends if int(code) < 0 and -int(code) != signal.SIGTERM]
+    if killed:
+        return f"rank {killed[0][0]} was lost (killed by signal {killed[0][1]})"
+    if heard["failed"]:
+        return heard["failed"][0]
+    print("".join(heard["other"]), file=sys.stderr)
+    return "its workers ended without a word (the end of torchrun's is above)"
+
+
+# ---- in a worker
+
+def _tell(**what) -> None:
+    """One line, short enough to stay whole among those of other ranks."""
+    print(dumps(what), flush=True)
+
+
+def _heed(asked: list[int]) -> None:
+    while os.read(0, 64):
+        asked.append(signal.SIGTERM)
+    os._exit(1)
+
+
+def work(folder: Path, iteration: int, engine, on_query: Callable[[int], None], asked: list[int] | None = None) -> list:
+    """This rank's part of the job."""
+    from repro import training
+    from repro.steps import StepCheckpoints
+
+    job = read_json(folder / job_file(iteration))
+    spec = TrainSpec(**job["train"])
+    pairs = [training.TrainingPair(p["query"], tuple(p["prompts"]), tuple(p["responses"])) for p in job["pairs"]]
+    tokenizer = models.load_tokenizer(job["model"])
+    model = engine.load_model(job["model"], dtype=training.weights_dtype(spec.precision))
+
+    def save_batch(facts):
+        path = folder / "not_finite.json"
+        if engine.rank == 0:
+            write_json(path, facts)
+        return path
+
+    trace = training.train(
+        model, tokenizer, pairs, spec, iteration, backend=job["backend"], engine=engine, asked=asked, save_batch=save_batch,
+        steps=StepCheckpoints(folder / steps_folder(iteration), job["key"]), on_query=on_query)
+    engine.export(lambda plain: models.save_model(plain, tokenizer, folder / job["out"]))
+    return trace
+
+
+def main() -> None:
+    folder, iteration, asked = Path(sys.argv[1]), int(sys.argv[2]), []
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get(ATTACHED):
+        threading.Thread(target=_heed, args=(asked,), daemon=True).start()
+    rank = os.environ.get("RANK", "0")
+    try:
+        from repro.distributed import sharded
+
+        with sharded() as engine:
+            trace = work(folder, iteration, engine, lambda n: engine.rank or _tell(queries=n), asked)
+            if engine.rank == 0:
+                for row in trace:
+                    _tell(row=row)
+                _tell(done=len(trace))
+    except UserError as e:
+        _tell(error=str(e))
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, SystemExit):
+        raise SystemExit(0) from None  # asked to stop, and its step is saved
+    except Exception as e:
+        _tell(failed=f"rank {rank}: {type(e).__name__}: {first_line(e)}")
+        raise
+
+
+if __name__ == "__main__":
+    main()
