@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from repro import judging, metrics
+from repro import judging, metrics, worker
 from repro.config import JudgeSpec
 from repro.constitutions import Pool
 from repro.llm_judge import Pair, ask_judge, judge_shares
@@ -52,7 +52,7 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
 
     from repro.logprobs import logprob_matrix
     from repro.prefix import tokenize_pair
-    from repro.training import matmul_precision, weights_dtype
+    from repro.training import TrainingPair, matmul_precision, weights_dtype
 
     spec, items, start = run.experiment, [], 0
     dtype, eos = weights_dtype(spec.train.precision), spec.train.score_eos
@@ -66,6 +66,11 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
         items.append((item, texts, responses, tokens))
 
     def score(which: int, select: slice, label: str) -> list[list[list[float]]]:
+        if run.ranks > 1:
+            pairs = [TrainingPair(item.query.id, tuple(texts), tuple(r[select])) for item, texts, r, _ in items]
+            with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:
+                return worker.score(run.folder, name, run.ranks, model=run.weights(which), pairs=pairs, spec=spec.train,
+                                    backend=run.record["backend"], on_query=bar.update)
         with run.model(which, dtype) as model, torch.inference_mode(), matmul_precision(model, spec.train.precision):
             matrices = []
             with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:

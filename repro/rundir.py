@@ -93,7 +93,7 @@ class Run:
     record: dict = field(default_factory=dict)
     endpoint: Endpoint | None = None  # where the LLM judge is, if there is one
     writer_endpoint: Endpoint | None = None  # where the principle writer is, if it is behind a server
-    ranks: int = 1  # processes that train; no part of the config, since any number gives the same update
+    ranks: int = 1  # processes that train and score; no part of the config, since any number gives the same update
     _started: float = field(default_factory=time.monotonic)
 
     # ---- inputs, checked before any model loads
@@ -207,6 +207,9 @@ class Run:
 
         refusal = shared_refusal(config, frame + self.longest + spec.sampling.max_new_tokens)
         self.backend = "reference" if refusal else "shared"
+        if refusal and self.ranks > 1:  # whose forwards are as many as the texts are long; those of ranks must be equal
+            raise UserError(f"--ranks {self.ranks}: the reference path works on one rank alone, and this model needs it: "
+                            f"{refusal}")
         if refusal:
             self.say(f"log-probs by the reference path, which is slower: {refusal}")
         return queries
@@ -364,11 +367,14 @@ class Run:
 
     # ---- models
 
+    def weights(self, iteration: int) -> str:
+        """Where the model after `iteration` iterations is (0 = initial)."""
+        return str(self.folder / checkpoint(iteration)) if iteration else self.place
+
     @contextlib.contextmanager
     def model(self, iteration: int, dtype: str) -> Iterator:
         """The model after `iteration` iterations (0 = initial) with weights in `dtype`; freed afterwards."""
-        place = self.place if iteration == 0 else str(self.folder / checkpoint(iteration))
-        model = models.load_model(place, dtype=dtype)
+        model = models.load_model(self.weights(iteration), dtype=dtype)
         try:
             yield model
         finally:

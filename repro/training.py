@@ -34,7 +34,7 @@ PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 @dataclass(frozen=True)
 class TrainingPair:
-    """One query's training example: C rendered prompts and R = C responses, response j sampled under prompt j."""
+    """One query's example: C rendered prompts and R responses; in training R = C, response j sampled under prompt j."""
 
     query: str
     prompts: tuple[str, ...]
@@ -114,6 +114,20 @@ class Objective(torch.nn.Module):
                                   backend=self.backend, length_normalize=self.spec.length_normalize,
                                   score_eos=self.spec.score_eos)
         return symmetric_infonce(logprobs) * counted / queries
+
+
+class Scorer(torch.nn.Module):
+    """Queries -> their summed log-probs [B, C, R], in one forward of a model whose weights need no gradient."""
+
+    def __init__(self, model, tokenizer, spec: TrainSpec, backend: str):
+        super().__init__()
+        self.model, self.tokenizer, self.spec, self.backend = model, tokenizer, spec, backend
+
+    def forward(self, part: Sequence[TrainingPair]) -> Tensor:
+        # Not under no_grad: there the matrix is computed in parts, as many as the texts are long, and all ranks must
+        # gather the weights equally often. Nothing is kept for a backward, since nothing needs a gradient.
+        return logprob_matrix(self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
+                              backend=self.backend, length_normalize=False, score_eos=self.spec.score_eos)
 
 
 class OneProcess:
@@ -209,7 +223,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
     budget = PACK_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
     trace = steps.restore(engine, module, optimizer) if steps else []
     start = sum(update.queries for update in plan[: len(trace)])
-    on_query(start)
+    if start:
+        on_query(start)
     model.train()
     with matmul_precision(model, spec.precision), stop_after_step(asked) if steps else nullcontext():
         for step, update in list(enumerate(plan, start=1))[len(trace):]:
@@ -242,7 +257,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                 group["lr"] = spec.learning_rate * update.rate
             optimizer.step()
             trace.append({"step": step, "loss": total, "queries": len(batch), "rate": update.rate, "grad_norm": norm})
-            on_query(len(batch) - done)
+            if done < len(batch):
+                on_query(len(batch) - done)
             if steps:
                 steps.save(engine, module, optimizer, trace, now=max(stops) > 0)
                 if max(stops):

@@ -1,6 +1,7 @@
-"""An iteration's training as a job: the pipeline writes it into the run folder; it is done here, or by torchrun's workers.
+"""An iteration's training as a job: the pipeline writes it into the run folder; it is done here, or by torchrun's workers,
+who also score held-out responses where a model needs more than one of them.
 
-    torchrun --nproc-per-node RANKS -m repro.worker RUN ITERATION
+    torchrun --nproc-per-node RANKS -m repro.worker RUN JOB
 
 The pipeline holds their stdin: a line on it asks them to stop after the current step, its end says that the pipeline is
 gone, and they end at once, so that none writes into a folder that another run may have taken. What they tell on stdout is
@@ -53,7 +54,7 @@ def train(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int],
 
         gc.collect()  # the sampling model's memory is the workers' now
         torch.cuda.empty_cache()
-        return launch(folder, iteration, ranks, on_query=on_query)
+        return launch(folder, job_file(iteration), ranks, on_query=on_query)
     from repro.training import OneProcess
 
     return work(folder, iteration, OneProcess(), on_query)
@@ -69,14 +70,24 @@ def write_job(folder: Path, iteration: int, *, model: str, pairs: list, spec: Tr
               out: str) -> None:
     """All that the workers of an iteration need: `model` a name or place, `pairs` TrainingPairs, `key` of its step
     checkpoints, `out` the folder below `folder` for the weights."""
-    write_json(folder / job_file(iteration), {"model": model, "train": asdict(spec), "backend": backend, "key": key,
-                                              "out": out, "pairs": [asdict(pair) for pair in pairs]})
+    write_json(folder / job_file(iteration), {"iteration": iteration, "model": model, "train": asdict(spec), "key": key,
+                                              "backend": backend, "out": out, "pairs": [asdict(pair) for pair in pairs]})
+
+
+def score(folder: Path, name: str, ranks: int, *, model: str, pairs: list, spec: TrainSpec, backend: str,
+          on_query: Callable[[int], None]) -> list:
+    """Summed log-probs [C][R] of each of `pairs` under `model`, computed by `ranks` workers."""
+    job = folder / f"logprobs/{name}.job.json"
+    write_json(job, {"model": model, "train": asdict(spec), "backend": backend, "pairs": [asdict(pair) for pair in pairs]})
+    matrices = launch(folder, str(job.relative_to(folder)), ranks, on_query=on_query)
+    job.unlink()
+    return matrices
 
 
 # ---- in the pipeline
 
-def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int], None]) -> list[dict]:
-    """Have `ranks` workers do the job in `folder`; returns the trace of its steps.
+def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None]) -> list:
+    """Have `ranks` workers do the job of a file in `folder`; returns its rows: the trace of steps, or matrices.
 
     Raises UserError with the workers' reason, or with the rank that was lost. SystemExit and KeyboardInterrupt (a signal)
     are raised on once the workers have saved their step; a second one ends them at once.
@@ -84,7 +95,7 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "repro.worker",
-         str(folder), str(iteration)], text=True, start_new_session=True,
+         str(folder), job], text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {ATTACHED: "1", "OMP_NUM_THREADS": str(max(1, cores // ranks)), "PYTHONUNBUFFERED": "1"})
     heard = {"queries": [], "row": [], "done": [], "error": [], "failed": [], "other": deque(maxlen=200)}
@@ -93,7 +104,7 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
     try:
         process.wait()
     except (KeyboardInterrupt, SystemExit):
-        if heard["queries"]:  # training: else there is nothing to save
+        if heard["queries"] and "out" in read_json(folder / job):  # in training: else there is nothing to save
             print("stopping after this step; once more to stop at once", file=sys.stderr)
             with suppress(BrokenPipeError):
                 print("stop", file=process.stdin, flush=True)
@@ -109,8 +120,8 @@ def launch(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int]
         process.stdout.close()
     if process.returncode == 0 and heard["done"] == [len(heard["row"])]:
         return heard["row"]
-    raise UserError(heard["error"][0] if heard["error"] else f"training on {ranks} ranks stopped: {_lost(heard)}; what is "
-                    "saved stays: run the same command to go on")
+    raise UserError(heard["error"][0] if heard["error"] else f"{Path(job).name.split('.')[0]} on {ranks} ranks stopped: "
+                    f"{_lost(heard)}; what is saved stays: run the same command to go on")
 
 
 def _listen(stream, heard: dict, on_query: Callable[[int], None]) -> None:
@@ -150,14 +161,21 @@ def _heed(asked: list[int]) -> None:
     os._exit(1)
 
 
+def _job(folder: Path, name: str):
+    """A job's file, its TrainSpec and its pairs."""
+    from repro.training import TrainingPair
+
+    job = read_json(folder / name)
+    pairs = [TrainingPair(p["query"], tuple(p["prompts"]), tuple(p["responses"])) for p in job["pairs"]]
+    return job, TrainSpec(**job["train"]), pairs
+
+
 def work(folder: Path, iteration: int, engine, on_query: Callable[[int], None], asked: list[int] | None = None) -> list:
-    """This rank's part of the job."""
+    """This rank's part of an iteration's training; returns the trace."""
     from repro import training
     from repro.steps import StepCheckpoints
 
-    job = read_json(folder / job_file(iteration))
-    spec = TrainSpec(**job["train"])
-    pairs = [training.TrainingPair(p["query"], tuple(p["prompts"]), tuple(p["responses"])) for p in job["pairs"]]
+    job, spec, pairs = _job(folder, job_file(iteration))
     tokenizer = models.load_tokenizer(job["model"])
     model = engine.load_model(job["model"], dtype=training.weights_dtype(spec.precision))
 
@@ -174,8 +192,29 @@ def work(folder: Path, iteration: int, engine, on_query: Callable[[int], None], 
     return trace
 
 
+def work_scores(folder: Path, name: str, engine, on_query: Callable[[int], None]) -> list:
+    """This rank's part of the scoring; returns all matrices."""
+    from repro import training
+    from repro.logprobs import packed_tokens
+
+    job, spec, pairs = _job(folder, name)
+    tokenizer = models.load_tokenizer(job["model"])
+    model = engine.load_model(job["model"], dtype=training.weights_dtype(spec.precision)).requires_grad_(False)
+    module = engine.prepare(training.Scorer(model, tokenizer, spec, job["backend"]))
+    lengths = packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=spec.score_eos)
+    budget = training.PACK_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
+    found = {}
+    with training.matmul_precision(model, spec.precision):
+        for chosen, counted in engine.passes(lengths, budget):
+            matrices = module([pairs[q] for q in chosen]).tolist()
+            found |= dict(zip(chosen[:counted], matrices))
+            on_query(int(sum(n for n, in engine.gather(counted))))
+    everything = {q: matrix for part in engine.together(lambda: found) for q, matrix in part.items()}
+    return [everything[q] for q in range(len(pairs))]
+
+
 def main() -> None:
-    folder, iteration, asked = Path(sys.argv[1]), int(sys.argv[2]), []
+    folder, job, asked = Path(sys.argv[1]), sys.argv[2], []
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get(ATTACHED):
         threading.Thread(target=_heed, args=(asked,), daemon=True).start()
@@ -184,11 +223,15 @@ def main() -> None:
         from repro.distributed import sharded
 
         with sharded() as engine:
-            trace = work(folder, iteration, engine, lambda n: engine.rank or _tell(queries=n), asked)
+            def tell(n: int) -> None:
+                engine.rank or _tell(queries=n)
+
+            iteration = read_json(folder / job).get("iteration")
+            rows = work(folder, iteration, engine, tell, asked) if iteration else work_scores(folder, job, engine, tell)
             if engine.rank == 0:
-                for row in trace:
+                for row in rows:
                     _tell(row=row)
-                _tell(done=len(trace))
+                _tell(done=len(rows))
     except UserError as e:
         _tell(error=str(e))
         raise SystemExit(2) from None

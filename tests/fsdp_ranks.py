@@ -15,7 +15,7 @@ from conftest import byte_tokenizer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from repro import distributed, training
+from repro import distributed, training, worker
 from repro.config import TrainSpec
 from repro.records import UserError, write_json
 from repro.steps import StepCheckpoints
@@ -56,6 +56,8 @@ def run_case(engine, case: dict, out: Path) -> dict:
     for patch in patches:
         patch.start()
     try:
+        if "score" in case:
+            return {"matrices": worker.work_scores(Path(case["score"]), "job.json", engine, seen.append), "queries": sum(seen)}
         model = engine.load_model(case["model"], dtype=training.weights_dtype(spec.precision))
         trace = training.train(model, byte_tokenizer(), ragged(case.get("queries", 15)), spec, 1, engine=engine, steps=steps,
                                on_query=seen.append, asked=list(case.get("asked", [])),

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from test_logprobs import tiny_family
 
 from repro import distributed, models, steps, training
 from repro.config import TrainSpec
-from repro.records import MARKER, sealed
+from repro.logprobs import logprob_matrix
+from repro.records import MARKER, sealed, write_json
 from repro.steps import StepCheckpoints
 from repro.training import OneProcess, train
 
@@ -45,8 +47,12 @@ def work(tmp_path_factory):
         {"name": "half_tight", "model": tied, "room": 600_000},
         {"name": "poisoned", "model": tied, "poison": 1},
         {"name": "written_by_2", "model": tied, "steps": str(root / "of-2"), "asked": [15]},
-        {"name": "read_by_2", "model": tied, "steps": str(root / "of-1")}]
+        {"name": "read_by_2", "model": tied, "steps": str(root / "of-1")},
+        {"name": "score", "score": str(root / "score")}]
     by_name = {case["name"]: case for case in cases}
+    byte_tokenizer().save_pretrained(tied)
+    write_json(root / "score/job.json", {"model": tied, "train": asdict(TrainSpec(precision="fp32", score_eos=True)),
+                                         "backend": "shared", "pairs": [asdict(pair) for pair in ragged(9)]})
     stopped = run_case(OneProcess(), {**by_name["read_by_2"], "asked": [15]}, root)
     assert stopped == {"raised": "SystemExit: 143"}
     (root / "cases.json").write_text(json.dumps(cases))
@@ -99,6 +105,18 @@ def test_other_batches_and_settings_on_two_ranks(work, name):
     assert_same(one, ranks, weights, **({"rel": 2e-2, "atol": 5e-3} if name == "fp32_master" else {}))
     if name == "clipped":
         assert all(row["grad_norm"] > 0.5 for row in one["trace"])
+
+
+def test_two_fsdp_ranks_score_as_one_process_does(work):
+    """Every response of every query, in the queries' order, also where each rank needs several passes."""
+    one, ranks, _ = work("score")
+    model, part = models.load_model(str(work.root / "llama_tied")), ragged(9)
+    with torch.inference_mode():
+        truth = logprob_matrix(model, byte_tokenizer(), [p.prompts for p in part], [p.responses for p in part],
+                               length_normalize=False, score_eos=True, backend="reference")
+    for seen in (one, *ranks):
+        torch.testing.assert_close(torch.tensor(seen["matrices"]), truth, rtol=1e-5, atol=1e-4)
+    assert ranks[0]["queries"] == ranks[1]["queries"] == one["queries"] == 9
 
 
 def test_bf16_weights_stay_bf16_and_gradients_are_summed_in_float32(work):

@@ -20,7 +20,8 @@ from repro import worker
 from repro.cli import load_experiment
 from repro.config import TrainSpec
 from repro.pipeline import run
-from repro.records import sealed
+from repro.records import read_jsonl, sealed
+from repro.rundir import logprob_file
 from repro.training import OneProcess
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
@@ -108,7 +109,7 @@ def test_a_lost_fsdp_rank_ends_all_within_a_minute_with_the_reason(pipeline, tmp
     start = time.monotonic()
     said = pipeline.stdout.read().splitlines()[-1]
     assert pipeline.wait(60) == 2 and time.monotonic() - start < 60
-    assert said == ("training on 2 ranks stopped: rank 1 was lost (killed by signal 9); what is saved stays: run the same "
+    assert said == ("iteration-1 on 2 ranks stopped: rank 1 was lost (killed by signal 9); what is saved stays: run the same "
                     "command to go on")
     assert not workers(tmp_path)
     goes_on(tmp_path, 1, alone)
@@ -131,7 +132,7 @@ def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path)
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     write_job(tmp_path, poisoned)
     with pytest.raises(worker.UserError, match=r"^iteration 1, step 1: loss nan \(on ranks \[0, 1\]\), gradient norm nan: not fin"):
-        worker.launch(tmp_path, 1, 2, on_query=lambda n: None)
+        worker.launch(tmp_path, worker.job_file(1), 2, on_query=lambda n: None)
     facts = json.loads((tmp_path / "not_finite.json").read_text())
     assert facts == {"iteration": 1, "step": 1, "ranks": [0, 1], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}
 
@@ -144,6 +145,13 @@ def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path):
         folder = run(experiment, tmp_path / str(ranks), say=said.append, ranks=ranks)
         records.append(json.loads((folder / "run.json").read_text()))
         assert [p.name for p in (folder / "checkpoints").iterdir()] == ["iteration-1"]  # no job, no steps
+    scored = [[row for k in (0, 1) for _, row in read_jsonl(tmp_path / str(ranks) / experiment.path / logprob_file(k))]
+              for ranks in (1, 2)]
+    for one, two in zip(*scored, strict=True):
+        assert one["query"] == two["query"] and one["tokens"] == two["tokens"]
+        assert torch.tensor(two["logprobs"]) == pytest.approx(torch.tensor(one["logprobs"]), rel=2e-2)
+        assert two["initial"] == pytest.approx(one["initial"], rel=2e-2)
+    assert not list(tmp_path.glob("**/*.job.json"))
     one, two = (record["stages"]["train-1"] for record in records)
     assert (one["ranks"], two["ranks"]) == (1, 2) and records[0]["config_hash"] == records[1]["config_hash"]
     assert [row["loss"] for row in two["trace"]] == pytest.approx([row["loss"] for row in one["trace"]], rel=2e-2)  # bf16 products
