@@ -131,8 +131,11 @@ def shape_of(name: str, config: Path | None = None) -> Shape:
 
 def read_shape(path: Path) -> Shape:
     """The shape in a config.json. Raises UserError for a field that is missing or no number."""
-    data = read_json(path)
-    data = data.get("text_config", data) if isinstance(data, dict) else {}
+    return shape_from(read_json(path), str(path))
+
+
+def shape_from(data, where: str) -> Shape:
+    data = data.get("text_config") or data if isinstance(data, dict) else {}
     heads = data.get("num_attention_heads")
     defaults = {"num_key_value_heads": heads, "num_local_experts": data.get("num_experts")}
     if all(isinstance(x, int) and x > 0 for x in (data.get("hidden_size"), heads)):
@@ -144,7 +147,7 @@ def read_shape(path: Path) -> Shape:
         if value is None and field.default is not MISSING:
             continue
         if not isinstance(value, field.type) or (field.type is int and (isinstance(value, bool) or value < 1)):
-            raise UserError(f"{path}: {field.name}: found {value!r}; a Llama-like decoder's config.json has a "
+            raise UserError(f"{where}: {field.name}: found {value!r}; a Llama-like decoder's config.json has a "
                             f"{field.type.__name__} there")
         found[field.name] = value
     return Shape(**found)
@@ -253,9 +256,10 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
 
     # torch's optimizers make the square roots of all state at once on a GPU, of one matrix after the other on a CPU
     update = state * (trained // n if cuda else max(V * D, shape.largest))
-    return {"backward": held | {"gathered weights": gathered, "gradients not yet reduced": sums, "activations": activations,
-                                "head: scored rows": rows, "head: scratch": max(scratch, one_layer)},
-            "update": held | {"gathered weights": gathered if n == 1 else 0, "optimizer's scratch": update}}
+    return {"backward": held | {"gathered or rounded weights": gathered, "gradients not yet reduced": sums,
+                                "activations": activations, "head: scored rows": rows,
+                                "head: scratch": max(scratch, one_layer)},
+            "update": held | {"gathered or rounded weights": gathered if n == 1 else 0, "optimizer's scratch": update}}
 
 
 def peak(phases: dict[str, dict[str, int]]) -> tuple[str, int]:
@@ -266,7 +270,7 @@ def peak(phases: dict[str, dict[str, int]]) -> tuple[str, int]:
 def settle(shape: Shape, step: Step, memory: float) -> tuple[Step, int]:
     """The step as it would run, and its peak bytes: without activation checkpointing where that fits, else with it."""
     found = [(each, peak(training_bytes(shape, each, memory))[1])
-             for each in (step, replace(step, checkpointing=True))]
+             for each in (replace(step, checkpointing=on) for on in (False, True))]
     return next((each for each in found if each[1] <= memory), found[1])
 
 
@@ -278,7 +282,7 @@ def smaller_pack(step: Step) -> Iterator[Step]:
         yield replace(step, pack_tokens=tokens, scored=round(step.scored * tokens / step.pack_tokens))
 
 
-MOST_GPUS = 1024
+MOST_GPUS = 128  # beyond that no plan is offered
 LORA_RANK = 16
 
 
@@ -307,18 +311,16 @@ def ways(shape: Shape, step: Step, memory: float) -> list[tuple[tuple[str, ...],
     return found
 
 
-def server_gpus(shape: Shape, gpus: int, memory: float, tokens: int) -> tuple[int, int]:
-    """Of a sampling server with bf16 weights: GPUs that share one copy (tensor parallel: a power of two that divides the
-    heads), and the responses of `tokens` tokens in flight on one copy, at most 256. More GPUs than `gpus` where no fewer
-    hold the weights and the cache of 8 responses; (0, 0) where none do."""
-    for k in (2**e for e in range(11)):
-        if shape.num_attention_heads % k:
-            break
-        cache = 2 * shape.cache * tokens / min(k, shape.num_key_value_heads)
-        slots = int((0.9 * memory - 2 * shape.parameters / k) // cache)
-        if slots >= 8:
-            return k, min(slots, 256)
-    return 0, 0
+def server_options(shape: Shape, memory: float, tokens: int) -> list[tuple[int, int]]:
+    """How a sampling server can hold bf16 weights: (GPUs that share one copy, responses of `tokens` tokens in flight on a
+    copy, 8 to 256), in 90 % of the GPUs' memory. Tensor parallel: a power of two that divides the heads."""
+    found = []
+    for k in (2**e for e in range(8)):
+        if shape.num_attention_heads % k == 0:
+            cache = 2 * shape.cache * tokens / min(k, shape.num_key_value_heads)
+            slots = int((0.9 * memory - 2 * shape.parameters / k) // cache)
+            found += [(k, min(slots, 256))] if slots >= 8 else []
+    return found
 
 
 # ---- FLOPs
