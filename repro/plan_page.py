@@ -59,11 +59,10 @@ def verdict(p: Plan) -> list[str]:
                      "checkpointing, which costs a third more FLOPs")
         lines = [text + "."]
     else:
-        when = "in the optimizer step" if moment == "update" else "in the backward"
-        lines = [f"**Training does not fit**: {of} ({when}, activation checkpointing on)."]
+        lines = [f"**Training does not fit**: {of} (at the {moment}, activation checkpointing on)."]
         if p.ways:
             lines[0] += " It fits with:"
-            lines += [f"  - {means(names, step)}: {gb(need)} GB, activation checkpointing {'on' if step.checkpointing else 'off'}"
+            lines += [f"  - {means(names, step)}: {gb(need)} GB, checkpointing {'on' if step.checkpointing else 'off'}"
                       for names, step, need in p.ways]
         else:
             lines[0] += " No number of such GPUs that is planned for makes it fit, nor LoRA or fewer tokens a pack."
@@ -81,15 +80,15 @@ def verdict(p: Plan) -> list[str]:
     whole = sum(p.scoring.values())
     fits = whole <= p.memory
     sharded = f"; sharded as in training they would fit on {p.scoring_gpus} GPUs" if not fits and p.scoring_gpus else ""
-    lines.append(f"**Held-out log-probs {'fit' if fits else 'do not fit'}**: one process holds the whole model, {gb(whole)} of "
-                 f"{p.gpu.gb:g} GB{sharded}.")
+    lines.append(f"**Held-out log-probs {'fit' if fits else 'do not fit'}**: one process holds the whole model, "
+                 f"{gb(whole)} of {p.gpu.gb:g} GB{sharded}.")
     return lines
 
 
 def bytes_table(p: Plan) -> list[str]:
     """Bytes per GPU by kind, of what would run (with the first way to make it fit, where it does not)."""
     server = {"weights": p.server.weights, "cache of keys and values": p.server.cache}
-    columns = {"training: backward": p.phases["backward"], "training: update": p.phases["update"],
+    columns = {**{f"training: {moment}": kinds for moment, kinds in p.phases.items()},
                "held-out log-probs": p.scoring, "sampling server": server}
     kinds = [k for k in dict.fromkeys(k for c in columns.values() for k in c) if any(c.get(k) for c in columns.values())]
     rows = [[kind, *(gb(c[kind]) if c.get(kind) else "-" for c in columns.values())] for kind in kinds]
@@ -107,8 +106,8 @@ def stages_table(p: Plan) -> list[str]:
 def judged(p: Plan) -> str:
     j = p.judge
     who = "The LLM judge" if j.asked else "An LLM judge (this run has none; `--judge openai` adds it)"
-    return (f"{who}: {j.requests:,} requests, about {j.usd:.2f} USD with {j.model} ({j.prompt_tokens / 1e6:.1f} million prompt "
-            f"and {j.completion_tokens / 1e6:.1f} million completion tokens).")
+    return (f"{who}: {j.requests:,} requests, about {j.usd:.2f} USD with {j.model} ({j.prompt_tokens / 1e6:.1f} million "
+            f"prompt and {j.completion_tokens / 1e6:.1f} million completion tokens).")
 
 
 def page(p: Plan, usd_per_gpu_hour: float | None = None) -> list[str]:
@@ -122,12 +121,13 @@ def page(p: Plan, usd_per_gpu_hour: float | None = None) -> list[str]:
         lines.append(f"- {duration(p.hours)} on {gpus} GPU{'s' * (gpus > 1)}{money}"
                      + (f", trained with {means(p.ways[0][0], like)}" if p.ways else "") + ".")
     size = {what: gb(number) for what, number in p.disk.items()}
-    lines += ["- " + judged(p), f"- Disk: {size['download']} GB of published weights, {size['iterations']} GB of iterations' "
-              f"checkpoints, {size['steps']} GB of step checkpoints while an iteration trains. Memory of the machine: "
-              f"{size['machine memory']} GB, where rank 0 reads and writes the weights.", "",
+    lines += ["- " + judged(p), f"- Disk: {size['download']} GB of published weights, {size['iterations']} GB of "
+              f"iterations' checkpoints, {size['steps']} GB of step checkpoints while an iteration trains. Memory of the "
+              f"machine: {size['machine memory']} GB, where rank 0 reads and writes the weights.", "",
               *bytes_table(p), "", *stages_table(p), "",
               f"Texts: prompts of {t.prompt[0]} tokens (at most {t.prompt[1]}), responses of {t.response[0]:.0f} (at most "
-              f"{t.response[1]}), {t.items} held-out items under {t.C} constitutions each; {like.pack_tokens} tokens a pack."]
+              f"{t.response[1]}), {t.items} held-out items under {t.C} constitutions each; {like.pack_tokens} tokens a "
+              "pack."]
     return [*lines, ""]
 
 
@@ -136,11 +136,11 @@ def assumptions(plans: Sequence[Plan]) -> list[str]:
     rates = "; ".join(dict.fromkeys(f"{p.gpu.label} {p.gpu.bf16:g} TFLOP/s bf16, {p.gpu.memory:g} GB/s" for p in plans))
     queries = "; ".join(f"{name} {mean} tokens a query, at most {most}" for name, (mean, most) in QUERIES.items())
     return [
-        f"Time is for {fractions} of the data sheet's rates ({rates}), an assumption, not a measurement; it is without loading "
-        "and saving weights, starting servers and judging. GB are 10^9 bytes: what a GPU has beyond them (7 %) is left to "
-        "CUDA's context, NCCL and fragmentation. Bytes are for the longest responses, FLOPs and time for mean ones (samples "
-        f"of a base model: the longest). Lengths are estimates: {queries}. What one process takes is held against measured "
-        "peaks (tests/perf/plan_check.py); sharding, LoRA and the server are computed alone."]
+        f"Time is for {fractions} of the data sheet's rates ({rates}), an assumption, not a measurement; it is without "
+        "loading and saving weights, starting servers and judging. GB are 10^9 bytes: what a GPU has beyond them (7 %) is "
+        "left to CUDA's context, NCCL and fragmentation. Bytes are for the longest responses, FLOPs and time for mean ones "
+        f"(samples of a base model: the longest). Lengths are estimates: {queries}. What one process takes is held against "
+        "measured peaks (tests/perf/plan_check.py); sharding, LoRA and the server are computed alone."]
 
 
 def overview(plans: Sequence[Plan]) -> list[str]:
@@ -168,7 +168,7 @@ def document(plans: Sequence[Plan], usd_per_gpu_hour: float | None = None) -> st
     """One run, or several after an overview."""
     lines = []
     if len(plans) > 1:
-        lines += ["# What the runs take", "", "By `repro plan`. A column is what a lab has; the pages below say it in full.",
+        lines += ["# What the runs take", "", "Made by `repro plan`. A column is what a lab has; below, each run in full.",
                   "", *overview(plans), ""]
     for p in plans:
         lines += page(p, usd_per_gpu_hour)

@@ -107,6 +107,9 @@ class Run:
         if spec.writer and spec.writer.kind == "openai":
             self.writer_endpoint = self.writer_endpoint or Endpoint(model=spec.writer.model)
             self.writer_endpoint.key(), self.writer_endpoint.rates()
+        for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
+                                  spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
+            models.resolve_model(name)
         self.constitutions = self.by_hand = load_constitutions(spec.constitutions)
         if spec.writer and isinstance(self.constitutions, Pool):
             raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so "

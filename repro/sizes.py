@@ -208,8 +208,9 @@ class Step:
 
 
 def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[str, dict[str, int]]:
-    """Bytes per rank by kind at the two moments that may be the peak: "backward", with all activations alive and the
-    gradients of earlier packs in place, and "update". `memory`: bytes of a GPU, which decide where gradients are summed.
+    """Bytes per rank by kind at the three moments that may be the peak, gradients of earlier packs and optimizer state in
+    place: "head", with all activations kept and the logits made; "layers", in the backward of the last layer, or of one
+    that checkpointing computes again; "update". `memory`: bytes of a GPU, which decide where gradients are summed.
 
     Weights, gradients and optimizer state are float32, or bf16 in precision "bf16"; FSDP2 shards them by layer. Under LoRA
     the frozen weights are bf16, the adapters float32.
@@ -242,8 +243,10 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
 
     activations = activation_bytes(shape, step.pack_tokens, item)
     one_layer = activations // shape.num_hidden_layers
-    if step.checkpointing:
-        activations = step.pack_tokens * shape.num_hidden_layers * D * item + one_layer
+    if step.checkpointing:  # each layer's input
+        activations = step.pack_tokens * shape.num_hidden_layers * D * item
+    activations += 2 * step.pack_tokens * D * item + step.scored * D * item  # the final norm's, and its scored rows
+    again = (one_layer if step.checkpointing else 0) + one_layer // 2  # the half: gradients on their way through it
 
     triton = cuda and item == 2
     mode = head_mode(step.scored, V, 2 if triton else 4, hidden_grad=True, head_grad=not step.lora,
@@ -256,9 +259,10 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
 
     # torch's optimizers make the square roots of all state at once on a GPU, of one matrix after the other on a CPU
     update = state * (trained // n if cuda else max(V * D, shape.largest))
-    return {"backward": held | {"gathered or rounded weights": gathered, "gradients not yet reduced": sums,
-                                "activations": activations, "head: scored rows": rows,
-                                "head: scratch": max(scratch, one_layer)},
+    held_in_pass = held | {"gathered or rounded weights": gathered, "gradients not yet reduced": sums,
+                           "activations": activations}
+    return {"head": held_in_pass | {"head: scored rows": rows, "head: scratch": scratch},
+            "layers": held_in_pass | {"one layer's backward": again},
             "update": held | {"gathered or rounded weights": gathered if n == 1 else 0, "optimizer's scratch": update}}
 
 
@@ -287,9 +291,10 @@ LORA_RANK = 16
 
 
 def ways(shape: Shape, step: Step, memory: float) -> list[tuple[tuple[str, ...], Step, int]]:
-    """What makes a step fit that does not: the smallest sets of changes, each with the step and its bytes. Found by
-    trying all sets of: fewer tokens a pack, bf16 weights, LoRA, more GPUs."""
-    changes = {  # each: the steps to try, the mildest first
+    """What makes a step fit that does not: sets of changes, each with the step and its bytes, by trying all sets of: fewer
+    tokens a pack, bf16 weights, LoRA, more GPUs. The smallest sets first, and first those that change least. A set that
+    holds another is left out, unless it takes half the GPUs."""
+    changes = {  # in the order in which they are laid on; each: the steps to try, the mildest first
         "bf16": lambda s: [replace(s, precision="bf16")] if s.precision != "bf16" else [],
         "lora": lambda s: [replace(s, lora=LORA_RANK)] if not s.lora else [],
         "pack": smaller_pack,
@@ -304,11 +309,13 @@ def ways(shape: Shape, step: Step, memory: float) -> list[tuple[tuple[str, ...],
     found: list[tuple[tuple[str, ...], Step, int]] = []
     for size in range(1, len(changes) + 1):
         for names in itertools.combinations(changes, size):
-            if any(set(done) <= set(names) for done, _, _ in found) or {"bf16", "lora"} <= set(names):
-                continue
-            if way := first(step, names):
+            if {"bf16", "lora"} <= set(names):
+                continue  # under LoRA the weights are bf16
+            way = first(step, names)
+            if way and not any(set(less) <= set(names) and s.ranks <= 2 * way[0].ranks - 1 for less, s, _ in found):
                 found.append((names, *way))
-    return found
+    mild = ("pack", "bf16", "lora", "gpus")
+    return sorted(found, key=lambda each: (len(each[0]), sorted(map(mild.index, each[0]))))
 
 
 def server_options(shape: Shape, memory: float, tokens: int) -> list[tuple[int, int]]:

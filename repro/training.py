@@ -68,13 +68,16 @@ def matmul_precision(model, precision: str):
 def activation_bytes(config, tokens: int, itemsize: int) -> int:
     """What a Llama-like decoder keeps for the backward of `tokens` tokens without activation checkpointing, the head's
     part not counted: 6 D + 4 I + 2 (H + K) d numbers a token and layer, twice the last where queries and keys are
-    normed; as counted on transformers 5.23 (tests/test_training.py)."""
+    normed, 2 D more for each expert of a mixture, 2 of the D in float32 always (norms); as counted on transformers 5.23
+    (tests/test_training.py)."""
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = (config.num_attention_heads + config.num_key_value_heads) * d
     attention *= 4 if config.model_type in ("qwen3", "gemma3_text") else 2
     experts = getattr(config, "num_experts_per_tok", 1)
     numbers = 6 * config.hidden_size + 4 * experts * config.intermediate_size + attention
-    return tokens * config.num_hidden_layers * numbers * itemsize
+    numbers += 2 * experts * config.hidden_size if experts > 1 else 0
+    norms = 2 * config.hidden_size * max(0, 4 - itemsize)
+    return tokens * config.num_hidden_layers * (numbers * itemsize + norms)
 
 
 def free_bytes(device: torch.device) -> int:
