@@ -400,7 +400,7 @@ def plan_command(args: Plan) -> None:
     from repro.sizes import gpu_of
 
     names = [p.stem for p in sorted(EXPERIMENTS.glob("exp*.py"))] if args.experiment == "all" else [args.experiment]
-    settings = [(args.gpus or 8, gpu_of(args.gpu, args.gpu_memory))]
+    settings = [(8 if args.gpus is None else args.gpus, gpu_of(args.gpu, args.gpu_memory))]
     if args.experiment == "all" and (args.gpus, args.gpu, args.gpu_memory) == (None, None, None):
         settings = [(count, gpu_of(kind, None)) for count, kind in PLANNED]
     runs = [e for name in names for e in _variants(load_experiment(name, args.profile), args.variant, name)]
