@@ -292,7 +292,8 @@ def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: f
     moved = packs * (2 * (4 if precision == "fp32" else 2) + 4) * shape.num_hidden_layers * shape.layer
     sending = moved * (step.ranks - 1) / step.ranks / (gpu.link * 1e9)
     return Stage("training", tokens, layers + head, max(computing, sending) / 3600,
-                 note + (f"; sending weights takes {sending / 3600:.2f} h beside it" if step.ranks > 1 else ""))
+                 note + (f"; sending weights takes {sending / computing:.0%} of the products' time, beside them"
+                         if sending > computing / 10 else ""))
 
 
 # ---- judge and disk

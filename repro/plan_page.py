@@ -10,6 +10,14 @@ MEANS = {
     "lora": f"LoRA of rank {LORA_RANK} (a deviation from the paper)"}
 
 
+READING = (  # before several plans
+    "Made by `repro plan`. A column is what a lab has; a cell says whether the run trains there and in how many GB per "
+    "GPU, or with which change, the mildest first; what else does not fit; and the time of the whole run with the first "
+    "change. Below, each run in full.", "",
+    "A training step has three moments that may be its peak: `head`, when all activations are kept and the logits are "
+    "made; `layers`, in the backward; `update`, the optimizer's step. The largest must fit.")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table that can be read as it is: the first column and texts to the left, numbers to the right."""
     rows = [[str(cell) for cell in row] for row in rows]
@@ -28,7 +36,9 @@ def gb(number: float) -> str:
 
 
 def duration(hours: float | None) -> str:
-    return "-" if hours is None else f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
+    if hours is None:
+        return "-"
+    return f"{hours:.1f} h" if hours >= 2 else f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.1g} s"
 
 
 def means(names: Sequence[str], step: Step) -> str:
@@ -69,9 +79,9 @@ def verdict(p: Plan) -> list[str]:
     server, tokens = p.server, p.texts.asking[1] + p.texts.response[1] + p.texts.reasoning
     need = f"{gb(server.weights)} GB of bf16 weights and {gb(server.cache)} GB of cache"
     if server.copies:
-        lines.append(f"**Sampling fits**: {server.copies} server{'s' * (server.copies > 1)} on {server.gpus} GPU"
-                     f"{'s' * (server.gpus > 1)} each (tensor parallel {server.gpus}): {need} per GPU for {server.slots} "
-                     f"responses in flight of at most {tokens} tokens with their prompts.")
+        where = f"on {server.gpus} GPUs each (tensor parallel {server.gpus})" if server.gpus > 1 else "on one GPU each"
+        lines.append(f"**Sampling fits**: {server.copies} server{'s' * (server.copies > 1)} {where}: {need} per GPU for "
+                     f"{server.slots} responses in flight of at most {tokens} tokens with their prompts.")
     elif server.gpus:
         lines.append(f"**Sampling does not fit**: a server takes {server.gpus} such GPUs (tensor parallel {server.gpus}: "
                      f"{need} per GPU), or stands elsewhere.")
@@ -97,8 +107,8 @@ def bytes_table(p: Plan) -> list[str]:
 
 
 def stages_table(p: Plan) -> list[str]:
-    rows = [[s.name, f"{s.tokens / 1e6:.1f}", f"{s.flops / 1e15:.0f}", duration(s.hours), s.note] for s in p.stages]
-    rows.append(["in all", f"{sum(s.tokens for s in p.stages) / 1e6:.1f}", f"{sum(s.flops for s in p.stages) / 1e15:.0f}",
+    rows = [[s.name, f"{s.tokens / 1e6:.3g}", f"{s.flops / 1e15:.3g}", duration(s.hours), s.note] for s in p.stages]
+    rows.append(["in all", f"{sum(s.tokens for s in p.stages) / 1e6:.3g}", f"{sum(s.flops for s in p.stages) / 1e15:.3g}",
                  duration(p.hours), ""])
     return table(["stage, all iterations", "million tokens", "PFLOP", "time", ""], rows)
 
@@ -106,8 +116,8 @@ def stages_table(p: Plan) -> list[str]:
 def judged(p: Plan) -> str:
     j = p.judge
     who = "The LLM judge" if j.asked else "An LLM judge (this run has none; `--judge openai` adds it)"
-    return (f"{who}: {j.requests:,} requests, about {j.usd:.2f} USD with {j.model} ({j.prompt_tokens / 1e6:.1f} million "
-            f"prompt and {j.completion_tokens / 1e6:.1f} million completion tokens).")
+    return (f"{who}: {j.requests:,} requests, about {j.usd:.2f} USD with {j.model} ({j.prompt_tokens / 1e6:.2g} million "
+            f"prompt and {j.completion_tokens / 1e6:.2g} million completion tokens).")
 
 
 def page(p: Plan, usd_per_gpu_hour: float | None = None) -> list[str]:
@@ -117,7 +127,7 @@ def page(p: Plan, usd_per_gpu_hour: float | None = None) -> list[str]:
     lines = [f"## {p.run}: {p.model} ({p.shape.parameters / 1e9:.1f} billion parameters) on {setting(p)}", ""]
     lines += [line if line.startswith("  ") else f"- {line}" for line in verdict(p)]
     if p.hours is not None:
-        money = "" if usd_per_gpu_hour is None else f", {p.hours * gpus * usd_per_gpu_hour:.0f} USD"
+        money = "" if usd_per_gpu_hour is None else f", {p.hours * gpus * usd_per_gpu_hour:.2f} USD"
         lines.append(f"- {duration(p.hours)} on {gpus} GPU{'s' * (gpus > 1)}{money}"
                      + (f", trained with {means(p.ways[0][0], like)}" if p.ways else "") + ".")
     size = {what: gb(number) for what, number in p.disk.items()}
@@ -156,11 +166,15 @@ def overview(plans: Sequence[Plan]) -> list[str]:
 def _cell(p: Plan) -> str:
     if p.trained is None:
         return f"no: training takes {gb(peak(p.phases)[1])} GB"
-    text = "trains" if not p.ways else "trains with " + " or ".join(
-        " and ".join({"bf16": "bf16 weights", "lora": "LoRA", "pack": f"{step.pack_tokens} tokens a pack",
-                      "gpus": f"{step.ranks} GPUs"}[n] for n in names) for names, step, _ in p.ways)
+    parts = []
+    for names, step, need in p.ways:
+        words = {"bf16": "bf16 weights", "lora": "LoRA", "pack": f"{step.pack_tokens} tokens a pack",
+                 "gpus": f"{step.ranks} GPUs"}
+        parts.append(" and ".join(words[n] for n in names) + f" ({gb(need)} GB)")
+    text = "trains with " + ", or ".join(parts) if parts else f"trains ({gb(peak(p.phases)[1])} GB)"
+    scoring = sum(p.scoring.values())
     lacking = ([] if p.server.copies else [f"sampling needs {p.server.gpus} GPUs" if p.server.gpus else "no sampling"]) + (
-        [] if sum(p.scoring.values()) <= p.memory else ["held-out log-probs do not fit one GPU"])
+        [] if scoring <= p.memory else [f"held-out log-probs take {gb(scoring)} GB on one GPU"])
     return "; ".join([text, *lacking, *([duration(p.hours)] if p.hours is not None else [])])
 
 
@@ -168,8 +182,9 @@ def document(plans: Sequence[Plan], usd_per_gpu_hour: float | None = None) -> st
     """One run, or several after an overview."""
     lines = []
     if len(plans) > 1:
-        lines += ["# What the runs take", "", "Made by `repro plan`. A column is what a lab has; below, each run in full.",
-                  "", *overview(plans), ""]
-    for p in plans:
+        lines += ["# What the runs take", "", *READING, "", *overview(plans), ""]
+    for k, p in enumerate(plans):
+        if len({setting(each) for each in plans}) > 1 and (k == 0 or setting(plans[k - 1]) != setting(p)):
+            lines += [f"# On {setting(p)}", ""]
         lines += page(p, usd_per_gpu_hour)
     return "\n".join([*lines, *assumptions(plans)]) + "\n"
