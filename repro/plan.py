@@ -169,9 +169,14 @@ class Plan:
         return self.gpu.gb * GB
 
     @property
-    def hours(self) -> float | None:
-        hours = [stage.hours for stage in self.stages]
-        return None if None in hours else sum(hours)
+    def hours(self) -> float:
+        """Of the stages that fit."""
+        return sum(stage.hours or 0 for stage in self.stages)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all stages do."""
+        return all(stage.hours is not None for stage in self.stages)
 
 
 def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, config: Path | None = None, lora: int = 0,

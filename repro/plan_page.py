@@ -35,9 +35,12 @@ def gb(number: float) -> str:
     return f"{number / GB:.1f}"
 
 
-def duration(hours: float | None) -> str:
-    if hours is None:
-        return "-"
+def figure(number: float) -> str:
+    """Three digits at least."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 2 else f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.1g} s"
 
 
@@ -103,13 +106,14 @@ def bytes_table(p: Plan) -> list[str]:
     kinds = [k for k in dict.fromkeys(k for c in columns.values() for k in c) if any(c.get(k) for c in columns.values())]
     rows = [[kind, *(gb(c[kind]) if c.get(kind) else "-" for c in columns.values())] for kind in kinds]
     rows.append(["in all", *(gb(sum(c.values())) for c in columns.values())])
-    return table([f"GB per GPU (of {p.gpu.gb:g})", *columns], rows)
+    return table([f"GB per GPU (of {p.gpu.gb:g}), as it is set", *columns], rows)
 
 
 def stages_table(p: Plan) -> list[str]:
-    rows = [[s.name, f"{s.tokens / 1e6:.3g}", f"{s.flops / 1e15:.3g}", duration(s.hours), s.note] for s in p.stages]
-    rows.append(["in all", f"{sum(s.tokens for s in p.stages) / 1e6:.3g}", f"{sum(s.flops for s in p.stages) / 1e15:.3g}",
-                 duration(p.hours), ""])
+    rows = [[s.name, figure(s.tokens / 1e6), figure(s.flops / 1e15), "-" if s.hours is None else duration(s.hours), s.note]
+            for s in p.stages]
+    rows.append(["in all", figure(sum(s.tokens for s in p.stages) / 1e6), figure(sum(s.flops for s in p.stages) / 1e15),
+                 duration(p.hours), "" if p.complete else "without what does not fit"])
     return table(["stage, all iterations", "million tokens", "PFLOP", "time", ""], rows)
 
 
@@ -126,10 +130,10 @@ def page(p: Plan, usd_per_gpu_hour: float | None = None) -> list[str]:
     gpus = max(p.gpus, like.ranks)
     lines = [f"## {p.run}: {p.model} ({p.shape.parameters / 1e9:.1f} billion parameters) on {setting(p)}", ""]
     lines += [line if line.startswith("  ") else f"- {line}" for line in verdict(p)]
-    if p.hours is not None:
+    if p.trained:
         money = "" if usd_per_gpu_hour is None else f", {p.hours * gpus * usd_per_gpu_hour:.2f} USD"
         lines.append(f"- {duration(p.hours)} on {gpus} GPU{'s' * (gpus > 1)}{money}"
-                     + (f", trained with {means(p.ways[0][0], like)}" if p.ways else "") + ".")
+                     + ("" if p.complete else ", without what does not fit") + (f"; trained with {means(p.ways[0][0], like)}" if p.ways else "") + ".")
     size = {what: gb(number) for what, number in p.disk.items()}
     lines += ["- " + judged(p), f"- Disk: {size['download']} GB of published weights, {size['iterations']} GB of "
               f"iterations' checkpoints, {size['steps']} GB of step checkpoints while an iteration trains. Memory of the "
@@ -175,7 +179,7 @@ def _cell(p: Plan) -> str:
     scoring = sum(p.scoring.values())
     lacking = ([] if p.server.copies else [f"sampling needs {p.server.gpus} GPUs" if p.server.gpus else "no sampling"]) + (
         [] if scoring <= p.memory else [f"held-out log-probs take {gb(scoring)} GB on one GPU"])
-    return "; ".join([text, *lacking, *([duration(p.hours)] if p.hours is not None else [])])
+    return "; ".join([text, *lacking, duration(p.hours) + (" without them" if lacking else "")])
 
 
 def document(plans: Sequence[Plan], usd_per_gpu_hour: float | None = None) -> str:
