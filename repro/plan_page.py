@@ -81,13 +81,15 @@ def verdict(p: Plan) -> list[str]:
             lines[0] += " No number of such GPUs that is planned for makes it fit, nor LoRA or fewer tokens a pack."
     server, tokens = p.server, p.texts.asking[1] + p.texts.response[1] + p.texts.reasoning
     need = f"{gb(server.weights)} GB of bf16 weights and {gb(server.cache)} GB of cache"
-    if server.copies:
-        where = f"on {server.gpus} GPUs each (tensor parallel {server.gpus})" if server.gpus > 1 else "on one GPU each"
-        lines.append(f"**Sampling fits**: {server.copies} server{'s' * (server.copies > 1)} {where}: {need} per GPU for "
-                     f"{server.slots} responses in flight of at most {tokens} tokens with their prompts.")
+    where = f"on {server.gpus} GPUs each (tensor parallel {server.gpus})" if server.gpus > 1 else "on one GPU each"
+    copies = f"{server.copies} server{'s' * (server.copies > 1)} {where}"
+    if server.copies and server.gpus <= p.gpus:
+        lines.append(f"**Sampling fits**: {copies}: {need} per GPU for {server.slots} responses in flight of at most {tokens} "
+                     "tokens with their prompts.")
     elif server.gpus:
+        instead = f"on those {p.trained.ranks} GPUs there is room for {copies}" if server.copies else "or it stands elsewhere"
         lines.append(f"**Sampling does not fit**: a server takes {server.gpus} such GPUs (tensor parallel {server.gpus}: "
-                     f"{need} per GPU), or stands elsewhere.")
+                     f"{need} per GPU); {instead}.")
     else:
         lines.append("**Sampling does not fit** on such GPUs: the server must stand elsewhere.")
     whole = sum(p.scoring.values())
@@ -132,8 +134,9 @@ def page(p: Plan, usd_per_gpu_hour: float | None = None) -> list[str]:
     lines += [line if line.startswith("  ") else f"- {line}" for line in verdict(p)]
     if p.trained:
         money = "" if usd_per_gpu_hour is None else f", {p.hours * gpus * usd_per_gpu_hour:.2f} USD"
+        change = f"; trained with {means(p.ways[0][0], like)}" if p.ways else ""
         lines.append(f"- {duration(p.hours)} on {gpus} GPU{'s' * (gpus > 1)}{money}"
-                     + ("" if p.complete else ", without what does not fit") + (f"; trained with {means(p.ways[0][0], like)}" if p.ways else "") + ".")
+                     + ("" if p.complete else ", without what does not fit") + change + ".")
     size = {what: gb(number) for what, number in p.disk.items()}
     lines += ["- " + judged(p), f"- Disk: {size['download']} GB of published weights, {size['iterations']} GB of "
               f"iterations' checkpoints, {size['steps']} GB of step checkpoints while an iteration trains. Memory of the "
@@ -177,9 +180,9 @@ def _cell(p: Plan) -> str:
         parts.append(" and ".join(words[n] for n in names) + f" ({gb(need)} GB)")
     text = "trains with " + ", or ".join(parts) if parts else f"trains ({gb(peak(p.phases)[1])} GB)"
     scoring = sum(p.scoring.values())
-    lacking = ([] if p.server.copies else [f"sampling needs {p.server.gpus} GPUs" if p.server.gpus else "no sampling"]) + (
+    lacking = ([] if 0 < p.server.gpus <= p.gpus else [f"sampling needs {p.server.gpus} GPUs" if p.server.gpus else "no sampling"]) + (
         [] if scoring <= p.memory else [f"held-out log-probs take {gb(scoring)} GB on one GPU"])
-    return "; ".join([text, *lacking, duration(p.hours) + (" without them" if lacking else "")])
+    return "; ".join([text, *lacking, duration(p.hours) + ("" if p.complete else " without what does not fit")])
 
 
 def document(plans: Sequence[Plan], usd_per_gpu_hour: float | None = None) -> str:
