@@ -84,10 +84,10 @@ def verdict(p: Plan) -> list[str]:
     where = f"on {server.gpus} GPUs each (tensor parallel {server.gpus})" if server.gpus > 1 else "on one GPU each"
     copies = f"{server.copies} server{'s' * (server.copies > 1)} {where}"
     if server.copies and server.gpus <= p.gpus:
-        lines.append(f"**Sampling fits**: {copies}: {need} per GPU for {server.slots} responses in flight of at most {tokens} "
-                     "tokens with their prompts.")
+        lines.append(f"**Sampling fits**: {copies}: {need} per GPU for {server.slots} responses in flight of at most "
+                     f"{tokens} tokens with their prompts.")
     elif server.gpus:
-        instead = f"on those {p.trained.ranks} GPUs there is room for {copies}" if server.copies else "or it stands elsewhere"
+        instead = f"on those {p.trained.ranks} GPUs is room for {copies}" if server.copies else "or it stands elsewhere"
         lines.append(f"**Sampling does not fit**: a server takes {server.gpus} such GPUs (tensor parallel {server.gpus}: "
                      f"{need} per GPU); {instead}.")
     else:
@@ -180,8 +180,9 @@ def _cell(p: Plan) -> str:
         parts.append(" and ".join(words[n] for n in names) + f" ({gb(need)} GB)")
     text = "trains with " + ", or ".join(parts) if parts else f"trains ({gb(peak(p.phases)[1])} GB)"
     scoring = sum(p.scoring.values())
-    lacking = ([] if 0 < p.server.gpus <= p.gpus else [f"sampling needs {p.server.gpus} GPUs" if p.server.gpus else "no sampling"]) + (
-        [] if scoring <= p.memory else [f"held-out log-probs take {gb(scoring)} GB on one GPU"])
+    server = f"sampling needs {p.server.gpus} GPUs" if p.server.gpus else "no sampling"
+    lacking = [] if 0 < p.server.gpus <= p.gpus else [server]
+    lacking += [] if scoring <= p.memory else [f"held-out log-probs take {gb(scoring)} GB on one GPU"]
     return "; ".join([text, *lacking, duration(p.hours) + ("" if p.complete else " without what does not fit")])
 
 
