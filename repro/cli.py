@@ -405,9 +405,9 @@ def plan_command(args: Plan) -> None:
         settings = [(count, gpu_of(kind, None)) for count, kind in PLANNED]
     runs = [e for name in names for e in _variants(load_experiment(name, args.profile), args.variant, name)]
     runs = [dataclasses.replace(e, model=_over(e.model, name=args.model, label=args.model)) for e in runs]
-    judge = args.judge_model and Endpoint(model=args.judge_model, price=args.price)
-    plans = [plan(e, gpu, count, fraction=args.fraction, config=args.config, lora=args.lora, judge=judge or None,
-                  response_tokens=args.response_tokens) for count, gpu in settings for e in runs]
+    plans = [plan(e, gpu, count, fraction=args.fraction, config=args.config, lora=args.lora, price=args.price,
+                  judge_model=args.judge_model, response_tokens=args.response_tokens)
+             for count, gpu in settings for e in runs]
     text = plan_page.document(plans, args.usd_per_gpu_hour)
     print(text, end="")
     if args.out:

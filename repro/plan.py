@@ -15,7 +15,7 @@ from pathlib import Path
 from repro.config import Experiment
 from repro.constitutions import Constitution, Pool, load_constitutions
 from repro.datasets import SOURCES, load_queries
-from repro.endpoint import PICO, Endpoint, count_tokens
+from repro.endpoint import HOSTED, PICO, Endpoint, count_tokens
 from repro.llm_judge import LLMJudge, Pair, expected_tokens
 from repro.prompts import Form
 from repro.records import UserError
@@ -118,7 +118,7 @@ def first_step(spec: Experiment, texts: Texts, gpus: int, lora: int = 0) -> Step
 
 @dataclass(frozen=True)
 class Stage:
-    """Of all iterations: tokens through the model, FLOPs (of them in the head), and hours; None where it does not fit."""
+    """Of all iterations: tokens through the model, FLOPs, and hours; None where it does not fit."""
 
     name: str
     tokens: float
@@ -180,7 +180,8 @@ class Plan:
 
 
 def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, config: Path | None = None, lora: int = 0,
-         response_tokens: float | None = None, judge: Endpoint | None = None) -> Plan:
+         response_tokens: float | None = None, judge_model: str | None = None,
+         price: tuple[float, float] | None = None) -> Plan:
     """Everything that is known of a run before it starts.
 
     Raises UserError for a model whose shape is not known, and for settings out of range.
@@ -205,7 +206,7 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
                 step=step, phases=training_bytes(shape, step, memory), ways=found, trained=trained, faster=faster,
                 server=server, scoring=scoring[1], disk=disk_of(shape, spec, like),
                 scoring_gpus=next((n for n in scoring if sum(scoring[n].values()) <= memory), 0),
-                judge=judge_of(spec, texts, judge),
+                judge=judge_of(spec, texts, judge_model, price),
                 stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, sum(scoring[1].values()) <= memory),
                         training(shape, spec, texts, gpu, fraction, trained)])
 
@@ -222,7 +223,7 @@ def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, 
     longest = texts.asking[1] + texts.response[1] + texts.reasoning
     flops, first = sampling_flops(shape, P, L), sampling_flops(shape, P, 0)
 
-    def seconds(k: int, slots: int, copies: int) -> float:
+    def takes(k: int, slots: int, copies: int) -> float:
         rate = k * gpu.bf16 * 1e12 * fraction
         cache = 2 * shape.cache * (P + L / 2) / min(k, shape.num_key_value_heads)
         reading = (2 * shape.parameters / k + slots * cache) / (gpu.memory * 1e9 * fraction)
@@ -230,7 +231,7 @@ def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, 
         return count / copies * first / rate + math.ceil(count / copies / slots) * L * max(reading, computing)
 
     options = server_options(shape, gpu.gb * GB, longest)
-    held = [(seconds(k, slots, gpus // k), k, slots) for k, slots in options if k <= gpus]
+    held = [(takes(k, slots, gpus // k), k, slots) for k, slots in options if k <= gpus]
     enough = TOLERABLE * min(held)[0] if held else 0  # more GPUs a copy than that takes only talk to each other
     took, k, slots = next((h for h in held if h[0] <= enough), (math.nan, *(options[0] if options else (0, 0))))
     server = Server(k, gpus // k if held else 0, slots, 2 * shape.parameters // max(1, k),
@@ -312,12 +313,14 @@ class Judge:
     requests: int
     prompt_tokens: int
     completion_tokens: int
-    usd: float
+    usd: float | None  # None: its price is not known
 
 
-def judge_of(spec: Experiment, texts: Texts, endpoint: Endpoint | None) -> Judge:
-    """Requests about texts of the mean lengths."""
-    endpoint = endpoint or Endpoint(model=spec.judge.model or JUDGE)
+def judge_of(spec: Experiment, texts: Texts, model: str | None, price: tuple[float, float] | None) -> Judge:
+    """Requests about texts of the mean lengths, by the judge `model`, else the experiment's own, else JUDGE.
+
+    Raises UserError where the price of a `model` that was asked for is not known."""
+    endpoint = Endpoint(model=model or spec.judge.model or JUDGE, base_url=HOSTED, price=price)
     comparisons = texts.items * (spec.iterations + (spec.iterations + 1 if spec.baseline else 0))
 
     def words(n):
@@ -329,7 +332,13 @@ def judge_of(spec: Experiment, texts: Texts, endpoint: Endpoint | None) -> Judge
     judge = LLMJudge(name="plan", host=endpoint.host, model=endpoint.model, max_tokens=spec.judge.max_tokens,
                      answer="schema" if spec.judge.answer == "auto" else spec.judge.answer)
     into, out = (comparisons * n for n in expected_tokens(judge, judge.all_calls([pair])))
-    return Judge(endpoint.model, "openai" in spec.judge.judges, 2 * comparisons, into, out, endpoint.cost(into, out) / PICO)
+    try:
+        usd = endpoint.cost(into, out) / PICO
+    except UserError:
+        if model:
+            raise
+        usd = None
+    return Judge(endpoint.model, "openai" in spec.judge.judges, 2 * comparisons, into, out, usd)
 
 
 def disk_of(shape: Shape, spec: Experiment, step: Step) -> dict[str, int]:

@@ -121,8 +121,9 @@ def stages_table(p: Plan) -> list[str]:
 
 def judged(p: Plan) -> str:
     j = p.judge
+    cost = "at a price that is not known (--price tells it)" if j.usd is None else f"about {j.usd:.2f} USD"
     who = "The LLM judge" if j.asked else "An LLM judge (this run has none; `--judge openai` adds it)"
-    return (f"{who}: {j.requests:,} requests, about {j.usd:.2f} USD with {j.model} ({j.prompt_tokens / 1e6:.2g} million "
+    return (f"{who}: {j.requests:,} requests, {cost} with {j.model} ({j.prompt_tokens / 1e6:.2g} million "
             f"prompt and {j.completion_tokens / 1e6:.2g} million completion tokens).")
 
 

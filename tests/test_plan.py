@@ -116,6 +116,20 @@ def test_what_is_sharded_and_what_is_not():
     assert mistral["master weights"] == 4 * MISTRAL.parameters // 8 and "weights" not in mistral
 
 
+def test_the_heads_bytes():
+    """U is kept up to a GiB; a slab of logits is made beside it; the weight's gradient is float32 before it is added up."""
+    def head(shape, **change):
+        return {k: v for k, v in training_bytes(shape, dataclasses.replace(STEP, **change))["head"].items() if "head" in k}
+
+    weight = 4 * 32000 * 4096
+    assert head(MISTRAL, scored=1000) == {"head: scored rows": 4 * 1000 * 32000, "head: scratch": weight + 3 * 4 * 1000 * 4096}
+    assert head(LLAMA, scored=8000, precision="bf16") == {  # computed again, a slab at a time
+        "head: scored rows": 0, "head: scratch": 4 * 128256 * 8192 + 3 * 4 * 8000 * 8192 + 4 * 2**25}
+    assert head(MISTRAL, scored=1000, lora=16)["head: scored rows"] == 4 * 1000 * 4096  # the head is frozen
+    small = dataclasses.replace(MISTRAL, vocab_size=8192, hidden_size=256)
+    assert head(small, scored=800)["head: scratch"] == 4 * 800 * 8192  # the slab is the larger
+
+
 def test_lora_trains_adapters_alone():
     kinds = training_bytes(MISTRAL, dataclasses.replace(STEP, lora=16))["layers"]
     adapters = MISTRAL.adapters(16)
@@ -163,6 +177,9 @@ def test_what_a_run_counts():
     assert twice.stages[2].hours < .8 * planned.stages[2].hours and twice.stages[2].flops == planned.stages[2].flops
     slow = plan(spec, GPUS["a100"], 8, fraction=.2)
     assert slow.hours == pytest.approx(2 * planned.hours, rel=.02)
+    own = dataclasses.replace(spec, judge=dataclasses.replace(spec.judge, judges=("openai",), model="our-own"))
+    assert plan(own, GPUS["a100"], 8).judge.usd is None and plan(own, GPUS["a100"], 8).judge.asked
+    assert plan(own, GPUS["a100"], 8, price=(1, 1)).judge.usd > 1
     pool = cli.load_experiment("exp3", "paper")[0]
     assert texts_of(pool).items == 500 and texts_of(pool).C == 2
 
