@@ -261,9 +261,10 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
 def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, fits: bool) -> Stage:
     C, n, P, L = texts.C, spec.iterations, texts.prompt[0], texts.response[0]
     own = matrix_flops(shape, C, C, P, L, shared=True, training=False)
-    first = matrix_flops(shape, C, 1, P, L, shared=True, training=False)  # under the initial model
-    layers, head = (texts.items * ((n + 1) * a + n * b) for a, b in zip(own, first))
-    tokens = texts.items * ((n + 1) * C * (P + C * L) + n * C * (P + L))
+    first = matrix_flops(shape, C, 1, P, L, shared=True, training=False)
+    again = n if "likelihood" in spec.judge.judges else 0  # under the initial model
+    layers, head = (texts.items * ((n + 1) * a + again * b) for a, b in zip(own, first))
+    tokens = texts.items * ((n + 1) * C * (P + C * L) + again * C * (P + L))
     hours = seconds(gpu, "bf16" if step.lora else step.precision, fraction, 1, layers, head) / 3600
     return Stage("log-probs of held-out responses", tokens, layers + head, hours if fits else None, "on one GPU")
 
