@@ -96,6 +96,8 @@ class Run:
     max_usd: float = 10.0
     """What the openai judge may cost in a run's folder, earlier runs included, and what the openai writer; never
     exceeded."""
+    pack_tokens: int | None = None
+    """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
     ranks: int = 1
     """Processes that train (torchrun, FSDP2), one GPU each where there are any; any number gives the same update."""
 
@@ -317,7 +319,8 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
     name = args.name or (f"{base.name}_cot" if args.cot and not base.cot else None)
     return dataclasses.replace(
         _over(base, name=name, seed=args.seed, constitutions=args.constitutions, task=args.task, cot=args.cot or None,
-              data=data, judge=judge, model=_over(base.model, name=args.model, label=label, prompt=args.prompt)),
+              data=data, judge=judge, train=_over(base.train, pack_tokens=args.pack_tokens),
+              model=_over(base.model, name=args.model, label=label, prompt=args.prompt)),
         writer=_writer(base.writer, args))
 
 

@@ -24,6 +24,7 @@ from repro.sizes import (
     GB,
     GPU,
     MOST_GPUS,
+    PUBLISHED,
     Shape,
     Step,
     matrix_flops,
@@ -111,7 +112,7 @@ def first_step(spec: Experiment, texts: Texts, gpus: int, lora: int = 0) -> Step
 
     (_, P), (_, L) = texts.prompt, texts.response
     longest = 2 * (P + 2 * L)
-    tokens = max(PACK_TOKENS["cuda"], longest)
+    tokens = max(spec.train.pack_tokens or PACK_TOKENS["cuda"], longest)
     return Step(ranks=gpus, precision=spec.train.precision, optimizer=spec.train.optimizer, pack_tokens=tokens,
                 scored=round(tokens * 4 * L / longest), longest=longest, lora=lora)
 
@@ -216,9 +217,10 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
 def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, fraction: float) -> tuple[Server, Stage]:
     """Prompts at the rate of products; then a token of every response in flight at a time, for which all weights and the
     caches are read. A base model is stopped by the cap alone, so its responses count with the most tokens they can have.
-    Of all servers that `gpus` GPUs hold the smallest that is nearly the fastest; else the smallest that there is."""
+    The baseline's count as the policy's. Of all servers that `gpus` GPUs hold the smallest that is nearly the fastest; else
+    the smallest that there is."""
     train = sum(2 * round(spec.train.queries_needed(k) * (1 + spec.sampling.spare)) for k in range(1, spec.iterations + 1))
-    count = train + (spec.iterations + 1) * texts.items * texts.C
+    count = train + (spec.iterations + 1) * texts.items * texts.C + texts.items * bool(spec.baseline)
     P, L = texts.asking[0], texts.response[spec.model.prompt == "plain"] + texts.reasoning
     longest = texts.asking[1] + texts.response[1] + texts.reasoning
     flops, first = sampling_flops(shape, P, L), sampling_flops(shape, P, 0)
@@ -250,7 +252,7 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
     item = 2 if step.precision == "bf16" or step.lora else 4
     rounded = item == 4 and step.precision == "fp32_master"
     tokens = max(BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
-    copies = 2 * shape.num_hidden_layers * shape.layer if rounded else 0
+    copies = 2 * shape.largest if rounded else 0
     if gpus > 1:
         copies = item * shape.root + 3 * (2 if rounded else item) * shape.layer
     return {"weights": item * shape.parameters // gpus, "gathered or rounded weights": copies,
@@ -343,12 +345,18 @@ def judge_of(spec: Experiment, texts: Texts, model: str | None, price: tuple[flo
 
 
 def disk_of(shape: Shape, spec: Experiment, step: Step) -> dict[str, int]:
-    """Bytes in files: the published weights in bf16, a checkpoint of every iteration, and two of steps with the optimizer's
-    state while an iteration trains (one complete, one being written). Rank 0 holds the weights once in the machine's
-    memory while it reads and writes them."""
+    """Bytes in files: the published weights in bf16 (of the policy, the baseline and a writer on this machine, where their
+    shapes are known), a checkpoint of every iteration, and three of steps with the optimizer's state while one trains (two
+    complete, one being written). Rank 0 holds the weights once in the machine's memory while it reads and writes them."""
+    from repro.steps import KEEP
+
     item = 2 if step.precision == "bf16" or step.lora else 4
     own = item * shape.parameters
     trained = 4 * shape.adapters(step.lora) if step.lora else own
     states = {"adamw": 2, "rmsprop": 1}[step.optimizer]
-    return {"download": 2 * shape.parameters, "iterations": spec.iterations * own, "steps": 2 * (1 + states) * trained,
+    others = {other.name for other in [spec.baseline] if other} | {
+        writer.model for writer in [spec.writer] if writer and writer.kind == "local"}
+    others = (PUBLISHED[name].parameters for name in others - {spec.model.name} if name in PUBLISHED)
+    published = shape.parameters + sum(others)
+    return {"download": 2 * published, "iterations": spec.iterations * own, "steps": (KEEP + 1) * (1 + states) * trained,
             "machine memory": own}

@@ -47,7 +47,7 @@ def duration(hours: float) -> str:
 def means(names: Sequence[str], step: Step) -> str:
     """A way to make a step fit, in words."""
     parts = [MEANS[n] for n in names if n in MEANS]
-    parts += [f"{step.pack_tokens} tokens a pack (PACK_TOKENS in repro/training.py)"] if "pack" in names else []
+    parts += [f"{step.pack_tokens} tokens a pack (--pack-tokens {step.pack_tokens})"] if "pack" in names else []
     parts += [f"{step.ranks} GPUs"] if "gpus" in names else []
     return " and ".join(parts)
 
@@ -68,7 +68,7 @@ def verdict(p: Plan) -> list[str]:
         text += ", with activation checkpointing, which the run switches on by itself" if p.step.checkpointing else (
             ", without activation checkpointing")
         if p.faster:
-            text += (f". With {p.faster.pack_tokens} tokens a pack (PACK_TOKENS in repro/training.py) it would fit without "
+            text += (f". With {p.faster.pack_tokens} tokens a pack (--pack-tokens) it would fit without "
                      "checkpointing, which costs a third more FLOPs")
         lines = [text + "."]
     else:

@@ -101,15 +101,15 @@ class Run:
     def check(self) -> None:
         """Read and check every input, and write nothing."""
         spec = self.experiment
+        for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
+                                  spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
+            models.resolve_model(name)  # a licence that is missing is told before anything else
         if "openai" in spec.judge.judges:
             self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
             self.endpoint.key(), self.endpoint.rates()
         if spec.writer and spec.writer.kind == "openai":
             self.writer_endpoint = self.writer_endpoint or Endpoint(model=spec.writer.model)
             self.writer_endpoint.key(), self.writer_endpoint.rates()
-        for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
-                                  spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
-            models.resolve_model(name)
         self.constitutions = self.by_hand = load_constitutions(spec.constitutions)
         if spec.writer and isinstance(self.constitutions, Pool):
             raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so "

@@ -233,8 +233,9 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
 
     if n > 1:  # the root's weights stay gathered; a layer's while it is computed, the next one's in flight, and its buffer
         gathered = item * shape.root + 3 * travels * shape.layer
-    else:      # autocast keeps a 16-bit copy of every matrix that it has rounded
-        gathered = 2 * shape.num_hidden_layers * shape.layer if master and cuda else 0
+    else:      # for the backward autograd keeps the 16-bit copy of a matrix that autocast has made
+        layers = 1 if step.checkpointing else shape.num_hidden_layers
+        gathered = 2 * layers * shape.layer if master and cuda else 0
     sums = 0
     if n > 1:  # one layer's in float32 and on its way; of all, where half of what is free holds them (repro/distributed.py)
         free = memory - item * shape.parameters // n  # at that moment there are weights alone
@@ -263,7 +264,7 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
                            "activations": activations}
     return {"head": held_in_pass | {"head: scored rows": rows, "head: scratch": scratch},
             "layers": held_in_pass | {"one layer's backward": again},
-            "update": held | {"gathered or rounded weights": gathered if n == 1 else 0, "optimizer's scratch": update}}
+            "update": held | {"optimizer's scratch": update}}
 
 
 def peak(phases: dict[str, dict[str, int]]) -> tuple[str, int]:

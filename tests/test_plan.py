@@ -92,7 +92,7 @@ def test_bytes_are_those_measured(case, monkeypatch):
     """A step of a small model: kinds to 10 %, the peak of all live tensors from -5 to +30 %."""
     import plan_check
 
-    for name in ("_optimizer", "free_bytes"):
+    for name in ("_optimizer", "usable_bytes"):
         monkeypatch.setattr(training, name, getattr(training, name))  # what `measure` puts in their place
     kinds = plan_check.measure(*case)["kinds"]
     for exact in ("weights", "gradients", "head: scored rows"):
@@ -171,7 +171,7 @@ def test_what_a_run_counts():
     planned = plan(spec, GPUS["a100"], 8)
     assert planned.texts.items == 250 and planned.texts.C == 4
     assert planned.judge.requests == 2 * 250 * (3 + 4)  # against the initial model, and against the baseline from 0 on
-    assert planned.stages[0].note == f"{2 * 1.25 * 128 * 12 + 4 * 250 * 4:,.0f} responses"  # spare, 2 + 4 + 6 batches
+    assert planned.stages[0].note == f"{2 * 2 * 128 * 12 + 4 * 250 * 4 + 250:,.0f} responses"  # spare 1, 2 + 4 + 6 batches, baseline
     assert planned.judge.usd == pytest.approx((.4 * planned.judge.prompt_tokens + 1.6 * planned.judge.completion_tokens) / 1e6)
     twice = plan(spec, GPUS["a100"], 16, fraction=.4)
     assert twice.stages[2].hours < .8 * planned.stages[2].hours and twice.stages[2].flops == planned.stages[2].flops

@@ -16,6 +16,7 @@ import platform
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from repro import training
 from repro.config import TrainSpec
-from repro.logprobs import packs
+from repro.logprobs import packed_tokens
 from repro.records import write_json
 from repro.rundir import commit
 from repro.sizes import Step, peak, shape_from, training_bytes
@@ -82,9 +83,10 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     optimizers, make = [], training._optimizer
     training._optimizer = lambda *a: optimizers.append(make(*a)) or optimizers[-1]
     if checkpointing:
-        training.free_bytes = lambda device: 0
-    tokens = max(n for _, n in packs(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=False,
-                                     budget=1))
+        training.usable_bytes = lambda device: 0
+    tokens = max(packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=False)[0])
+    step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
+                device="cpu")
 
     training.train(model, tokenizer, pairs, spec, 1)
     process = resident("VmHWM") - before
@@ -101,16 +103,14 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     keep = saved.pack_hook
     saved.pack_hook = lambda t: rows.update({t.untyped_storage().data_ptr(): t.nbytes} if t.ndim == 2 and
                                             t.shape[1] == vocabulary and t.shape[0] > 1 else {}) or keep(t)
-    with training.matmul_precision(model, precision), training.activation_checkpointing(model, tokens), saved:
+    with training.matmul_precision(model, precision), training.activation_checkpointing(model, step), saved:
         model.train()
         training.logprob_matrix(model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
                                 score_eos=False)
     kept = {k: v for k, v in saved.storages.items() if k not in rows}
 
     shape = shape_from(model.config.to_dict(), name)
-    phases = training_bytes(shape, Step(
-        ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
-        checkpointing=checkpointing, device="cpu"))
+    phases = training_bytes(shape, replace(step, checkpointing=checkpointing))
     moment, predicted = peak(phases)
     backward = phases["head"]
     kinds = {"weights": (backward.get("weights", 0) + backward.get("master weights", 0), sum(weights.values())),
