@@ -192,9 +192,13 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
             raise UserError(f"{name} {value}: must be {least} or more")
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction:g}: the share of the peak rate that is reached; above 0, at most 1")
+    if lora and gpus > 1:
+        raise UserError(f"--lora with --gpus {gpus}: adapters train on one GPU; leave one of them out")
     if response_tokens is not None and not response_tokens > 0:
         raise UserError(f"--response-tokens {response_tokens:g}: must be above 0")
     shape, texts, memory = shape_of(spec.model.name, config), texts_of(spec, response_tokens), gpu.gb * GB
+    if lora and shape.num_local_experts > 1:
+        raise UserError(f"--lora: {spec.model.label} is a mixture, whose experts are no linear layers; train all weights")
     step, total = settle(shape, first_step(spec, texts, gpus, lora), memory)
     found = [] if total <= memory else ways(shape, step, memory)
     trained = step if total <= memory else found[0][1] if found else None
@@ -249,7 +253,7 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
     from repro.logprobs import BATCH_TOKENS
     from repro.training import activation_bytes
 
-    item = 2 if step.precision == "bf16" or step.lora else 4
+    item = step.item
     rounded = item == 4 and step.precision == "fp32_master"
     tokens = max(BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
     copies = 2 * shape.largest if rounded else 0
@@ -267,7 +271,7 @@ def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: flo
     again = n if "likelihood" in spec.judge.judges else 0  # under the initial model
     layers, head = (texts.items * ((n + 1) * a + again * b) for a, b in zip(own, first))
     tokens = texts.items * ((n + 1) * C * (P + C * L) + again * C * (P + L))
-    hours = seconds(gpu, "bf16" if step.lora else step.precision, fraction, 1, layers, head) / 3600
+    hours = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, 1, layers, head) / 3600
     return Stage("log-probs of held-out responses", tokens, layers + head, hours if fits else None, "on one GPU")
 
 
@@ -294,7 +298,7 @@ def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: f
         layers, head = layers * 2 / 3, head * 2 / 3
     if step.checkpointing:
         layers += layers / (2 if step.lora else 3)
-    precision = "bf16" if step.lora else step.precision
+    precision = "bf16" if step.item == 2 else step.precision
     computing = seconds(gpu, precision, fraction, step.ranks, layers, head)
     packs = sum(math.ceil(u.queries / step.ranks / max(1, step.pack_tokens // (2 * (P + 2 * L))))
                 for k in range(1, spec.iterations + 1) for u in spec.train.updates(k))
@@ -350,9 +354,8 @@ def disk_of(shape: Shape, spec: Experiment, step: Step) -> dict[str, int]:
     complete, one being written). Rank 0 holds the weights once in the machine's memory while it reads and writes them."""
     from repro.steps import KEEP
 
-    item = 2 if step.precision == "bf16" or step.lora else 4
-    own = item * shape.parameters
-    trained = 4 * shape.adapters(step.lora) if step.lora else own
+    own = step.item * shape.parameters
+    trained = step.state * shape.adapters(step.lora) if step.lora else own
     states = {"adamw": 2, "rmsprop": 1}[step.optimizer]
     others = {other.name for other in [spec.baseline] if other} | {
         writer.model for writer in [spec.writer] if writer and writer.kind == "local"}

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from repro.plan import QUERIES, Plan
-from repro.sizes import GB, LORA_RANK, Step, peak
+from repro.sizes import GB, LORA_RANK, MOST_GPUS, Step, peak
 
 MEANS = {
     "bf16": "bf16 weights (precision bf16; at a rate of 5e-7 most of their updates round away)",
-    "lora": f"LoRA of rank {LORA_RANK} (a deviation from the paper)"}
+    "lora": f"LoRA (--lora {LORA_RANK}; a deviation from the paper)"}
 
+
+MOMENTS = {"head": "when the logits are made", "layers": "in the backward", "update": "in the optimizer's step"}
 
 READING = (  # before several plans
     "Made by `repro plan`. A column is what a lab has; a cell says whether the run trains there and in how many GB per "
@@ -72,17 +74,17 @@ def verdict(p: Plan) -> list[str]:
                      "checkpointing, which costs a third more FLOPs")
         lines = [text + "."]
     else:
-        lines = [f"**Training does not fit**: {of} (at the {moment}, activation checkpointing on)."]
+        lines = [f"**Training does not fit**: {of} ({MOMENTS[moment]}, with activation checkpointing)."]
         if p.ways:
             lines[0] += " It fits with:"
             lines += [f"  - {means(names, step)}: {gb(need)} GB, checkpointing {'on' if step.checkpointing else 'off'}"
                       for names, step, need in p.ways]
         else:
-            lines[0] += " No number of such GPUs that is planned for makes it fit, nor LoRA or fewer tokens a pack."
+            lines[0] += f" Neither up to {MOST_GPUS} such GPUs nor any change that is planned for makes it fit."
     server, tokens = p.server, p.texts.asking[1] + p.texts.response[1] + p.texts.reasoning
     need = f"{gb(server.weights)} GB of bf16 weights and {gb(server.cache)} GB of cache"
-    where = f"on {server.gpus} GPUs each (tensor parallel {server.gpus})" if server.gpus > 1 else "on one GPU each"
-    copies = f"{server.copies} server{'s' * (server.copies > 1)} {where}"
+    where = f"on {server.gpus} GPUs{{each}} (tensor parallel {server.gpus})" if server.gpus > 1 else "on one GPU{each}"
+    copies = f"{server.copies} server{'s' * (server.copies > 1)} " + where.format(each=" each" * (server.copies > 1))
     if server.copies and server.gpus <= p.gpus:
         lines.append(f"**Sampling fits**: {copies}: {need} per GPU for {server.slots} responses in flight of at most "
                      f"{tokens} tokens with their prompts.")
@@ -135,7 +137,8 @@ def page(p: Plan, usd_per_gpu_hour: float | None = None) -> list[str]:
     lines += [line if line.startswith("  ") else f"- {line}" for line in verdict(p)]
     if p.trained:
         money = "" if usd_per_gpu_hour is None else f", {p.hours * gpus * usd_per_gpu_hour:.2f} USD"
-        change = f"; trained with {means(p.ways[0][0], like)}" if p.ways else ""
+        changes = [name for name in p.ways[0][0] if name != "gpus"] if p.ways else []
+        change = f"; trained with {means(changes, like)}" if changes else ""
         lines.append(f"- {duration(p.hours)} on {gpus} GPU{'s' * (gpus > 1)}{money}"
                      + ("" if p.complete else ", without what does not fit") + change + ".")
     size = {what: gb(number) for what, number in p.disk.items()}
@@ -173,7 +176,7 @@ def overview(plans: Sequence[Plan]) -> list[str]:
 
 def _cell(p: Plan) -> str:
     if p.trained is None:
-        return f"no: training takes {gb(peak(p.phases)[1])} GB"
+        return f"no: training takes {gb(peak(p.phases)[1])} GB, and up to {MOST_GPUS} GPUs do not make it fit"
     parts = []
     for names, step, need in p.ways:
         words = {"bf16": "bf16 weights", "lora": "LoRA", "pack": f"{step.pack_tokens} tokens a pack",

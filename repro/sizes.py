@@ -206,6 +206,17 @@ class Step:
     lora: int = 0
     device: str = "cuda"
 
+    @property
+    def item(self) -> int:
+        """Bytes of a weight, and of a number that autograd keeps. Frozen weights on a GPU have 16 bits as products do."""
+        frozen = self.lora and self.precision == "fp32_master" and self.device == "cuda"
+        return 2 if self.precision == "bf16" or frozen else 4
+
+    @property
+    def state(self) -> int:
+        """Bytes of a trained number, of its gradient, and of each number that the optimizer keeps of it."""
+        return 2 if self.precision == "bf16" else 4
+
 
 def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[str, dict[str, int]]:
     """Bytes per rank by kind at the three moments that may be the peak, gradients of earlier packs and optimizer state in
@@ -213,21 +224,20 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
     that checkpointing computes again; "update". `memory`: bytes of a GPU, which decide where gradients are summed.
 
     Weights, gradients and optimizer state are float32, or bf16 in precision "bf16"; FSDP2 shards them by layer. Under LoRA
-    the frozen weights are bf16, the adapters float32.
+    there are gradients and optimizer state of the adapters alone; activations count as in full training, which is more.
     """
     from kernels.linear_nll import NARROW, SLAB_ELEMENTS
     from kernels.linear_nll import plan as head_mode
     from repro.training import activation_bytes
 
     n, cuda, V, D = step.ranks, step.device == "cuda", shape.vocab_size, shape.hidden_size
-    item = 2 if step.precision == "bf16" or step.lora else 4   # of a weight, and of what autograd keeps
+    item, state = step.item, step.state
     trained = shape.adapters(step.lora) if step.lora else shape.parameters
-    state = 4 if step.lora else item                           # of a trained number, its gradient, its optimizer state
     master = step.precision == "fp32_master" and not step.lora
-    travels = 2 if item == 2 or (master and cuda) else 4       # of a layer's weight where it is multiplied
+    travels = 2 if item == 2 or (master and cuda) else 4  # of a layer's weight where it is multiplied
 
     held = {"master weights" if master else "weights": item * shape.parameters // n,
-            "adapters": 4 * trained // n if step.lora else 0,
+            "adapters": state * trained // n if step.lora else 0,
             "gradients": state * trained // n,
             "optimizer state": {"adamw": 2, "rmsprop": 1}[step.optimizer] * state * trained // n}
 
@@ -297,7 +307,7 @@ def ways(shape: Shape, step: Step, memory: float) -> list[tuple[tuple[str, ...],
     holds another is left out, unless it takes half the GPUs."""
     changes = {  # in the order in which they are laid on; each: the steps to try, the mildest first
         "bf16": lambda s: [replace(s, precision="bf16")] if s.precision != "bf16" else [],
-        "lora": lambda s: [replace(s, lora=LORA_RANK)] if not s.lora else [],
+        "lora": lambda s: [replace(s, lora=LORA_RANK)] if not s.lora and s.ranks == shape.num_local_experts == 1 else [],
         "pack": smaller_pack,
         "gpus": lambda s: (replace(s, ranks=k) for k in range(s.ranks + 1, MOST_GPUS + 1))}
 
@@ -310,8 +320,8 @@ def ways(shape: Shape, step: Step, memory: float) -> list[tuple[tuple[str, ...],
     found: list[tuple[tuple[str, ...], Step, int]] = []
     for size in range(1, len(changes) + 1):
         for names in itertools.combinations(changes, size):
-            if {"bf16", "lora"} <= set(names):
-                continue  # under LoRA the weights are bf16
+            if "lora" in names and {"bf16", "gpus"} & set(names):
+                continue  # under LoRA the weights are bf16, on one GPU
             way = first(step, names)
             if way and not any(set(less) <= set(names) and s.ranks <= 2 * way[0].ranks - 1 for less, s, _ in found):
                 found.append((names, *way))
