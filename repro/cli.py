@@ -1,4 +1,4 @@
-"""The command line: `repro run | judge | publish | verify | figures`. The Makefile calls it.
+"""The command line: `repro run | plan | judge | publish | verify | figures`. The Makefile calls it.
 
 Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify); 2 an input that
 cannot be used (one line says which); 130 and 143 stopped by a signal.
@@ -96,8 +96,47 @@ class Run:
     max_usd: float = 10.0
     """What the openai judge may cost in a run's folder, earlier runs included, and what the openai writer; never
     exceeded."""
+    pack_tokens: int | None = None
+    """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
     ranks: int = 1
     """Processes that train (torchrun, FSDP2), one GPU each where there are any; any number gives the same update."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what an experiment takes before it starts: bytes per GPU, FLOPs, tokens, hours, judge cost; what fits, and the
+    change that makes it fit. Needs no weights, no GPU and no network."""
+
+    experiment: tyro.conf.Positional[str]
+    """exp1, ..., a Python file that holds EXPERIMENTS, or all: the three experiments."""
+    profile: str = "paper"
+    """The setting: paper (as published) or mini."""
+    variant: str | None = None
+    """Of an experiment of several runs (exp2: mistral-7b, mixtral-8x7b), only this one."""
+    gpus: int | None = None
+    """How many GPUs there are; by default 8. With `all` and no GPU flag: 8 x 80 GB, 1 x 141 GB and 1 x 24 GB."""
+    gpu_memory: float | None = None
+    """GB of a GPU; by default the named GPU's, or 80."""
+    gpu: str | None = None
+    """Whose speed counts: a100, h100, h200, a10, rtx3090, rtx4090; by default a usual one of that memory."""
+    fraction: float = 0.4
+    """Share of that GPU's rates that is reached: an assumption."""
+    model: str | None = None
+    """Another model: a folder, or a hub name."""
+    config: Path | None = None
+    """The config.json of a model that is not on this machine."""
+    lora: int = 0
+    """Train LoRA adapters of this rank on frozen bf16 weights; 0 trains all weights."""
+    response_tokens: float | None = None
+    """Mean tokens of a response; by default what the authors' record holds of the paper's runs, else the cap."""
+    judge_model: str | None = None
+    """The LLM judge whose cost is told; by default the experiment's, or gpt-4.1-mini."""
+    price: tuple[float, float] | None = None
+    """USD per million prompt and completion tokens of a judge that the table does not know."""
+    usd_per_gpu_hour: float | None = None
+    """What a GPU costs, to tell the run's cost."""
+    out: Path | None = None
+    """Also write the plan to this file (Markdown)."""
 
 
 @dataclass(frozen=True)
@@ -242,13 +281,9 @@ def _unknown_field(error: Exception) -> str | None:
 
 def configure(args: Run) -> tuple[Experiment, ...]:
     """The experiment's runs with the flags laid over each."""
-    runs = load_experiment(args.experiment, args.profile)
+    runs = _variants(load_experiment(args.experiment, args.profile), args.variant, args.experiment)
     if args.name is not None and not re.fullmatch(NAME, args.name):
         raise UserError(f"--name {args.name!r}: allowed are letters, digits and _ . -")
-    if args.variant is not None:
-        if not runs[0].variant:
-            raise UserError(f"--variant {args.variant}: {args.experiment} has one run in profile {args.profile}")
-        runs = [e for e in runs if e.variant == choose("--variant", args.variant, [e.variant for e in runs])]
     asked_of_writer = args.writer in WRITERS or args.writer_model or args.writer_url or args.asked
     if asked_of_writer and len(runs) > 1:  # of several runs, those with a writer
         if not any(e.writer for e in runs):
@@ -258,6 +293,13 @@ def configure(args: Run) -> tuple[Experiment, ...]:
     if args.cot and any(e.cot for e in runs):
         raise UserError("--cot: this profile has runs with chain of thought; choose one with --variant")
     return tuple(_with_flags(e, args) for e in runs)
+
+
+def _variants(runs: tuple[Experiment, ...], variant: str | None, name: str) -> list[Experiment]:
+    """All runs of an experiment, or the one that is asked for."""
+    if variant is not None and not runs[0].variant:
+        raise UserError(f"--variant {variant}: {name} has one run in profile {runs[0].profile}")
+    return [e for e in runs if variant in (None, e.variant)] or [choose("--variant", variant, [e.variant for e in runs])]
 
 
 def _over(spec, **changes):
@@ -277,7 +319,8 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
     name = args.name or (f"{base.name}_cot" if args.cot and not base.cot else None)
     return dataclasses.replace(
         _over(base, name=name, seed=args.seed, constitutions=args.constitutions, task=args.task, cot=args.cot or None,
-              data=data, judge=judge, model=_over(base.model, name=args.model, label=label, prompt=args.prompt)),
+              data=data, judge=judge, train=_over(base.train, pack_tokens=args.pack_tokens),
+              model=_over(base.model, name=args.model, label=label, prompt=args.prompt)),
         writer=_writer(base.writer, args))
 
 
@@ -350,6 +393,30 @@ def run_command(args: Run) -> None:
         print(line)
 
 
+PLANNED = ((8, "a100"), (1, "h200"), (1, "rtx4090"))  # what `repro plan all` is made for: GPUs and their kind
+
+
+def plan_command(args: Plan) -> None:
+    from repro import plan_page
+    from repro.plan import plan
+    from repro.records import write_text
+    from repro.sizes import gpu_of
+
+    names = [p.stem for p in sorted(EXPERIMENTS.glob("exp*.py"))] if args.experiment == "all" else [args.experiment]
+    settings = [(8 if args.gpus is None else args.gpus, gpu_of(args.gpu, args.gpu_memory))]
+    if args.experiment == "all" and (args.gpus, args.gpu, args.gpu_memory) == (None, None, None):
+        settings = [(count, gpu_of(kind, None)) for count, kind in PLANNED]
+    runs = [e for name in names for e in _variants(load_experiment(name, args.profile), args.variant, name)]
+    runs = [dataclasses.replace(e, model=_over(e.model, name=args.model, label=args.model)) for e in runs]
+    plans = [plan(e, gpu, count, fraction=args.fraction, config=args.config, lora=args.lora, price=args.price,
+                  judge_model=args.judge_model, response_tokens=args.response_tokens)
+             for count, gpu in settings for e in runs]
+    text = plan_page.document(plans, args.usd_per_gpu_hour)
+    print(text, end="")
+    if args.out:
+        write_text(args.out, text)
+
+
 def judge_command(args: Judge) -> int:
     from repro import admission, pipeline
     from repro.report import gather
@@ -405,7 +472,7 @@ def figures_command(args: Figures) -> None:
     print(f"{len(written)} files in {args.out}")
 
 
-COMMANDS = {Run: run_command, Judge: judge_command, Publish: publish_command, Verify: verify_command,
+COMMANDS = {Run: run_command, Plan: plan_command, Judge: judge_command, Publish: publish_command, Verify: verify_command,
             Figures: figures_command}
 Command = functools.reduce(operator.or_, (
     Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in COMMANDS))

@@ -109,7 +109,8 @@ class TrainSpec:
     `precision`: "fp32"; "fp32_master" (float32 weights and updates, bf16 products); "bf16" (weights and updates
     in bf16, as Table 1 prints and the authors' code did for mixtral and llama; for mistral-7b it kept float32
     weights: at learning rate 5e-7 most bf16 updates round away).
-    `max_grad_norm` None means no clipping.
+    `max_grad_norm` None means no clipping. `pack_tokens`: tokens between two backward passes, by default the device's
+    (repro/training.py); another number gives the same step up to rounding.
     """
 
     dose: str = "as_printed"
@@ -122,6 +123,7 @@ class TrainSpec:
     max_grad_norm: float | None = None
     score_eos: bool = False
     length_normalize: bool = True
+    pack_tokens: int | None = None
 
     def updates(self, iteration: int) -> list["Update"]:
         """The optimizer steps of an iteration (1, 2, ...).
@@ -142,7 +144,7 @@ class TrainSpec:
         return sum(u.queries for u in self.updates(iteration))
 
     def __post_init__(self):
-        _positive(self, "learning_rate", "batch_size", "batches")
+        _positive(self, "learning_rate", "batch_size", "batches", *(() if self.pack_tokens is None else ("pack_tokens",)))
         choose("TrainSpec.dose", self.dose, ("as_printed", "as_run"))
         choose("TrainSpec.optimizer", self.optimizer, ("rmsprop", "adamw"))
         choose("TrainSpec.precision", self.precision, ("fp32", "fp32_master", "bf16"))
@@ -215,6 +217,9 @@ class WriterSpec:
                             "letters, digits and _ . -, other than hand")
 
 
+YOUNGER = ("pack_tokens",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One paper experiment in one profile. `constitutions`: a file of repro/data/ or a path (JSON or TOML).
@@ -262,8 +267,11 @@ class Experiment:
         return "/".join(filter(None, (self.name, self.profile, self.variant)))
 
     def to_json(self) -> dict:
-        """Plain JSON data (tuples as lists)."""
-        return _plain(dataclasses.asdict(self))
+        """Plain JSON data (tuples as lists). A setting that is younger than the first runs is left out where it is not
+        used, so that their hashes stay what they are."""
+        data = _plain(dataclasses.asdict(self))
+        data["train"] = {k: v for k, v in data["train"].items() if v is not None or k not in YOUNGER}
+        return data
 
     @classmethod
     def from_json(cls, data: dict) -> "Experiment":

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from repro.config import DataSpec, choose
 from repro.constitutions import DATA, check_control_tokens
+from repro.models import missing_step
 from repro.records import Query, UserError, first_line, read_jsonl
 
 HH = "Anthropic/hh-rlhf"
-TLDR = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet"  # its own loader is a script: no longer run
+TLDR_REPOSITORY = "openai/summarize_from_feedback"
+TLDR = f"hf://datasets/{TLDR_REPOSITORY}@refs/convert/parquet"  # its own loader is a script: no longer run
 EMBEDDED = {"embedded": DATA / "queries.jsonl", "embedded-tldr": DATA / "posts.jsonl"}
 SOURCES = {"embedded": ("helpful", "harmless"), "embedded-tldr": ("tldr",), "hh-rlhf": ("helpful", "harmless"),
            "tldr": ("tldr",)}  # what has a name, and its subsets
@@ -114,7 +116,7 @@ def _hh_rlhf(spec: DataSpec) -> tuple[list[Query], Counter]:
                 rows = datasets.load_dataset(HH, data_dir=folder, split=split)
             except Exception as e:  # the hub client raises many kinds; a user needs the step, not the kind
                 raise UserError(f"--queries hh-rlhf: cannot load {HH} ({folder}, {split}): "
-                                f"{first_line(e)}; give a JSONL file, or 'embedded'") from e
+                                f"{missing_step(HH, 'dataset') or first_line(e)}; give a JSONL file, or 'embedded'") from e
             for number, row in enumerate(rows):
                 text = first_human_turn(row["chosen"])
                 if text:
@@ -136,7 +138,8 @@ def _tldr(place: str, source: str) -> tuple[list[Query], Counter]:
         try:
             rows = datasets.load_dataset("parquet", data_files=file, split="train", columns=["info"])
         except Exception as e:  # of many kinds, as above
-            raise UserError(f"--queries {source}: cannot load {file}: {first_line(e)}; give a folder that holds a copy of "
+            why = (missing_step(TLDR_REPOSITORY, "dataset") if place == TLDR else None) or first_line(e)
+            raise UserError(f"--queries {source}: cannot load {file}: {why}; give a folder that holds a copy of "
                             "comparisons/train and comparisons/validation, a JSONL file, or 'embedded-tldr'") from e
         fields = rows.features["info"]
         if not isinstance(fields, dict) or not {"id", "post"} <= fields.keys():

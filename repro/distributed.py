@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from repro import models
 from repro.logprobs import slices
 from repro.records import UserError, first_line
-from repro.training import Objective, free_bytes
+from repro.training import Objective, usable_bytes
 
 STEP_TIMEOUT = timedelta(seconds=60)   # of a step's collectives: how far ranks are apart is less than one pass
 OTHER_TIMEOUT = timedelta(minutes=60)  # while rank 0 reads or writes a whole model, the others wait
@@ -117,7 +117,8 @@ class Sharded:
                 buffer.copy_(buffers[k])
             dist.broadcast(buffer, src=0)
         whole = 4 * sum(p.numel() for p in objective.parameters())
-        free = min(room for room, in self.gather(free_bytes(self.device)))
+        own = sum(p.numel() * p.element_size() for p in objective.parameters()) // self.ranks
+        free = min(room for room, in self.gather(usable_bytes(self.device) - own))
         self.one_reduction = whole <= free / 2
         return objective
 

@@ -200,10 +200,15 @@ def read_verdict(judge: LLMJudge, pair: Pair, ledger: Ledger) -> Verdict:
     return Verdict(outcome="win" if all(ours) else "flip" if any(ours) else "loss", orders=orders)
 
 
+def expected_tokens(judge: LLMJudge, calls: Sequence[Call]) -> tuple[int, int]:
+    """Prompt and completion tokens that the calls will take, about."""
+    return (sum(count_tokens(c.text) + 4 * (1 + len(c.request["messages"])) for c in calls),
+            EXPECTED_TOKENS[judge.answer] * len(calls))
+
+
 def estimate(endpoint: Endpoint, judge: LLMJudge, calls: Sequence[Call]) -> str:
     """What the calls will cost, in one line."""
-    into = sum(count_tokens(c.text) + 4 * (1 + len(c.request["messages"])) for c in calls)
-    out = EXPECTED_TOKENS[judge.answer] * len(calls)
+    into, out = expected_tokens(judge, calls)
     rates = [r / 10**6 for r in endpoint.rates()]
     source = "given" if endpoint.price else f"of {PRICES_OF}" if endpoint.url == HOSTED else "of a server on this machine"
     return (f"judge {judge.name}: {len(calls)} requests to make, about {endpoint.cost(into, out) / PICO:.4f} USD "

@@ -62,10 +62,12 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
 
 
 def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
-                  score_eos: bool) -> list[int]:
-    """Tokens that each of the B queries takes in a packed sequence."""
+                  score_eos: bool) -> tuple[list[int], list[int]]:
+    """Tokens that each of the B queries takes in a packed sequence, and how many log-probs are of it."""
     groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
-    return [sum(map(packed_length, groups[k: k + C])) for k in range(0, len(groups), C)]
+    queries = [groups[k: k + C] for k in range(0, len(groups), C)]
+    return ([sum(map(packed_length, query)) for query in queries],
+            [sum(len(p.ids) - p.start for group in query for p in group) for query in queries])
 
 
 def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]]:

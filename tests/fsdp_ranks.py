@@ -48,8 +48,8 @@ def run_case(engine, case: dict, out: Path) -> dict:
                mock.patch.object(dist, REDUCE, lambda *a, **k: reductions.append(str(k["input"].dtype)) or reduce(*a, **k)),
                mock.patch.object(PreTrainedModel, "activation_checkpointing_enable",
                                  lambda self, *a, **k: tight.append(1) or enable(self, *a, **k))]
-    if "room" in case:  # bytes: activations and gradients do not fit
-        patches += [mock.patch.object(module, "free_bytes", lambda device: case["room"]) for module in (training, distributed)]
+    if "room" in case:  # bytes of the machine: too few to keep activations
+        patches += [mock.patch.object(module, "usable_bytes", lambda device: case["room"]) for module in (training, distributed)]
     if "poison" in case:  # on this rank alone
         patches.append(mock.patch.object(training, "symmetric_infonce",
                                          lambda m: infonce(m) * (torch.nan if engine.rank == case["poison"] else 1)))

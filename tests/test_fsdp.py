@@ -44,7 +44,7 @@ def work(tmp_path_factory):
         {"name": "bf16", "model": tied, "spec": {"precision": "bf16"}},
         {"name": "fp32_master", "model": tied, "spec": {"precision": "fp32_master"}},
         {"name": "tight", "model": tied, "room": 1000},
-        {"name": "half_tight", "model": tied, "room": 600_000},
+        {"name": "half_tight", "model": tied, "room": 1_250_000},
         {"name": "poisoned", "model": tied, "poison": 1},
         {"name": "written_by_2", "model": tied, "steps": str(root / "of-2"), "asked": [15]},
         {"name": "read_by_2", "model": tied, "steps": str(root / "of-1")},

@@ -282,6 +282,6 @@ def test_many_queries_in_one_pack_equal_one_at_a_time(tiny, monkeypatch):
     alone = torch.cat([logprob_matrix(model, tokenizer, PROMPTS[b:b + 1], RESPONSES[b:b + 1], length_normalize=True,
                                       score_eos=False) for b in (0, 1)])
     torch.testing.assert_close(matrix(model, tokenizer, "shared"), alone, atol=1e-5, rtol=0)
-    a, b = packed_tokens(tokenizer, PROMPTS, RESPONSES, score_eos=False)
+    (a, b), _ = packed_tokens(tokenizer, PROMPTS, RESPONSES, score_eos=False)
     assert slices([a, b], 1) == [slice(0, 1), slice(1, 2)] == slices([a, b], a + b - 1)
     assert slices([a, b], a + b) == [slice(0, 2)]

@@ -1,6 +1,8 @@
 """Doses, steps, precision, and the golden loss trace."""
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ import transformers
 from conftest import byte_tokenizer
 
 from repro import models, training
-from repro.config import TrainSpec, Update
+from repro.config import Experiment, TrainSpec, Update, config_hash
 from repro.records import UserError
 from repro.training import TrainingPair, train
 
-TRACE = Path(__file__).parent / "golden_trace.txt"
+ROOT = Path(__file__).resolve().parent.parent
+TRACE = ROOT / "tests/golden_trace.txt"
 
 
 def test_as_printed_is_table_1():
@@ -120,14 +123,13 @@ def test_too_few_pairs_is_said(tiny):
 
 
 @pytest.mark.parametrize("backend", ["shared", "reference"])
-def test_packs_of_many_queries_give_the_same_step(tiny, monkeypatch, backend):
+def test_packs_of_many_queries_give_the_same_step(tiny, backend):
     """One query a backward or all of them in one: the same gradient to rounding."""
     def norms(tokens):
-        monkeypatch.setitem(training.PACK_TOKENS, "cpu", tokens)
         seen, told = models.load_model(str(tiny)), []
-        trace = train(seen, byte_tokenizer(), pairs(7), TrainSpec(batch_size=7, batches=1, precision="fp32"), 1,
-                      backend=backend, on_query=told.append)
-        return trace[0]["loss"], trace[0]["grad_norm"], told
+        trace = train(seen, byte_tokenizer(), pairs(7), TrainSpec(batch_size=7, batches=1, precision="fp32", pack_tokens=tokens),
+                      1, backend=backend, on_query=told.append)
+        return trace[0]["loss"], trace[0]["grad_norm"], [n for n in told if n]
 
     *alone, one_by_one = norms(1)
     *packed, at_once = norms(10_000)
@@ -143,10 +145,37 @@ def test_activations_are_checkpointed_where_they_would_not_fit(tiny, monkeypatch
                         lambda self, *a, **k: on.append(1) or enable(self, *a, **k))
     plain, _ = trained(tiny, spec, 4)
     assert not on
-    monkeypatch.setattr(training, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(training, "usable_bytes", lambda device: 1000)
     tight, _ = trained(tiny, spec, 4)
     assert on and not tight.is_activation_checkpointing
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tight.parameters()))
+
+
+@pytest.mark.parametrize("optimizer, numbers", [("rmsprop", 3), ("adamw", 4)])
+def test_checkpointing_counts_weights_gradients_and_optimizer_state(tiny, monkeypatch, optimizer, numbers):
+    """Room for these and half of the activations is too little; for all of both, with the head's part, enough."""
+    from repro.logprobs import packed_tokens
+
+    model, batch, on = models.load_model(str(tiny)), pairs(2), []
+    lengths, _ = packed_tokens(byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch], score_eos=False)
+    held = 4 * numbers * sum(p.numel() for p in model.parameters())
+    activations = training.activation_bytes(model.config, sum(lengths), 4)
+    monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda self: on.append(1))
+    monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_disable", lambda self: None)
+    for usable in (held + activations // 2, held + 3 * activations):
+        monkeypatch.setattr(training, "usable_bytes", lambda device: usable)  # noqa: B023
+        trained(tiny, TrainSpec(optimizer=optimizer, precision="fp32", batch_size=2, batches=1), 2)
+    assert on == [1]
+
+
+def test_a_younger_setting_leaves_the_hashes_of_older_runs():
+    record = json.loads((ROOT / "results/exp3_diverse/mini/run-seed-0.json").read_text())
+    known = Experiment.from_json(record["config"])
+    assert config_hash(known, record["inputs"]) == record["config_hash"]
+    other = dataclasses.replace(known, train=dataclasses.replace(known.train, pack_tokens=512))
+    assert config_hash(other, record["inputs"]) != record["config_hash"] and Experiment.from_json(other.to_json()) == other
+    with pytest.raises(UserError, match="TrainSpec.pack_tokens: 0; must be above 0"):
+        TrainSpec(pack_tokens=0)
 
 
 @pytest.mark.parametrize("family, error", [("llama", .05), ("mistral", .05), ("qwen2", .1), ("qwen3", .1), ("mixtral", .4)])
@@ -170,7 +199,7 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
         return sum(storages.values()), model.config
 
     (four, config), (two, _) = kept(4), kept(2)
-    tokens = sum(packed_tokens(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False))
+    tokens = sum(packed_tokens(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False)[0])
     config.num_hidden_layers = 2
     assert training.activation_bytes(config, tokens, 4) == pytest.approx(four - two, rel=error)
 

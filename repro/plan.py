@@ -1,0 +1,365 @@
+"""What a run takes before it starts: bytes per GPU, tokens, FLOPs, hours, disk, judge cost; and what makes it fit.
+
+1. The experiment's settings and texts -> how many queries, tokens and requests there are.
+2. The model's shape -> bytes and FLOPs (repro/sizes.py): bytes for the longest responses, FLOPs for texts of mean length.
+3. A GPU's data sheet, and the fraction of it that is reached (an assumption) -> hours.
+
+No weights, no network. Queries on the hub count with the lengths in `QUERIES`.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from repro.config import Experiment
+from repro.constitutions import Constitution, Pool, load_constitutions
+from repro.datasets import SOURCES, load_queries
+from repro.endpoint import HOSTED, PICO, Endpoint, count_tokens
+from repro.llm_judge import LLMJudge, Pair, expected_tokens
+from repro.prompts import Form
+from repro.records import UserError
+from repro.rundir import rng
+from repro.sizes import (
+    GB,
+    GPU,
+    MOST_GPUS,
+    PUBLISHED,
+    Shape,
+    Step,
+    matrix_flops,
+    peak,
+    sampling_flops,
+    server_options,
+    settle,
+    shape_of,
+    smaller_pack,
+    training_bytes,
+    ways,
+)
+
+FRACTION = 0.4  # of a GPU's rate, while it computes, and of its memory's, while it decodes: an assumption, not measured
+TOLERABLE = 1.2  # times the fastest server's seconds
+JUDGE = "gpt-4.1-mini"  # whose cost is told where the experiment names no LLM judge
+
+# Tokens of a query (mean, longest), by `count_tokens`: 1,200 first human turns of HH-RLHF's training rows; 250 posts of
+# TL;DR's validation rows.
+QUERIES = {"hh-rlhf": (15, 162), "tldr": (326, 506)}
+# Tokens of a response: means over iterations 0 to 3 of what the authors' record holds, in the models' own tokens.
+RESPONSES = {"exp1_dialogue": 155, "exp2_tldr": 85, "exp3_diverse": 214, "exp3_diverse_cot": 151}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens, estimated: (mean, longest) of a training prompt, a prompt that asks for a sample, and a response; of a query
+    and of a response for the judge; and how many held-out items there are, under how many constitutions each."""
+
+    prompt: tuple[float, int]
+    asking: tuple[float, int]
+    response: tuple[float, int]
+    reasoning: int
+    query: float
+    items: int
+    C: int
+
+
+class _Spelled:
+    """In a tokenizer's place, for prompts whose tokens are only counted."""
+
+    def apply_chat_template(self, messages, **options):
+        return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+
+
+def _shown(spec: Experiment) -> list[Constitution]:
+    """The constitutions of a set; of a pool some, with each learned principle among them."""
+    constitutions = load_constitutions(spec.constitutions)
+    if not isinstance(constitutions, Pool):
+        return list(constitutions.constitutions)
+    return [c for hand in constitutions.deal("learned", len(constitutions.learned), rng("plan")) for c in hand]
+
+
+def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
+    """How long the experiment's texts are, and how many are held out."""
+    constitutions, every = load_constitutions(spec.constitutions), _shown(spec)
+    if spec.data.source in QUERIES:
+        query, longest = QUERIES[spec.data.source]
+        held_out = spec.data.evaluation * len(spec.data.subsets or SOURCES[spec.data.source])
+    else:
+        queries, _ = load_queries(spec.data.source, spec=spec.data)
+        lengths = [count_tokens(q.text) for q in queries]
+        query, longest = statistics.mean(lengths), max(lengths)
+        held_out = sum(q.split == spec.data.evaluation_split for q in queries)
+    if isinstance(constitutions, Pool):
+        C, items = 2, held_out * sum(draws for _, draws in zip(constitutions.kinds, spec.data.draws))
+    else:
+        C, items = len(constitutions.constitutions), held_out
+    form = Form(spec.model.prompt, spec.task, bool(spec.cot))
+
+    def frames(**how):
+        found = [count_tokens(form.render(_Spelled(), c.statements(), "", **how)) for c in every]
+        return round(statistics.mean(found) + query), max(found) + longest
+
+    most = spec.sampling.max_new_tokens
+    mean = response_tokens or RESPONSES.get(spec.name + "_cot" * bool(spec.cot), RESPONSES.get(spec.name, most))
+    return Texts(prompt=frames(sample=False), asking=frames(sample=True, reason=form.cot),
+                 response=(min(mean, most), most), reasoning=spec.sampling.reasoning_tokens if spec.cot else 0, query=query,
+                 items=items, C=C)
+
+
+def first_step(spec: Experiment, texts: Texts, gpus: int, lora: int = 0) -> Step:
+    """The training step of the paper's loop on `gpus` GPUs, before it is known whether it fits."""
+    from repro.training import PACK_TOKENS
+
+    (_, P), (_, L) = texts.prompt, texts.response
+    longest = 2 * (P + 2 * L)
+    tokens = max(spec.train.pack_tokens or PACK_TOKENS["cuda"], longest)
+    return Step(ranks=gpus, precision=spec.train.precision, optimizer=spec.train.optimizer, pack_tokens=tokens,
+                scored=round(tokens * 4 * L / longest), longest=longest, lora=lora)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Of all iterations: tokens through the model, FLOPs, and hours; None where it does not fit."""
+
+    name: str
+    tokens: float
+    flops: float
+    hours: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A sampling server: GPUs that share one copy of the weights, copies, responses in flight on one copy, bytes per GPU.
+    No copies: there are fewer GPUs than one copy takes."""
+
+    gpus: int
+    copies: int
+    slots: int
+    weights: int
+    cache: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `repro plan` says of one run. Bytes are per GPU. `step`: the training step as it would run; `ways`: what makes
+    it fit where it does not (repro/sizes.py), and `trained` the first of them, which the rest of the plan is for (None
+    where there is none). `scoring_gpus`: those that held-out log-probs would need, were they sharded."""
+
+    run: str
+    model: str
+    shape: Shape
+    gpu: GPU
+    gpus: int
+    fraction: float
+    texts: Texts
+    step: Step
+    phases: dict[str, dict[str, int]]
+    ways: list[tuple[tuple[str, ...], Step, int]]
+    trained: Step | None
+    faster: Step | None
+    server: Server
+    scoring: dict[str, int]
+    scoring_gpus: int
+    stages: list[Stage]
+    judge: "Judge"
+    disk: dict[str, int]
+
+    @property
+    def memory(self) -> float:
+        return self.gpu.gb * GB
+
+    @property
+    def hours(self) -> float:
+        """Of the stages that fit."""
+        return sum(stage.hours or 0 for stage in self.stages)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all stages do."""
+        return all(stage.hours is not None for stage in self.stages)
+
+
+def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, config: Path | None = None, lora: int = 0,
+         response_tokens: float | None = None, judge_model: str | None = None,
+         price: tuple[float, float] | None = None) -> Plan:
+    """Everything that is known of a run before it starts.
+
+    Raises UserError for a model whose shape is not known, and for settings out of range.
+    """
+    for name, value, least in (("--gpus", gpus, 1), ("--lora", lora, 0)):
+        if value < least:
+            raise UserError(f"{name} {value}: must be {least} or more")
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction:g}: the share of the peak rate that is reached; above 0, at most 1")
+    if lora and gpus > 1:
+        raise UserError(f"--lora with --gpus {gpus}: adapters train on one GPU; leave one of them out")
+    if response_tokens is not None and not response_tokens > 0:
+        raise UserError(f"--response-tokens {response_tokens:g}: must be above 0")
+    shape, texts, memory = shape_of(spec.model.name, config), texts_of(spec, response_tokens), gpu.gb * GB
+    if lora and shape.num_local_experts > 1:
+        raise UserError(f"--lora: {spec.model.label} is a mixture, whose experts are no linear layers; train all weights")
+    step, total = settle(shape, first_step(spec, texts, gpus, lora), memory)
+    found = [] if total <= memory else ways(shape, step, memory)
+    trained = step if total <= memory else found[0][1] if found else None
+    faster = next((s for s in smaller_pack(replace(step, checkpointing=False))
+                   if peak(training_bytes(shape, s, memory))[1] <= memory), None) if step.checkpointing else None
+    usable, like = max(gpus, (trained or step).ranks), trained or step
+    scoring = {n: scoring_bytes(shape, spec, texts, like, n) for n in range(1, MOST_GPUS + 1)}
+    server, sampled = sampling(shape, spec, texts, gpu, usable, fraction)
+    return Plan(run=spec.path, model=spec.model.label, shape=shape, gpu=gpu, gpus=gpus, fraction=fraction, texts=texts,
+                step=step, phases=training_bytes(shape, step, memory), ways=found, trained=trained, faster=faster,
+                server=server, scoring=scoring[1], disk=disk_of(shape, spec, like),
+                scoring_gpus=next((n for n in scoring if sum(scoring[n].values()) <= memory), 0),
+                judge=judge_of(spec, texts, judge_model, price),
+                stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, sum(scoring[1].values()) <= memory),
+                        training(shape, spec, texts, gpu, fraction, trained)])
+
+
+# ---- sampling
+
+def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, fraction: float) -> tuple[Server, Stage]:
+    """Prompts at the rate of products; then a token of every response in flight at a time, for which all weights and the
+    caches are read. A base model is stopped by the cap alone, so its responses count with the most tokens they can have.
+    The baseline's count as the policy's. Of all servers that `gpus` GPUs hold the smallest that is nearly the fastest; else
+    the smallest that there is."""
+    train = sum(2 * round(spec.train.queries_needed(k) * (1 + spec.sampling.spare)) for k in range(1, spec.iterations + 1))
+    count = train + (spec.iterations + 1) * texts.items * texts.C + texts.items * bool(spec.baseline)
+    P, L = texts.asking[0], texts.response[spec.model.prompt == "plain"] + texts.reasoning
+    longest = texts.asking[1] + texts.response[1] + texts.reasoning
+    flops, first = sampling_flops(shape, P, L), sampling_flops(shape, P, 0)
+
+    def takes(k: int, slots: int, copies: int) -> float:
+        rate = k * gpu.bf16 * 1e12 * fraction
+        cache = 2 * shape.cache * (P + L / 2) / min(k, shape.num_key_value_heads)
+        reading = (2 * shape.parameters / k + slots * cache) / (gpu.memory * 1e9 * fraction)
+        computing = slots * (flops - first) / L / rate
+        return count / copies * first / rate + math.ceil(count / copies / slots) * L * max(reading, computing)
+
+    options = server_options(shape, gpu.gb * GB, longest)
+    held = [(takes(k, slots, gpus // k), k, slots) for k, slots in options if k <= gpus]
+    enough = TOLERABLE * min(held)[0] if held else 0  # more GPUs a copy than that takes only talk to each other
+    took, k, slots = next((h for h in held if h[0] <= enough), (math.nan, *(options[0] if options else (0, 0))))
+    server = Server(k, gpus // k if held else 0, slots, 2 * shape.parameters // max(1, k),
+                    2 * slots * shape.cache * longest // max(1, min(k, shape.num_key_value_heads)))
+    return server, Stage("sampling", count * (P + L), count * flops, took / 3600 if held else None, f"{count:,} responses")
+
+
+# ---- log-probs of held-out responses, in one process (repro/evaluation.py)
+
+def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus: int = 1) -> dict[str, int]:
+    """Bytes by kind on each of `gpus` GPUs, the weights in the form of training."""
+    from kernels.linear_nll import SLAB_ELEMENTS
+    from repro.logprobs import BATCH_TOKENS
+    from repro.training import activation_bytes
+
+    item = step.item
+    rounded = item == 4 and step.precision == "fp32_master"
+    tokens = max(BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
+    copies = 2 * shape.largest if rounded else 0
+    if gpus > 1:
+        copies = item * shape.root + 3 * (2 if rounded else item) * shape.layer
+    return {"weights": item * shape.parameters // gpus, "gathered or rounded weights": copies,
+            "activations": activation_bytes(shape, tokens, item) // shape.num_hidden_layers,
+            "head: scratch": 4 * max(SLAB_ELEMENTS, shape.vocab_size)}
+
+
+def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, fits: bool) -> Stage:
+    C, n, P, L = texts.C, spec.iterations, texts.prompt[0], texts.response[0]
+    own = matrix_flops(shape, C, C, P, L, shared=True, training=False)
+    first = matrix_flops(shape, C, 1, P, L, shared=True, training=False)
+    again = n if "likelihood" in spec.judge.judges else 0  # under the initial model
+    layers, head = (texts.items * ((n + 1) * a + again * b) for a, b in zip(own, first))
+    tokens = texts.items * ((n + 1) * C * (P + C * L) + again * C * (P + L))
+    hours = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, 1, layers, head) / 3600
+    return Stage("log-probs of held-out responses", tokens, layers + head, hours if fits else None, "on one GPU")
+
+
+def seconds(gpu: GPU, precision: str, fraction: float, gpus: int, layers: float, head: float) -> float:
+    """Of products: float32 ones (all in "fp32", the head's wherever weights are float32) do not use the tensor cores."""
+    rates = {"bf16": (gpu.bf16, gpu.bf16), "fp32_master": (gpu.bf16, gpu.fp32), "fp32": (gpu.fp32, gpu.fp32)}[precision]
+    return sum(f / rate for f, rate in zip((layers, head), rates)) / (1e12 * fraction * gpus)
+
+
+# ---- training
+
+def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step | None) -> Stage:
+    """C = R = 2. Checkpointing computes the layers a third time; on many GPUs a pack gathers all layers twice and sends
+    gradients at most once, beside the products: the slower of the two counts."""
+    P, L = texts.prompt[0], texts.response[0]
+    queries = sum(spec.train.queries_needed(k) for k in range(1, spec.iterations + 1))
+    layers, head = (queries * f for f in matrix_flops(shape, 2, 2, P, L, shared=True, training=True))
+    reference = queries * sum(matrix_flops(shape, 2, 2, P, L, shared=False, training=True))
+    tokens = queries * 2 * (P + 2 * L)
+    note = f"{queries:,} queries; by the reference path {reference / (layers + head):.2f} times the FLOPs"
+    if step is None:
+        return Stage("training", tokens, layers + head, None, note)
+    if step.lora:  # no gradients of weights, and none of the head's
+        layers, head = layers * 2 / 3, head * 2 / 3
+    if step.checkpointing:
+        layers += layers / (2 if step.lora else 3)
+    precision = "bf16" if step.item == 2 else step.precision
+    computing = seconds(gpu, precision, fraction, step.ranks, layers, head)
+    packs = sum(math.ceil(u.queries / step.ranks / max(1, step.pack_tokens // (2 * (P + 2 * L))))
+                for k in range(1, spec.iterations + 1) for u in spec.train.updates(k))
+    moved = packs * (2 * (4 if precision == "fp32" else 2) + 4) * shape.num_hidden_layers * shape.layer
+    sending = moved * (step.ranks - 1) / step.ranks / (gpu.link * 1e9)
+    return Stage("training", tokens, layers + head, max(computing, sending) / 3600,
+                 note + (f"; sending weights takes {sending / computing:.0%} of the products' time, beside them"
+                         if sending > computing / 10 else ""))
+
+
+# ---- judge and disk
+
+@dataclass(frozen=True)
+class Judge:
+    """What the comparisons would cost with an LLM judge, in both orders."""
+
+    model: str
+    asked: bool  # whether the experiment has this judge
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float | None  # None: its price is not known
+
+
+def judge_of(spec: Experiment, texts: Texts, model: str | None, price: tuple[float, float] | None) -> Judge:
+    """Requests about texts of the mean lengths, by the judge `model`, else the experiment's own, else JUDGE.
+
+    Raises UserError where the price of a `model` that was asked for is not known."""
+    endpoint = Endpoint(model=model or spec.judge.model or JUDGE, base_url=HOSTED, price=price)
+    comparisons = texts.items * (spec.iterations + (spec.iterations + 1 if spec.baseline else 0))
+
+    def words(n):
+        return " ".join(["word"] * round(n))
+
+    statements = max((c.statements() for c in _shown(spec)), key=lambda s: sum(map(count_tokens, s)))
+    pair = Pair(id="plan", query=words(texts.query), principles=tuple(statements), ours=words(texts.response[0]),
+                theirs=words(texts.response[0]) + ".")
+    judge = LLMJudge(name="plan", host=endpoint.host, model=endpoint.model, max_tokens=spec.judge.max_tokens,
+                     answer="schema" if spec.judge.answer == "auto" else spec.judge.answer)
+    into, out = (comparisons * n for n in expected_tokens(judge, judge.all_calls([pair])))
+    try:
+        usd = endpoint.cost(into, out) / PICO
+    except UserError:
+        if model:
+            raise
+        usd = None
+    return Judge(endpoint.model, "openai" in spec.judge.judges, 2 * comparisons, into, out, usd)
+
+
+def disk_of(shape: Shape, spec: Experiment, step: Step) -> dict[str, int]:
+    """Bytes in files: the published weights in bf16 (of the policy, the baseline and a writer on this machine, where their
+    shapes are known), a checkpoint of every iteration, and three of steps with the optimizer's state while one trains (two
+    complete, one being written). Rank 0 holds the weights once in the machine's memory while it reads and writes them."""
+    from repro.steps import KEEP
+
+    own = step.item * shape.parameters
+    trained = step.state * shape.adapters(step.lora) if step.lora else own
+    states = {"adamw": 2, "rmsprop": 1}[step.optimizer]
+    others = {other.name for other in [spec.baseline] if other} | {
+        writer.model for writer in [spec.writer] if writer and writer.kind == "local"}
+    others = (PUBLISHED[name].parameters for name in others - {spec.model.name} if name in PUBLISHED)
+    published = shape.parameters + sum(others)
+    return {"download": 2 * published, "iterations": spec.iterations * own, "steps": (KEEP + 1) * (1 + states) * trained,
+            "machine memory": own}
