@@ -144,7 +144,8 @@ class Server:
 class Plan:
     """What `repro plan` says of one run. Bytes are per GPU. `step`: the training step as it would run; `ways`: what makes
     it fit where it does not (repro/sizes.py), and `trained` the first of them, which the rest of the plan is for (None
-    where there is none). `scoring_gpus`: those that held-out log-probs would need, were they sharded."""
+    where there is none). `scoring`: bytes of held-out log-probs on `scoring_gpus`, all that there are (or that training
+    needs); `enough_for_scoring`: the fewest that would do, 0 where none would."""
 
     run: str
     model: str
@@ -161,6 +162,7 @@ class Plan:
     server: Server
     scoring: dict[str, int]
     scoring_gpus: int
+    enough_for_scoring: int
     stages: list[Stage]
     judge: "Judge"
     disk: dict[str, int]
@@ -205,14 +207,15 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
     faster = next((s for s in smaller_pack(replace(step, checkpointing=False))
                    if peak(training_bytes(shape, s, memory))[1] <= memory), None) if step.checkpointing else None
     usable, like = max(gpus, (trained or step).ranks), trained or step
-    scoring = {n: scoring_bytes(shape, spec, texts, like, n) for n in range(1, MOST_GPUS + 1)}
+    scoring = {n: scoring_bytes(shape, spec, texts, like, n) for n in range(1, max(usable, MOST_GPUS) + 1)}
     server, sampled = sampling(shape, spec, texts, gpu, usable, fraction)
     return Plan(run=spec.path, model=spec.model.label, shape=shape, gpu=gpu, gpus=gpus, fraction=fraction, texts=texts,
                 step=step, phases=training_bytes(shape, step, memory), ways=found, trained=trained, faster=faster,
-                server=server, scoring=scoring[1], disk=disk_of(shape, spec, like),
-                scoring_gpus=next((n for n in scoring if sum(scoring[n].values()) <= memory), 0),
+                server=server, scoring=scoring[usable], scoring_gpus=usable, disk=disk_of(shape, spec, like),
+                enough_for_scoring=next((n for n in scoring if sum(scoring[n].values()) <= memory), 0),
                 judge=judge_of(spec, texts, judge_model, price),
-                stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, sum(scoring[1].values()) <= memory),
+                stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, usable,
+                                        fits=sum(scoring[usable].values()) <= memory),
                         training(shape, spec, texts, gpu, fraction, trained)])
 
 
@@ -245,7 +248,7 @@ def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, 
     return server, Stage("sampling", count * (P + L), count * flops, took / 3600 if held else None, f"{count:,} responses")
 
 
-# ---- log-probs of held-out responses, in one process (repro/evaluation.py)
+# ---- log-probs of held-out responses: in one process, or sharded as in training (repro/evaluation.py)
 
 def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus: int = 1) -> dict[str, int]:
     """Bytes by kind on each of `gpus` GPUs, the weights in the form of training."""
@@ -255,7 +258,8 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
 
     item = step.item
     rounded = item == 4 and step.precision == "fp32_master"
-    tokens = max(BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
+    tokens = max(step.pack_tokens, texts.C * (texts.prompt[1] + texts.C * texts.response[1])) if gpus > 1 else max(
+        BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
     copies = 2 * shape.largest if rounded else 0
     if gpus > 1:
         copies = item * shape.root + 3 * (2 if rounded else item) * shape.layer
@@ -264,15 +268,20 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
             "head: scratch": 4 * max(SLAB_ELEMENTS, shape.vocab_size)}
 
 
-def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, fits: bool) -> Stage:
+def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, gpus: int,
+           fits: bool) -> Stage:
+    """On many GPUs each pack gathers all layers once, beside the products: the slower of the two counts."""
     C, n, P, L = texts.C, spec.iterations, texts.prompt[0], texts.response[0]
     own = matrix_flops(shape, C, C, P, L, shared=True, training=False)
     first = matrix_flops(shape, C, 1, P, L, shared=True, training=False)
     again = n if "likelihood" in spec.judge.judges else 0  # under the initial model
     layers, head = (texts.items * ((n + 1) * a + again * b) for a, b in zip(own, first))
     tokens = texts.items * ((n + 1) * C * (P + C * L) + again * C * (P + L))
-    hours = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, 1, layers, head) / 3600
-    return Stage("log-probs of held-out responses", tokens, layers + head, hours if fits else None, "on one GPU")
+    took = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, gpus, layers, head)
+    gathered = (4 if step.precision == "fp32" else 2) * shape.num_hidden_layers * shape.layer * (gpus - 1) / gpus
+    took = max(took, math.ceil(tokens / gpus / step.pack_tokens) * gathered / (gpu.link * 1e9))
+    return Stage("log-probs of held-out responses", tokens, layers + head, took / 3600 if fits else None,
+                 f"sharded over {gpus} GPUs" if gpus > 1 else "on one GPU")
 
 
 def seconds(gpu: GPU, precision: str, fraction: float, gpus: int, layers: float, head: float) -> float:

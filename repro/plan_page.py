@@ -96,9 +96,11 @@ def verdict(p: Plan) -> list[str]:
         lines.append("**Sampling does not fit** on such GPUs: the server must stand elsewhere.")
     whole = sum(p.scoring.values())
     fits = whole <= p.memory
-    sharded = f"; sharded as in training they would fit on {p.scoring_gpus} GPUs" if not fits and p.scoring_gpus else ""
-    lines.append(f"**Held-out log-probs {'fit' if fits else 'do not fit'}**: one process holds the whole model, "
-                 f"{gb(whole)} of {p.gpu.gb:g} GB{sharded}.")
+    more = f"; they would fit on {p.enough_for_scoring} (--ranks {p.enough_for_scoring})" \
+        if not fits and p.enough_for_scoring else ""
+    where = f"sharded over {p.scoring_gpus} GPUs as in training" if p.scoring_gpus > 1 else "one GPU holds the whole model"
+    lines.append(f"**Held-out log-probs {'fit' if fits else 'do not fit'}**: {where}, {gb(whole)} of {p.gpu.gb:g} GB "
+                 f"per GPU{more}.")
     return lines
 
 
@@ -186,7 +188,8 @@ def _cell(p: Plan) -> str:
     scoring = sum(p.scoring.values())
     server = f"sampling needs {p.server.gpus} GPUs" if p.server.gpus else "no sampling"
     lacking = [] if 0 < p.server.gpus <= p.gpus else [server]
-    lacking += [] if scoring <= p.memory else [f"held-out log-probs take {gb(scoring)} GB on one GPU"]
+    lacking += [] if scoring <= p.memory else [
+        f"held-out log-probs take {gb(scoring)} GB on {p.scoring_gpus} GPU{'s' * (p.scoring_gpus > 1)}"]
     return "; ".join([text, *lacking, duration(p.hours) + ("" if p.complete else " without what does not fit")])
 
 

@@ -184,6 +184,18 @@ def test_what_a_run_counts():
     assert texts_of(pool).items == 500 and texts_of(pool).C == 2
 
 
+def test_held_out_log_probs_are_sharded_as_training_is():
+    """llama3-70b in bf16: 141 GB on one GPU, an eighth of it and the gathered layers on eight; the time is shared too."""
+    spec = cli.load_experiment("exp3", "paper")[0]
+    one, eight = (plan(spec, GPUS["a100"], n) for n in (1, 8))
+    assert (one.scoring_gpus > 8) == (one.trained.ranks > 8)  # with the GPUs that training needs
+    assert eight.scoring["weights"] == eight.step.item * LLAMA.parameters // eight.scoring_gpus
+    assert sum(eight.scoring.values()) < 80 * GB and eight.stages[1].hours
+    small, = cli.load_experiment("exp1", "paper")
+    alone, shared = (plan(small, GPUS["h200"], n).stages[1] for n in (2, 8))
+    assert shared.hours == pytest.approx(alone.hours / 4) and shared.flops == alone.flops
+
+
 def test_embedded_queries_are_counted(monkeypatch):
     spec, = cli.load_experiment("exp1", "mini")
     texts = texts_of(spec)
