@@ -137,8 +137,8 @@ def test_lora_trains_adapters_alone():
     assert (kinds["gradients"], kinds["optimizer state"]) == (4 * adapters, 8 * adapters)
 
 
-@pytest.mark.parametrize("shape, ranks, gb", [(MISTRAL, 1, 141), (MISTRAL, 1, 24), (MIXTRAL, 1, 141), (MIXTRAL, 1, 24),
-                                              (LLAMA, 8, 80), (LLAMA, 1, 141), (LLAMA, 1, 24)])
+@pytest.mark.parametrize("shape, ranks, gb", [(MISTRAL, 1, 141), (MISTRAL, 1, 24), (MIXTRAL, 1, 141), (MIXTRAL, 1, 80),
+                                              (LLAMA, 8, 80), (LLAMA, 1, 141), (LLAMA, 1, 80)])
 def test_ways_to_fit_are_computed(shape, ranks, gb):
     """Each way fits, in what it says that it takes; with one change of it undone, it does not."""
     step = dataclasses.replace(STEP, ranks=ranks, precision="fp32_master" if shape is MISTRAL else "bf16")
@@ -155,6 +155,16 @@ def test_ways_to_fit_are_computed(shape, ranks, gb):
                 less = dataclasses.replace(way, ranks=way.ranks - 1)
             if set(names) - {name} not in [set(n) for n, _, _ in found]:  # else that set is listed, with more GPUs
                 assert settle(shape, less, gb * GB)[1] > gb * GB, (names, name)
+
+
+def test_what_no_number_of_gpus_makes_fit():
+    """What is not sharded alone: gathered weights, a layer's gradient in float32, the head's."""
+    step = dataclasses.replace(STEP, precision="bf16")
+    for shape in (MIXTRAL, LLAMA):
+        assert ways(shape, step, 24 * GB) == []
+        assert 8 * (shape.layer + shape.root // shape.num_hidden_layers) + 2 * shape.root + 6 * shape.layer > 16 * GB
+    assert not any("lora" in names for names, _, _ in ways(MIXTRAL, step, 141 * GB))  # experts are no linear layers
+    assert not any("lora" in names for names, _, _ in ways(LLAMA, dataclasses.replace(step, ranks=8), 80 * GB))
 
 
 def test_the_server_holds_weights_and_cache():
