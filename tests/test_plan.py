@@ -113,6 +113,8 @@ def test_what_is_sharded_and_what_is_not():
     assert eight["gradients not yet reduced"] == pytest.approx(2 * 4 * layer + 8 * 2 * 128256 * 8192 / 80, rel=.01)
     mistral = training_bytes(MISTRAL, dataclasses.replace(STEP, ranks=8), 80 * GB)["layers"]
     assert mistral["gradients not yet reduced"] == 4 * MISTRAL.parameters  # half of what is free holds all of them
+    tighter = training_bytes(MISTRAL, dataclasses.replace(STEP, ranks=8), 50 * GB)["layers"]  # all of it would, half does not
+    assert tighter["gradients not yet reduced"] == 8 * (MISTRAL.parameters // 32)
     assert mistral["master weights"] == 4 * MISTRAL.parameters // 8 and "weights" not in mistral
 
 
