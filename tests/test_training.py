@@ -153,7 +153,7 @@ def test_activations_are_checkpointed_where_they_would_not_fit(tiny, monkeypatch
 
 @pytest.mark.parametrize("optimizer, numbers", [("rmsprop", 3), ("adamw", 4)])
 def test_checkpointing_counts_weights_gradients_and_optimizer_state(tiny, monkeypatch, optimizer, numbers):
-    """Room for these and half of the activations is too little; for all of both, with the head's part, enough."""
+    """Room for the activations and half of these is too little; for all of both, with the head's part, enough."""
     from repro.logprobs import packed_tokens
 
     model, batch, on = models.load_model(str(tiny)), pairs(2), []
@@ -162,7 +162,7 @@ def test_checkpointing_counts_weights_gradients_and_optimizer_state(tiny, monkey
     activations = training.activation_bytes(model.config, sum(lengths), 4)
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda self: on.append(1))
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_disable", lambda self: None)
-    for usable in (held + activations // 2, held + 3 * activations):
+    for usable in (held // 2 + activations, held + 3 * activations):
         monkeypatch.setattr(training, "usable_bytes", lambda device: usable)  # noqa: B023
         trained(tiny, TrainSpec(optimizer=optimizer, precision="fp32", batch_size=2, batches=1), 2)
     assert on == [1]
@@ -178,7 +178,7 @@ def test_a_younger_setting_leaves_the_hashes_of_older_runs():
         TrainSpec(pack_tokens=0)
 
 
-@pytest.mark.parametrize("family, error", [("llama", .05), ("mistral", .05), ("qwen2", .1), ("qwen3", .1), ("mixtral", .4)])
+@pytest.mark.parametrize("family, error", [("llama", .05), ("mistral", .05), ("qwen2", .1), ("qwen3", .1), ("mixtral", .15)])
 def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
     """Two layers' worth: the difference between four layers and two."""
     from test_logprobs import PROMPTS, RESPONSES, tiny_family
