@@ -413,7 +413,7 @@ def study(args) -> dict:
     """Trials of the tiny model's runs until `--kills` have fired (or `--minutes` are over)."""
     import httpx2  # noqa: F401  what a run imports as it goes, imported once
     import matplotlib.backends.backend_agg
-    import matplotlib.backends.backend_pdf
+    import matplotlib.backends.backend_pdf  # noqa: F401
     import openai.resources.chat  # noqa: F401
     import torch  # noqa: F401
     from conftest import save_tiny
