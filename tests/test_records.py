@@ -119,12 +119,36 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
 
 def test_torn_tail_at_every_byte(tmp_path):
     path = tmp_path / "a.jsonl"
-    whole = (dumps({"t": "é"}) + "\n" + dumps({"t": "日本"}) + "\n").encode()
-    first = len(dumps({"t": "é"})) + 1
+    append_jsonl(path, [{"t": "é"}, {"t": "日本"}])
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
     for cut in range(first, len(whole)):
         path.write_bytes(whole[:cut])
         assert [r for _, r in read_jsonl(path, torn_tail=True)] == [{"t": "é"}]
         assert path.read_bytes() == whole[:first]
+
+
+def test_an_altered_line_that_was_appended_is_refused(tmp_path):
+    """Each bit of the first line flipped: refused, or the row as it was, under any name of its check."""
+    path = tmp_path / "a.jsonl"
+    append_jsonl(path, [OLD | {"pad": "x"}, NEW])
+    whole = path.read_bytes()
+    refused = 0
+    for bit in range(8 * whole.index(b"\n")):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            (_, row), *_ = read_jsonl(path, torn_tail=True)
+            assert row.items() >= (OLD | {"pad": "x"}).items() and len(row) == 3
+        except UserError as e:
+            assert f"{path}:1: " in str(e)
+            refused += 1
+        with pytest.raises(UserError):
+            read_jsonl(path, torn_tail=True, all_checked=True)
+    assert refused > 200
+    path.write_bytes(whole)
+    assert [row for _, row in read_jsonl(path, torn_tail=True, all_checked=True)] == [OLD | {"pad": "x"}, NEW]
 
 
 @pytest.mark.parametrize("line, reason", [
