@@ -159,10 +159,12 @@ def forked(act, log: Path) -> tuple[int, int]:
     pid = os.fork()
     if pid:
         os.close(into)
+        os.read(out, 1)  # it has its own process group
         return pid, out
     code = 1
     try:
         os.setsid()
+        os.write(into, b".")
         with open(log, "ab", buffering=0) as f:
             os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
         act(lambda word, what: os.write(into, f"{word} {what}\n".encode()))
@@ -398,7 +400,7 @@ def read_record(path: Path) -> dict:
     return read_json(path) if path.is_file() else {"trials": [], "seeds": [], "provenance": []}
 
 
-def provenance(args) -> dict:
+def provenance() -> dict:
     from importlib.metadata import version
 
     from repro.rundir import PACKAGES, commit
@@ -409,25 +411,37 @@ def provenance(args) -> dict:
 
 # ---- the two studies
 
-def study(args) -> dict:
-    """Trials of the tiny model's runs until `--kills` have fired (or `--minutes` are over)."""
-    import httpx2  # noqa: F401  what a run imports as it goes, imported once
+def imports() -> None:
+    """What a run imports as it goes, imported once; no thread is started by it."""
+    import httpx2  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_pdf  # noqa: F401
     import openai.resources.chat  # noqa: F401
     import torch  # noqa: F401
-    from conftest import save_tiny
-    from judge_server import JudgeServer
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
     from repro import distributed, evaluation, pipeline, report, run_figures, steps, training  # noqa: F401
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"
+
+
+def save_tiny(folder: Path) -> None:
+    from conftest import save_tiny
+
+    save_tiny(folder)
+
+
+def study(args) -> dict:
+    """Trials of the tiny model's runs until `--kills` have fired (or `--minutes` are over)."""
+    imports()
+    from judge_server import JudgeServer
+
     from repro.endpoint import Endpoint
     from repro.pipeline import run
 
     record = read_record(args.record)
     if args.seed in record["seeds"]:
         raise SystemExit(f"{args.record} holds the trials of seed {args.seed} already")
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"
     work = Path(tempfile.mkdtemp(prefix="kill-study-", dir=args.work))
     tiny = work / "tiny"
     if run_child(lambda tell: save_tiny(tiny), work / "log").code:
@@ -455,12 +469,16 @@ def study(args) -> dict:
             print(f"{name}: undisturbed {settings[name].seconds:.1f} s ("
                   + ", ".join(f"{s} {t:.1f}" for s, t in settings[name].stages.items())
                   + f"), twice the same {len(settings[name].final)} files", flush=True)
-        trials, k = [], 0
+        record["seeds"].append(args.seed)
+        record["provenance"].append({"seed": args.seed, "undisturbed_s": {
+            n: round(s.seconds, 1) for n, s in settings.items()}} | provenance())
+        k = 0
         while fired < args.kills and time.monotonic() - began < 60 * args.minutes:
             rng = random.Random(f"kill study/{args.seed}/{k}")
             name = rng.choices(args.runs, [TAKES[n] for n in args.runs])[0]
             done = trial(settings[name], work, rng) | {"seed": args.seed}
-            trials.append(done)
+            record["trials"].append(done)
+            write_record(args.record, record)
             k, fired = k + 1, fired + len(done["kills"])
             good = done["identical"] and not done["faults"]
             print(f"{fired:4d} {name}: killed in " + ", ".join(f"{s} at {at:.2f} s" for s, at in done["kills"])
@@ -475,10 +493,6 @@ def study(args) -> dict:
         os.waitpid(server, 0)
     if not list(work.glob("bad-*")):
         shutil.rmtree(work)
-    record["trials"] += trials
-    record["seeds"].append(args.seed)
-    record["provenance"].append({"seed": args.seed, "kills": fired, "minutes": round((time.monotonic() - began) / 60, 1),
-                                 "undisturbed_s": {n: round(s.seconds, 1) for n, s in settings.items()}} | provenance(args))
     return record
 
 
@@ -538,7 +552,7 @@ def whole_run(args) -> dict:
             "kills": [[here, round(into, 1)]], "scheduled": 1, "identical": not differ, "differ": differ, "faults": faults,
             "killed_after_s": round(at_kill, 1), "resumed_s": round(resumed, 1), "undisturbed_s": round(sum(seconds.values()), 1),
             "metrics_sha256": records.file_sha256(folder / "metrics.json"), "steps_saved_at_kill": saved, "seed": args.seed,
-            "commit_of_undisturbed": against["commit"]} | provenance(args)
+            "commit_of_undisturbed": against["commit"]} | provenance()
     print(f"{'identical' if done['identical'] else 'NOT identical: ' + str(differ)}; {faults or 'no fault'}", flush=True)
     shutil.rmtree(out)
     record.setdefault("whole_runs", []).append(done)
