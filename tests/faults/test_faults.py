@@ -1,11 +1,15 @@
-"""The small version of the kill study; the studies themselves are run by `make faults`."""
+"""Small versions of the studies, and what a stranger's checkpoint may not do. The studies themselves: `make faults`."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes_and_does_nothing_twice(tmp_path):
@@ -17,3 +21,53 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes_and_does_nothin
     assert 8 <= record["kills"] == record["identical"] == sum(record["stages"].values()) and record["killed_twice"] >= 1
     assert record["redone"] == record["torn"] == 0 and len(record["stages"]) >= 4
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_power_loss_leaves_the_old_state_or_the_new_one(tmp_path):
+    """Unsynced bytes cut or zeroed, unsynced names as they were or as they are, after every call of every writer."""
+    from files import power_losses
+
+    for writer, (good, replays) in power_losses(tmp_path / "p", 120).items():
+        assert good == replays >= 120, writer
+
+
+class Evil:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "ran")
+
+
+@pytest.mark.parametrize("forged", ["index alone", "index and marker of another run"])
+def test_an_index_that_would_run_code_is_not_loaded(tiny, tmp_path, capsys, forged):
+    """The index of torch.distributed.checkpoint is a pickle. In a checkpoint whose marker does not confirm it, or whose
+    marker is not of this run, it is not opened."""
+    from test_fsdp import identical, trained
+
+    from repro.records import seal
+    from repro.steps import _io
+
+    folder, ran = tmp_path / "steps", tmp_path / "ran"
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            trained(tiny, folder, asked=[15])
+    (folder / "step-000002/.metadata").write_bytes(pickle.dumps(Evil(ran)))
+    if forged != "index alone":
+        seal(folder / "step-000002", "a key that its maker could not know")
+    undisturbed = trained(tiny)
+    capsys.readouterr()
+    assert identical(trained(tiny, folder), undisturbed)
+    said = capsys.readouterr().err
+    assert "step-000002" in said and "skipped" in said and "going on after step 1" in said and not ran.exists()
+    # and it would have run: what is guarded against is real
+    from torch.distributed import checkpoint
+
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / ".metadata").write_bytes(pickle.dumps(Evil(ran)))
+    with pytest.raises(BaseException):  # noqa: B017
+        _io("read", checkpoint.load, {}, evil)
+    assert ran.exists()
