@@ -166,14 +166,20 @@ def checked(row: dict) -> dict:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Append rows durably, each with its check, in one write. A crash may tear the last line only."""
+    """Append rows durably, each with its check, in one write. A crash may tear the last line only; a disk that refuses
+    leaves the file as it was."""
     data = "".join(dumps(checked(row)) + "\n" for row in rows).encode()
     make_folder(Path(path).parent)
     with _readable(path, "append to"):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            _write_all(fd, data)
-            os.fsync(fd)
+            before = os.fstat(fd).st_size
+            try:
+                _write_all(fd, data)
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, before)  # else the next line of this process would join the torn one
+                raise
         finally:
             os.close(fd)
         _fsync_folder(Path(path).parent)  # of a new file, the name must be durable too

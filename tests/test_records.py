@@ -105,6 +105,21 @@ def test_append_loses_at_most_the_row_that_was_being_written(tmp_path, monkeypat
     assert (act is torn) == ("1 unfinished record dropped" in capsys.readouterr().err)
 
 
+def test_an_append_that_the_disk_refuses_halfway_leaves_no_half_line_for_the_next_one(tmp_path, monkeypatch):
+    def half(name, real, *args, **kwargs):
+        real(args[0], args[1][: len(args[1]) // 2])
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.jsonl"
+    append_jsonl(path, [OLD])
+    with monkeypatch.context() as patch:
+        assert failing(patch, 2, half) == []
+        with pytest.raises(UserError, match="disk full"):
+            append_jsonl(path, [NEW])
+        append_jsonl(path, [NEW])  # another worker of the same process
+    assert [row for _, row in read_jsonl(path, torn_tail=True, all_checked=True)] == [OLD, NEW]
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     class Os:
         def __getattr__(self, name):

@@ -84,7 +84,8 @@ def write_faults(work: Path, quick: bool) -> dict:
                     fired += 1
                     clean = state() in ("old", "new") and not list((work / "w").rglob("*.tmp"))
                     one_line = said is None or ("\n" not in said and os.strerror(ERRORS[error]) in said)
-                    act()
+                    if state() == "old":
+                        act()
                     good = clean and one_line and state() == "new"
                     survived += good
                     key = f"{name}: {'short write, then ' if short else ''}{error}"
