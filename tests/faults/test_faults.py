@@ -31,6 +31,14 @@ def test_a_power_loss_leaves_the_old_state_or_the_new_one(tmp_path):
         assert good == replays >= 120, writer
 
 
+def test_a_key_and_a_token_are_in_no_file_and_no_output_of_a_whole_run(tmp_path):
+    """Nor in run.json, nor below HOME; a judge's server echoes the key, git's remote has a token, debug logs are on."""
+    from judges import secrets
+
+    found = secrets(tmp_path, quick=True)
+    assert found["value"] == 0 and found["of"] > 30 and found["exit_codes"] == [0, 2, 2], found
+
+
 class Evil:
     """Unpickled, it leaves a file."""
 
