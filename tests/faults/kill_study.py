@@ -375,6 +375,7 @@ def trial(setting: Setting, work: Path, rng: random.Random) -> dict:
 def summarise(record: dict) -> dict:
     """The figures over all trials, and over the kills of whole shipped experiments."""
     trials = record["trials"]
+    record = {k: v for k, v in record.items() if k != "killed_twice"}
     fired = [t for t in trials if t["kills"]]
     whole = record.get("whole_runs", [])
     stages = Counter(kind(stage) for t in (*fired, *whole) for stage, _ in t["kills"])
@@ -550,7 +551,7 @@ def whole_run(args) -> dict:
     faults += [f"redone: stage {s}" for s, facts in stages.items() if final["stages"][s] != facts]
     found, expected = contents(folder), contents(args.against)
     differ = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n) and n != "run.json")
-    done = {"command": " ".join(command[:1] + command[1:]).replace(str(out), "OUT").replace(sys.executable, "python"),
+    done = {"command": " ".join(command).replace(str(out), "OUT").replace(sys.executable, "python"),
             "kills": [[here, round(into, 1)]], "scheduled": 1, "identical": not differ, "differ": differ, "faults": faults,
             "killed_after_s": round(at_kill, 1), "resumed_s": round(resumed, 1), "undisturbed_s": round(sum(seconds.values()), 1),
             "metrics_sha256": records.file_sha256(folder / "metrics.json"), "steps_saved_at_kill": saved, "seed": args.seed,
