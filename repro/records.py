@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MARKER = "complete.json"
-CHECK = "check"  # of an appended line: the beginning of the sha256 of the rest of it
+CHECK = "check"  # in an object that carries its own check: the beginning of the sha256 of the rest of it
 
 
 class UserError(Exception):
@@ -89,6 +89,16 @@ def loads(text: str):
 def digest(value) -> str:
     """sha256 (hex) of a JSON value's stable form: the hash of configs and stage inputs."""
     return hashlib.sha256(dumps(value).encode()).hexdigest()
+
+
+def checked(value: dict) -> dict:
+    """The object with its own check."""
+    return value | {CHECK: digest(value)[:16]}
+
+
+def _altered(value: dict) -> bool:
+    """Takes the check out of an object; True if it is not of the rest, or if there is none."""
+    return value.pop(CHECK, None) != digest(value)[:16]
 
 
 def file_sha256(path: Path) -> str:
@@ -160,11 +170,6 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(dumps(row) + "\n" for row in rows))
 
 
-def checked(row: dict) -> dict:
-    """The row with its check, as a line that was appended has it."""
-    return row | {CHECK: digest(row)[:16]}
-
-
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Append rows durably, each with its check, in one write. A crash may tear the last line only; a disk that refuses
     leaves the file as it was."""
@@ -199,11 +204,15 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path):
+    """A file's value. Of an object that carries its own check (`checked`), the rest, if that is what was written."""
     text = read_text(path)
     try:
-        return loads(text)
+        value = loads(text)
     except ValueError as e:
         raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: not valid JSON: {getattr(e, 'msg', e)}") from None
+    if isinstance(value, dict) and CHECK in value and _altered(value):
+        raise UserError(f"{path}: altered since it was written; remove it, and what it stands for is done again")
+    return value
 
 
 def read_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = False) -> list[tuple[int, dict]]:
@@ -233,7 +242,7 @@ def read_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = False
             raise UserError(f"{path}:{number}: not valid JSON: {getattr(e, 'msg', e)}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        if torn_tail and (all_checked or CHECK in row) and row.pop(CHECK, None) != digest(row)[:16]:
+        if torn_tail and (all_checked or CHECK in row) and _altered(row):
             raise UserError(f"{path}:{number}: altered since it was written; remove the line, and its work is done again")
         rows.append((number, row))
     return rows

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from repro import records
-from repro.records import UserError, append_jsonl, dumps, loads, locked, read_json, read_jsonl, seal, sealed, write_json
+from repro.records import UserError, append_jsonl, checked, dumps, loads, locked, read_json, read_jsonl, seal, sealed, write_json
 
 CALLS = ("open", "write", "fsync", "replace", "close")
 OLD, NEW = {"v": "old", "pad": "x" * 5000}, {"v": "new", "pad": "y" * 5000}
@@ -164,6 +164,15 @@ def test_an_altered_line_that_was_appended_is_refused(tmp_path):
     assert refused > 200
     path.write_bytes(whole)
     assert [row for _, row in read_jsonl(path, torn_tail=True, all_checked=True)] == [OLD | {"pad": "x"}, NEW]
+
+
+def test_an_altered_object_that_carries_its_check_is_refused(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, checked(OLD))
+    assert read_json(path) == OLD
+    path.write_text(path.read_text().replace("old", "odd"))
+    with pytest.raises(UserError, match="run.json: altered since it was written"):
+        read_json(path)
 
 
 @pytest.mark.parametrize("line, reason", [
