@@ -9,7 +9,19 @@ import time
 import pytest
 
 from repro import records
-from repro.records import UserError, append_jsonl, checked, dumps, loads, locked, read_json, read_jsonl, seal, sealed, write_json
+from repro.records import (
+    UserError,
+    append_jsonl,
+    checked,
+    dumps,
+    loads,
+    locked,
+    read_json,
+    read_jsonl,
+    seal,
+    sealed,
+    write_json,
+)
 
 CALLS = ("open", "write", "fsync", "replace", "close")
 OLD, NEW = {"v": "old", "pad": "x" * 5000}, {"v": "new", "pad": "y" * 5000}
