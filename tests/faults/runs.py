@@ -27,8 +27,9 @@ def experiment_file(work: Path, tiny: Path, change: str = "e") -> Path:
     return path
 
 
-LONGER = ("dataclasses.replace(e, data=dataclasses.replace(e.data, train=112), train=dataclasses.replace(e.train, batches=20, "
+LONGER = ("dataclasses.replace(e, data=dataclasses.replace(e.data, train=112), train=dataclasses.replace(e.train, batches=40, "
           "learning_rate={rate}))")
+SOME = r": +\d+%\|[^|]*\| [1-9]"  # a bar that has begun to move
 
 
 def started(argv: list[str], *, cwd: Path, wrap: tuple[str, ...] = (), **env) -> subprocess.Popen:
@@ -121,7 +122,7 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
 
     def until(child: subprocess.Popen, mark: str) -> str:
         said = ""
-        while mark not in said:
+        while not re.search(mark, said[-400:]):
             piece = child.stdout.read(1)
             if not piece:
                 break
@@ -144,17 +145,14 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
     rows[-1]["steps_kept"] = sorted(p.name for p in (work / "nan" / folder / "checkpoints/iteration-1.steps").glob("step-*"))
     # a lost rank
     child = run(longer, "lost", "--ranks", "2")
-    said = until(child, "train-1:   ") + until(child, "query/s")
-    limit = time.monotonic() + 60
-    while len(workers(work / "lost" / folder)) < 2 and time.monotonic() < limit:
-        time.sleep(0.1)
+    said = until(child, "train-1" + SOME)
     os.kill(workers(work / "lost" / folder)[1], signal.SIGKILL)
     note("rank 1 of 2 killed (-9)", child, time.monotonic(), said)
     rows[-1]["resumed"] = finish(longer, "lost")  # on one rank
     # SIGTERM in training
     for ranks in ("1", "2"):
         child = run(longer, f"term{ranks}", "--ranks", ranks)
-        said = until(child, "train-1:") + until(child, "train-1:") + (until(child, "query/s") if ranks == "2" else "")
+        said = until(child, "train-1" + SOME)
         child.send_signal(signal.SIGTERM)
         note(f"SIGTERM in training, {ranks} rank{'s' * (ranks == '2')}", child, time.monotonic(), said, lines=2)
         rows[-1]["resumed"] = finish(longer, f"term{ranks}", "--ranks", ranks)
@@ -210,14 +208,13 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
     corrupt("metrics.json cut", "metrics.json", lambda d: d[: len(d) // 2])
     # unfinished work: a run killed in sampling, and one stopped in training
     child = run(longer, "partial")
-    until(child, "sample-1:"), until(child, "sample-1:"), until(child, "s/response")
-    until(child, "response"), child.kill(), child.communicate()
+    until(child, "sample-1" + SOME), child.kill(), child.communicate()
     partial = next((work / "partial" / folder / "responses").glob("*.partial.jsonl"), None)
     if partial:
         partial.write_bytes(flip(partial.read_bytes()))
         note("a bit of unfinished responses flipped", run(longer, "partial"), time.monotonic())
     child = run(longer, "steps")
-    until(child, "train-1:"), until(child, "train-1:"), child.send_signal(signal.SIGTERM), child.communicate()
+    until(child, "train-1" + SOME), child.send_signal(signal.SIGTERM), child.communicate()
     newest = sorted((work / "steps" / folder / "checkpoints/iteration-1.steps").glob("step-*/__0_0.distcp"))[-1]
     newest.write_bytes(flip(newest.read_bytes()))
     child, since = run(longer, "steps"), time.monotonic()
