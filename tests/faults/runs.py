@@ -33,7 +33,7 @@ SOME = r": +\d+%\|[^|]*\| [1-9]"  # a bar that has begun to move
 
 
 def started(argv: list[str], *, cwd: Path, wrap: tuple[str, ...] = (), **env) -> subprocess.Popen:
-    return subprocess.Popen([*wrap, sys.executable, "-m", "repro.cli", *argv], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen([*wrap, sys.executable, "-m", "repro.cli", *argv], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
                             env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env)
 
 
@@ -52,7 +52,7 @@ def determinism(work: Path, quick: bool) -> dict:
         wrap = ("sh", "-c", f"umask {umask:03o}; exec \"$@\"", "sh") if umask is not None else ()
         child = started(["run", str(file), "--out", str(out), *extra], cwd=cwd, wrap=wrap, **env)
         said = child.communicate()[0]
-        assert child.returncode == 0, said[-2000:]
+        assert child.returncode == 0, said[-2000:].decode()
         return out / "exp1_dialogue/mini"
 
     def same(a: Path, b: Path, but=()) -> bool:
@@ -111,8 +111,11 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
     mine, longer = experiment_file(work, tiny), experiment_file(work, tiny, LONGER.format(rate=1e-5))
     rows = []
 
+    def rest(child: subprocess.Popen) -> str:
+        return child.communicate(timeout=120)[0].decode("utf-8", "replace")
+
     def note(fault: str, child: subprocess.Popen, since: float, said: str = "", lines: int = 1, **more) -> str:
-        said += child.communicate(timeout=120)[0]
+        said += rest(child)
         own = [line.strip() for line in re.split(r"[\r\n]+", said) if line.strip() and not re.search(r"\d+%\|", line)]
         line = "\n".join(own[-lines:]).replace(str(work), "DIR")
         rows.append({"fault": fault, "exit": child.returncode, "seconds": round(time.monotonic() - since, 1), "printed": line,
@@ -122,11 +125,8 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
 
     def until(child: subprocess.Popen, mark: str) -> str:
         said = ""
-        while not re.search(mark, said[-400:]):
-            piece = child.stdout.read(1)
-            if not piece:
-                break
-            said += piece
+        while not re.search(mark, said[-400:]) and (piece := child.stdout.read(1)):
+            said += piece.decode("latin-1")
         return said
 
     def run(file, out, *extra, **how):
@@ -191,7 +191,7 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
         path.write_bytes(change(path.read_bytes()))
         since = time.monotonic()
         child = run(longer, out)
-        text = child.communicate()[0]
+        text = rest(child)
         own = [line.strip() for line in re.split(r"[\r\n]+", text) if name.split("/")[-1] in line or line.startswith("repro: ")]
         again = [stage for stage in read_json(work / "term1" / folder / "run.json")["stages"] if f"{stage}: done before" not in text]
         line = (own or ["(no line)"])[0].replace(str(work), "DIR")
@@ -218,7 +218,7 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
     newest = sorted((work / "steps" / folder / "checkpoints/iteration-1.steps").glob("step-*/__0_0.distcp"))[-1]
     newest.write_bytes(flip(newest.read_bytes()))
     child, since = run(longer, "steps"), time.monotonic()
-    text = child.communicate()[0]
+    text = rest(child)
     own = [line for line in re.split(r"[\r\n]+", text) if "step-" in line]
     rows.append({"fault": "a bit of a step checkpoint flipped", "exit": child.returncode, "seconds": round(time.monotonic() - since, 1),
                  "printed": "\n".join(own).replace(str(work), "DIR"), "traceback": "Traceback" in text})
