@@ -60,7 +60,7 @@ def determinism(work: Path, quick: bool) -> dict:
         return {k: v for k, v in a.items() if k not in but} == {k: v for k, v in b.items() if k not in but}
 
     first = whole("first")
-    other = work / "another place with spaces" / "x" * 40
+    other = work / "another place with spaces" / ("x" * 40)
     (work / "elsewhere").mkdir()
     environments = {
         "again": {}, "hash seed": {"PYTHONHASHSEED": "12345"}, "time zone": {"TZ": "Pacific/Kiritimati"},
@@ -141,7 +141,8 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
     # a loss that is not finite, on ranks
     child = run(experiment_file(work, tiny, LONGER.format(rate=1e30)), "nan", "--ranks", "2")
     note("loss that is not finite (learning rate 1e30, 2 ranks)", child, time.monotonic())
-    rows[-1]["saved"] = read_json(work / "nan" / folder / "not_finite.json")
+    saved = work / "nan" / folder / "not_finite.json"
+    rows[-1]["saved"] = read_json(saved) if saved.is_file() else None
     rows[-1]["steps_kept"] = sorted(p.name for p in (work / "nan" / folder / "checkpoints/iteration-1.steps").glob("step-*"))
     # a lost rank
     child = run(longer, "lost", "--ranks", "2")
