@@ -379,7 +379,6 @@ def trial(setting: Setting, work: Path, rng: random.Random) -> dict:
 def summarise(record: dict) -> dict:
     """The figures over all trials, and over the kills of whole shipped experiments."""
     trials = record["trials"]
-    record = {k: v for k, v in record.items() if k != "killed_twice"}
     fired = [t for t in trials if t["kills"]]
     whole = record.get("whole_runs", [])
     stages = Counter(kind(stage) for t in (*fired, *whole) for stage, _ in t["kills"])
