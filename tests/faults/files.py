@@ -81,6 +81,8 @@ def write_faults(work: Path, quick: bool) -> dict:
                             said = str(e)
                     if not shot:
                         break
+                    if short and shot != ["write"]:
+                        continue  # the same as without
                     fired += 1
                     clean = state() in ("old", "new") and not list((work / "w").rglob("*.tmp"))
                     one_line = said is None or ("\n" not in said and os.strerror(ERRORS[error]) in said)
