@@ -28,7 +28,7 @@ def experiment_file(work: Path, tiny: Path, change: str = "e") -> Path:
 
 
 LONGER = ("dataclasses.replace(e, data=dataclasses.replace(e.data, train=112), train=dataclasses.replace(e.train, batches=40, "
-          "learning_rate={rate}))")
+          "learning_rate={rate}), judge=dataclasses.replace(e.judge, judges=('rule',)))")
 SOME = r": +\d+%\|[^|]*\| [1-9]"  # a bar that has begun to move
 
 
@@ -102,14 +102,13 @@ def determinism(work: Path, quick: bool) -> dict:
 
 # ---- what each fault prints
 
-def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
-    """Each fault of a run, injected into the command line as a user has it: exit code, seconds, its last line."""
+def printed(work: Path, rows: list[dict], say: Callable[[str], None]) -> None:
+    """Each fault of a run, injected into the command line as a user has it -> `rows`: exit code, seconds, its last line."""
     from conftest import save_tiny
     from test_fsdp_worker import workers
 
     tiny = save_tiny(work / "tiny")
     mine, longer = experiment_file(work, tiny), experiment_file(work, tiny, LONGER.format(rate=1e-5))
-    rows = []
 
     def rest(child: subprocess.Popen) -> str:
         return child.communicate(timeout=120)[0].decode("utf-8", "replace")
@@ -232,4 +231,3 @@ def printed(work: Path, say: Callable[[str], None]) -> list[dict]:
     queries.write_text('{"query": "fine"}\n{"query": \n')
     note("a queries file with a torn line", started(["run", "exp1", "--model", str(tiny), "--queries", str(queries), "--out", str(work / "x")],
                                                     cwd=work), time.monotonic())
-    return rows

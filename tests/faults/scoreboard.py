@@ -102,8 +102,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         if args.printed:
             import runs
-            record["printed"] = runs.printed(Path(scratch), say=print)
-            args.figures = []
+
+            def noted(line: str) -> None:
+                print(line, flush=True)
+                if record_path:
+                    write_json(record_path, record)
+
+            record["printed"], args.figures = [], []
+            runs.printed(Path(scratch), record["printed"], noted)
         for number in args.figures:
             into, began = Path(scratch) / f"{number}.json", time.monotonic()
             done = subprocess.run([sys.executable, __file__, "--figures", str(number), "--into", str(into), *(["--quick"] if args.quick else []),
