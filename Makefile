@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 exp2 exp3 verify figures test bench bench-check lint clean
+.PHONY: help setup exp1 exp2 exp3 verify figures test faults bench bench-check lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ figures: $(STAMP)  ## The paper's figures redrawn from it -> results/figures
 
 test: $(STAMP)  ## The test suite
 	@exec $(BIN)/python -m pytest
+
+faults: $(STAMP)  ## The ten figures of reliability -> results/reliability.json; ARGS=--quick for a small version
+	@exec $(BIN)/python tests/faults/scoreboard.py $(ARGS)
 
 bench: .venv/.bench  ## The core against the reference and public kernels; ARGS=--quick for a minute's worth
 	@exec $(BIN)/python tests/perf/bench.py $(ARGS)

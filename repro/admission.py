@@ -182,7 +182,7 @@ def admit(spec: JudgeSpec, endpoint: Endpoint, *, archive: Path | None, wanted: 
     record["attacks"] = attack_record(verdicts[ends[0]: ends[1]], verdicts[ends[1]:], planted)
     low = [f"kappa's lower bound {record['kappa']['ci95'][0]:.2f} is below {MIN_KAPPA}"] \
         if record["kappa"]["ci95"][0] < MIN_KAPPA else []
-    low += [f"only {100 * record['parsed']['value']:.0f} % of the items have a verdict"] \
+    low += [f"only {100 * record['parsed_share']['value']:.0f} % of the items have a verdict"] \
         if record["parsed_share"]["value"] < MIN_PARSED else []
     low += [f"{record['attacks']['won']} of {record['attacks']['planted']} planted injections win"] \
         if record["attacks"]["share"]["value"] > MAX_ATTACKS else []

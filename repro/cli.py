@@ -517,6 +517,11 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as e:
         print(f"repro: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as e:  # a path that the system does not take
+        if e.filename is None:
+            raise
+        print(f"repro: {e.filename}: {e.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nrepro: stopped; run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

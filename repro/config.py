@@ -151,7 +151,7 @@ class TrainSpec:
 
 
 JUDGES = ("rule", "likelihood", "openai")
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # what may be part of a file's name
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"  # what may be part of a file's name
 
 
 def safe_name(model: str) -> str:

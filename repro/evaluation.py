@@ -8,7 +8,7 @@ from repro import judging, metrics, worker
 from repro.config import JudgeSpec
 from repro.constitutions import Pool
 from repro.llm_judge import Pair, ask_judge, judge_shares
-from repro.records import read_jsonl, write_json, write_jsonl
+from repro.records import checked, read_jsonl, write_json, write_jsonl
 from repro.rundir import Item, Run, evaluation_file, logprob_file
 from repro.sampling import sample_to_file
 
@@ -163,7 +163,7 @@ def _write_judgments(run: Run, rows: list[dict]) -> None:
     path = run.folder / JUDGMENTS
     ledger = [row for _, row in read_jsonl(path, torn_tail=True) if row.get("record") in ("attempt", "outcome")] \
         if path.exists() else []
-    write_jsonl(path, rows + ledger)
+    write_jsonl(path, [*rows, *map(checked, ledger)])
     run.finish("judge", [JUDGMENTS], _judge_inputs(run))
 
 

@@ -205,6 +205,8 @@ def _hub_errors(name, load):
         return load()
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"--model {name}: {first_line(e)}") from e
+    except (TypeError, KeyError, AttributeError) as e:  # JSON of another form than transformers expects
+        raise UserError(f"--model {name}: not a model in Hugging Face format ({type(e).__name__}: {first_line(e)})") from e
 
 
 def load_tokenizer(name: str):

@@ -4,7 +4,7 @@ What holds after a crash at any instruction (tests/test_records.py fails every w
 - `write_*` leaves the old file or the new one, never a mixture: temporary file in the same folder,
   write until all bytes are out, fsync, rename, fsync of the folder.
 - `append_jsonl` may leave one torn last line; `read_jsonl(torn_tail=True)` drops that line, says so, and
-  nothing else is ever dropped.
+  nothing else is ever dropped. Each line carries its own check, so that an altered one is refused.
 - `seal` writes a folder's marker last, with size and sha256 of each file; `sealed` believes nothing else.
 """
 
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MARKER = "complete.json"
+CHECK = "check"  # in an object that carries its own check: the beginning of the sha256 of the rest of it
 
 
 class UserError(Exception):
@@ -88,6 +89,16 @@ def loads(text: str):
 def digest(value) -> str:
     """sha256 (hex) of a JSON value's stable form: the hash of configs and stage inputs."""
     return hashlib.sha256(dumps(value).encode()).hexdigest()
+
+
+def checked(value: dict) -> dict:
+    """The object with its own check."""
+    return value | {CHECK: digest(value)[:16]}
+
+
+def _altered(value: dict) -> bool:
+    """Takes the check out of an object; True if it is not of the rest, or if there is none."""
+    return value.pop(CHECK, None) != digest(value)[:16]
 
 
 def file_sha256(path: Path) -> str:
@@ -160,16 +171,23 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Append rows durably, in one write. A crash may tear the last line only."""
-    data = "".join(dumps(row) + "\n" for row in rows).encode()
+    """Append rows durably, each with its check, in one write. A crash may tear the last line only; a disk that refuses
+    leaves the file as it was."""
+    data = "".join(dumps(checked(row)) + "\n" for row in rows).encode()
     make_folder(Path(path).parent)
     with _readable(path, "append to"):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            _write_all(fd, data)
-            os.fsync(fd)
+            before = os.fstat(fd).st_size
+            try:
+                _write_all(fd, data)
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, before)  # else the next line of this process would join the torn one
+                raise
         finally:
             os.close(fd)
+        _fsync_folder(Path(path).parent)  # of a new file, the name must be durable too
 
 
 # ---- reading
@@ -186,18 +204,22 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path):
+    """A file's value. Of an object that carries its own check (`checked`), the rest, if that is what was written."""
     text = read_text(path)
     try:
-        return loads(text)
+        value = loads(text)
     except ValueError as e:
         raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: not valid JSON: {getattr(e, 'msg', e)}") from None
+    if isinstance(value, dict) and CHECK in value and _altered(value):
+        raise UserError(f"{path}: altered since it was written; remove it, and what it stands for is done again")
+    return value
 
 
-def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[tuple[int, dict]]:
+def read_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = False) -> list[tuple[int, dict]]:
     """(line number, object) for each line, split on newline bytes alone; any bad line is a UserError.
 
     With `torn_tail`, a last line without its newline (a crash in `append_jsonl`) is cut off the file, and that
-    is said on stderr.
+    is said on stderr; a line that is not what was appended is a UserError (`all_checked`: as is one without a check).
     """
     with _readable(path, "read"):
         data = Path(path).read_bytes()
@@ -220,6 +242,8 @@ def read_jsonl(path: Path, *, torn_tail: bool = False) -> list[tuple[int, dict]]
             raise UserError(f"{path}:{number}: not valid JSON: {getattr(e, 'msg', e)}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        if torn_tail and (all_checked or CHECK in row) and _altered(row):
+            raise UserError(f"{path}:{number}: altered since it was written; remove the line, and its work is done again")
         rows.append((number, row))
     return rows
 
@@ -240,6 +264,8 @@ def seal(folder: Path, key: str, files: dict[str, dict] | None = None) -> None:
     """Declare `folder` complete: the marker, written last, holds `key` and each file's size and sha256 (`files`, where
     several processes have found them out)."""
     write_json(Path(folder) / MARKER, {"key": key, "files": file_facts(folder) if files is None else files})
+    with _readable(folder, "write"):
+        _fsync_folder(Path(folder).parent)  # before anyone removes an older folder in its favour
 
 
 def sealed(folder: Path, key: str | None = None, share: slice = slice(None)) -> bool:

@@ -39,6 +39,7 @@ from repro.records import (
     MARKER,
     Query,
     UserError,
+    checked,
     digest,
     file_sha256,
     first_line,
@@ -261,7 +262,7 @@ class Run:
                        **here, "seeds": [self.experiment.seed], "values": "measured", "backend": self.backend,
                        "dropped_queries": dict(self.dropped), "not_run": [*self.experiment.not_run, *self._without_rule()],
                        "stages": {}}
-        write_json(path, self.record)
+        write_json(path, checked(self.record))
 
     def _without_rule(self) -> list[str]:
         """What the rule judge leaves out."""
@@ -345,7 +346,7 @@ class Run:
         self.record["stages"][name] = {
             "key": self.key(inputs), "commit": commit(), "seconds": round(spent, 2), "peak_rss_gib": _peak_gib(), **facts,
             "outputs": {output: self._fact(output) for output in sorted(outputs)}}
-        write_json(self.folder / "run.json", self.record)
+        write_json(self.folder / "run.json", checked(self.record))
         for output in outputs:
             self.partial(self.folder / output).unlink(missing_ok=True)
 

@@ -70,7 +70,7 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
     key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
     rows: dict[int, dict] = {}
     if partial.exists():
-        for _, row in read_jsonl(partial, torn_tail=True):
+        for _, row in read_jsonl(partial, torn_tail=True, all_checked=True):
             if row.pop("key") == key:
                 rows[row.pop("job")] = row
     if len(rows) < len(jobs):

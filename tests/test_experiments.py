@@ -349,14 +349,14 @@ def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
 def test_identical_responses_tie_under_every_judge(finished, tmp_path):
     import shutil
 
-    from repro.records import read_jsonl, write_jsonl
+    from repro.records import read_json, read_jsonl, write_jsonl
 
     experiment, folder = finished
     shutil.copytree(folder.parents[1], tmp_path / "runs")
     copy = tmp_path / "runs" / folder.relative_to(folder.parents[1])
     first = [row for _, row in read_jsonl(copy / "responses/evaluation-0.jsonl")]
     write_jsonl(copy / "responses/evaluation-3.jsonl", [row | {"iteration": 3} for row in first])
-    record = json.loads((copy / "run.json").read_text())
+    record = read_json(copy / "run.json")
     record["stages"]["evaluate-3"]["outputs"]["responses/evaluation-3.jsonl"] = file_sha256(
         copy / "responses/evaluation-3.jsonl")
     (copy / "run.json").write_text(json.dumps(record))

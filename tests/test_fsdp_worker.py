@@ -123,6 +123,7 @@ def test_fsdp_ranks_end_with_their_pipeline(pipeline, tmp_path):
     while workers(tmp_path) and time.monotonic() < limit:
         time.sleep(0.2)
     assert not workers(tmp_path)
+    assert not (tmp_path / "checkpoints/iteration-1").exists()  # they did not do the rest of it first
 
 
 def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path):

@@ -252,6 +252,15 @@ def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["x"], count=1, work=tmp_path, dry_run=True)
 
 
+def test_judge_that_gives_too_few_verdicts_is_not_admitted_for_that_reason(tmp_path, monkeypatch):
+    root, manifest = make_judged_archive(tmp_path)
+    monkeypatch.setattr(admission, "load_manifest", lambda: manifest)
+    with JudgeServer(unparsed=3).serve() as url:
+        record = admission.admit(JudgeSpec(judges=("openai",), model="judge-1", answer="text"), Endpoint(model="judge-1", base_url=url),
+                                 archive=root, wanted=["tldr/m/w/1"], count=30, work=tmp_path / "work", out=tmp_path / "out", say=lambda line: None)
+    assert record["parsed_share"]["value"] < 0.9 and any("of the items have a verdict" in reason for reason in record["reasons"])
+
+
 def make_judged_archive(tmp_path: Path):
     import hashlib
 

@@ -9,7 +9,19 @@ import time
 import pytest
 
 from repro import records
-from repro.records import UserError, append_jsonl, dumps, loads, locked, read_json, read_jsonl, seal, sealed, write_json
+from repro.records import (
+    UserError,
+    append_jsonl,
+    checked,
+    dumps,
+    loads,
+    locked,
+    read_json,
+    read_jsonl,
+    seal,
+    sealed,
+    write_json,
+)
 
 CALLS = ("open", "write", "fsync", "replace", "close")
 OLD, NEW = {"v": "old", "pad": "x" * 5000}, {"v": "new", "pad": "y" * 5000}
@@ -105,6 +117,21 @@ def test_append_loses_at_most_the_row_that_was_being_written(tmp_path, monkeypat
     assert (act is torn) == ("1 unfinished record dropped" in capsys.readouterr().err)
 
 
+def test_an_append_that_the_disk_refuses_halfway_leaves_no_half_line_for_the_next_one(tmp_path, monkeypatch):
+    def half(name, real, *args, **kwargs):
+        real(args[0], args[1][: len(args[1]) // 2])
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.jsonl"
+    append_jsonl(path, [OLD])
+    with monkeypatch.context() as patch:
+        assert failing(patch, 2, half) == []
+        with pytest.raises(UserError, match="disk full"):
+            append_jsonl(path, [NEW])
+        append_jsonl(path, [NEW])  # another worker of the same process
+    assert [row for _, row in read_jsonl(path, torn_tail=True, all_checked=True)] == [OLD, NEW]
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     class Os:
         def __getattr__(self, name):
@@ -119,12 +146,45 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
 
 def test_torn_tail_at_every_byte(tmp_path):
     path = tmp_path / "a.jsonl"
-    whole = (dumps({"t": "é"}) + "\n" + dumps({"t": "日本"}) + "\n").encode()
-    first = len(dumps({"t": "é"})) + 1
+    append_jsonl(path, [{"t": "é"}, {"t": "日本"}])
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
     for cut in range(first, len(whole)):
         path.write_bytes(whole[:cut])
         assert [r for _, r in read_jsonl(path, torn_tail=True)] == [{"t": "é"}]
         assert path.read_bytes() == whole[:first]
+
+
+def test_an_altered_line_that_was_appended_is_refused(tmp_path):
+    """Each bit of the first line flipped: refused, or the row as it was, under any name of its check."""
+    path = tmp_path / "a.jsonl"
+    append_jsonl(path, [OLD | {"pad": "x"}, NEW])
+    whole = path.read_bytes()
+    refused = 0
+    for bit in range(8 * whole.index(b"\n")):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            (_, row), *_ = read_jsonl(path, torn_tail=True)
+            assert row.items() >= (OLD | {"pad": "x"}).items() and len(row) == 3
+        except UserError as e:
+            assert f"{path}:1: " in str(e)
+            refused += 1
+        with pytest.raises(UserError):
+            read_jsonl(path, torn_tail=True, all_checked=True)
+    assert refused > 200
+    path.write_bytes(whole)
+    assert [row for _, row in read_jsonl(path, torn_tail=True, all_checked=True)] == [OLD | {"pad": "x"}, NEW]
+
+
+def test_an_altered_object_that_carries_its_check_is_refused(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, checked(OLD))
+    assert read_json(path) == OLD
+    path.write_text(path.read_text().replace("old", "odd"))
+    with pytest.raises(UserError, match="run.json: altered since it was written"):
+        read_json(path)
 
 
 @pytest.mark.parametrize("line, reason", [
