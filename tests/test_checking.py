@@ -23,7 +23,7 @@ GROUPS = ["config", "inputs", "files", "judgments", "metrics"]
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory) -> Path:
     """A small run of exp1 paper, baseline and all, with the judgments of an LLM judge too."""
-    experiment = small(cli.load_experiment("exp1", "paper")[0], tiny)
+    experiment = small(cli.load_experiment("exp1", "paper")[0], tiny, learning_rate=0.01)  # enough to say something else
     folder = run(dataclasses.replace(experiment, iterations=1), tmp_path_factory.mktemp("runs"), say=lambda line: None)
     with JudgeServer(flips=3).serve() as url:
         judge_run(folder, JudgeSpec(judges=("openai",), model="judge-1"), Endpoint(model="judge-1", base_url=url),
@@ -81,13 +81,12 @@ def test_a_loaded_model_is_not_needed(finished, monkeypatch):
     ("responses/baseline.jsonl", lambda r: r.update(text="another"), True, ["judgments"]),
     ("responses/training-1.jsonl", lambda r: r.update(text="another"), False, ["files"]),
     ("logprobs/evaluation-1.jsonl", lambda r: r["logprobs"][0].reverse(), True, ["metrics"]),
-    ("logprobs/evaluation-0.jsonl", lambda r: r["initial"].__setitem__(0, r["initial"][0] - 900), True, ["judgments"]),
     ("judgments.jsonl", lambda r: r.update(score=1 - r["score"] if r["score"] != 0.5 else 1.0), True, ["judgments", "metrics"]),
     ("metrics.json", lambda r: r[0].update(value=r[0]["value"] + 1e-6), True, ["metrics"]),
     ("metrics.json", lambda r: r[3].update(ci95=None), True, ["metrics"]),
     ("metrics.json", lambda r: r.pop(), True, ["metrics"]),
     ("queries.jsonl", lambda r: r.update(text="Another?"), True, ["inputs"]),
-    ("constitutions.json", lambda r: r["principles"][0].update(text="Another text for it."), True, ["inputs"]),
+    ("constitutions.json", lambda r: r["principles"][0].update(text="Another text for it."), True, ["inputs", "judgments"]),
     ("run.json", lambda r: r["config"]["train"].update(learning_rate=1.0), False, ["config"]),
     ("run.json", lambda r: r["inputs"].update({"model.name": "another"}), False, ["config"]),
     ("run.json", lambda r: r.update(config_hash="0" * 64), False, ["config"])])
@@ -95,6 +94,17 @@ def test_what_was_altered_fails_in_its_group(copy, name, change, fits, groups):
     edit(copy, name, change, made_to_fit=fits)
     assert failing(copy) == groups
     assert checking.verify_run(copy) == 1
+
+
+def test_a_log_prob_decides_the_likelihood_judge(finished, tmp_path):
+    """One way or the other: what was a win cannot be one on both sides."""
+    found = []
+    for k, change in enumerate((-900, 900)):
+        folder = Path(shutil.copytree(finished, tmp_path / str(k)))
+        edit(folder, "logprobs/evaluation-0.jsonl", lambda r, by=change: r["initial"].__setitem__(0, r["initial"][0] + by),
+             made_to_fit=True)
+        found += failing(folder)
+    assert found == ["judgments"]
 
 
 def test_a_raw_answer_of_the_judge_counts_not_only_its_verdict(copy):
