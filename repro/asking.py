@@ -47,11 +47,11 @@ def redact(text: str, key: str) -> str:
 
 class Asker:
     """Asks the calls that the ledger has no usable answer to. `usable(answer)` is False for an answer that is to be
-    asked for again (with the next seed); `wrong(answer)` says what makes one a failure of the server, to be tried again
-    as such. After `run`, `stopped` says why it ended early, or is None."""
+    asked for again (with the next seed); `wrong(answer, request)` says what makes one a failure of the server, to be
+    tried again as such. After `run`, `stopped` says why it ended early, or is None."""
 
     def __init__(self, endpoint: Endpoint, ledger: Ledger, usable: Callable[[dict], bool] = lambda answer: True,
-                 wrong: Callable[[dict], str | None] = lambda answer: None):
+                 wrong: Callable[[dict, dict], str | None] = lambda answer, request: None):
         self.endpoint, self.ledger, self.usable, self.wrong = endpoint, ledger, usable, wrong
         self.stopped: str | None = None
         self._cap = round(endpoint.max_usd * PICO)
@@ -206,7 +206,7 @@ class Asker:
             answer = loads(text)
         except ValueError:
             raise _Failed(f"not JSON: {text[:80]!r}", cost=None) from None
-        wrong = wrong_shape(answer) or self.wrong(answer)
+        wrong = wrong_shape(answer) or self.wrong(answer, request)
         if wrong:
             raise _Failed(f"{wrong}: {text[:120]!r}", cost=self._billed(answer, None) if isinstance(answer, dict) else None)
         return answer

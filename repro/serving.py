@@ -108,17 +108,21 @@ class Server:
     log: Path | None = None
     process: subprocess.Popen | None = None
 
-    def wrong(self, answer: dict) -> str | None:
-        """What makes an answer useless, in words."""
-        choice, usage = answer["choices"][0], answer.get("usage")
+    def wrong(self, answer: dict, request: dict) -> str | None:
+        """What makes an answer to a request useless, in words."""
+        choice, usage, prompt = answer["choices"][0], answer.get("usage"), request["prompt"]
         if answer.get("model") not in (self.endpoint.model, f"{self.endpoint.model}@main"):
             return f"an answer by the model {answer.get('model')!r}, not {self.endpoint.model!r}"
         if choice.get("finish_reason") not in ("stop", "length"):
             return f"finish_reason {choice.get('finish_reason')!r}, neither stop nor length"
         if self.engine == "vllm" and not isinstance(choice.get("token_ids"), list):
             return "no token_ids in the answer: vLLM 0.10.2 or newer gives them"
-        if self.engine != "vllm" and not (isinstance(usage, dict) and type(usage.get("completion_tokens")) is int):
+        if not isinstance(usage, dict) or any(type(usage.get(k)) is not int for k in ("prompt_tokens", "completion_tokens")):
             return "no usage in the answer"
+        if isinstance(prompt, list) and usage["prompt_tokens"] != len(prompt):
+            return f"an answer to a prompt of {usage['prompt_tokens']} tokens, not {len(prompt)}"
+        if choice["finish_reason"] == "length" and usage["completion_tokens"] < request["max_tokens"]:
+            return f"an answer cut at {usage['completion_tokens']} tokens of {request['max_tokens']}: is the context too short?"
         return None
 
     def facts(self) -> dict:
@@ -222,7 +226,7 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
     try:
         answer = _get(f"{endpoint.url}/completions", endpoint.key(), body | (
             {"return_token_ids": True} if engine == "vllm" else {}), timeout=DEADLINE_S)
-        wrong = server.wrong(answer)
+        wrong = server.wrong(answer, body)
     except (OSError, ValueError, LookupError, TypeError) as e:
         wrong = str(e)
     if wrong is None:

@@ -226,6 +226,16 @@ class Handler(BaseHTTPRequestHandler):
         answer["choices"][0]["finish_reason"] = "abort"
         self.give(answer)
 
+    def fault_short(self, body):
+        answer = self.judge.answer(body)
+        answer["choices"][0]["finish_reason"] = "length"
+        answer["choices"][0]["token_ids"] = answer["choices"][0]["token_ids"][:1]
+        self.give(answer | {"usage": answer["usage"] | {"completion_tokens": 1}})
+
+    def fault_other_prompt(self, body):
+        answer = self.judge.answer(body)
+        self.give(answer | {"usage": answer["usage"] | {"prompt_tokens": len(body["prompt"]) - 1}})
+
     def fault_no_ids(self, body):
         answer = self.judge.answer(body)
         answer["choices"][0].pop("token_ids", None)

@@ -180,7 +180,7 @@ def test_no_proxy_stands_before_a_server_of_this_machine(tiny, tmp_path, monkeyp
 # ---- faults, and going on
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "half", "reset", "garbage", "wrong_schema", "empty_choices",
-                                   "error_in_200", "other_model", "aborted", "no_ids", "nan"])
+                                   "error_in_200", "other_model", "aborted", "no_ids", "nan", "short", "other_prompt", "no_usage"])
 def test_a_fault_costs_nothing_but_another_request(tiny, tmp_path, fault):
     place = str(tiny)
     with TextServer(tokenizer=tiny / "tokenizer.json", lists={place: place}).serve() as url:
