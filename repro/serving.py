@@ -117,12 +117,13 @@ class Server:
             return f"finish_reason {choice.get('finish_reason')!r}, neither stop nor length"
         if self.engine == "vllm" and not isinstance(choice.get("token_ids"), list):
             return "no token_ids in the answer: vLLM 0.10.2 or newer gives them"
-        if not isinstance(usage, dict) or any(type(usage.get(k)) is not int for k in ("prompt_tokens", "completion_tokens")):
+        read, said = (usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens"))
+        if type(read) is not int or type(said) is not int:
             return "no usage in the answer"
-        if isinstance(prompt, list) and usage["prompt_tokens"] != len(prompt):
-            return f"an answer to a prompt of {usage['prompt_tokens']} tokens, not {len(prompt)}"
-        if choice["finish_reason"] == "length" and usage["completion_tokens"] < request["max_tokens"]:
-            return f"an answer cut at {usage['completion_tokens']} tokens of {request['max_tokens']}: is the context too short?"
+        if isinstance(prompt, list) and read != len(prompt):
+            return f"an answer to a prompt of {read} tokens, not {len(prompt)}"
+        if choice["finish_reason"] == "length" and said < request["max_tokens"]:
+            return f"an answer cut at {said} tokens of {request['max_tokens']}: is the server's context too short?"
         return None
 
     def facts(self) -> dict:
