@@ -3,15 +3,13 @@ the place of the real ones: one override (--models). Two gloo ranks train under 
 samples (`transformers serve`; the run starts and stops it, or it is already there), a judge endpoint judges, the run is
 verified. What is checked is the machinery; these models' numbers mean nothing."""
 
-import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 from judge_server import JudgeServer
-from test_judge_real import SERVING, process, wait_until
+from test_judge_real import SERVING, transformers_serve
 from toy_models import save_toy
 
 from repro import checking, cli, models
@@ -52,21 +50,8 @@ def judge():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """`transformers serve` that was there before the run and loads what it is asked for, by path."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-
-    def healthy():
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    with process(["-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu",
-                  "--dtype", "bfloat16"], log) as child:
-        wait_until(healthy, child, log)
-        yield f"http://127.0.0.1:{port}/v1"
+    with transformers_serve(tmp_path_factory.mktemp("serve") / "log", "--dtype", "bfloat16") as url:
+        yield url
 
 
 def repro(*argv, code=0) -> subprocess.CompletedProcess:
