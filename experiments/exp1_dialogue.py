@@ -28,7 +28,7 @@ PAPER = Experiment(
     constitutions="dialogue",
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
     data=DataSpec(source="hh-rlhf", subsets=("helpful", "harmless"), train=10_000, evaluation=250),
-    sampling=SamplingSpec(max_new_tokens=350),
+    sampling=SamplingSpec(engine="vllm", max_new_tokens=350),
     train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
     baseline=ModelSpec(name="mistralai/Mistral-7B-Instruct-v0.1", label="mistral-7b-instruct"),
     not_run=("judge gpt-4-0613: retired", "MI of mistral-7b-instruct"),

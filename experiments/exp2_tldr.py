@@ -40,7 +40,7 @@ MISTRAL = replace(
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
     baseline=ModelSpec(name=INSTRUCT, label="mistral-7b-instruct"),
     data=DataSpec(source="tldr", train=5_000, evaluation=250),
-    sampling=SamplingSpec(max_new_tokens=350, spare=1.0, full_stop=True,
+    sampling=SamplingSpec(engine="vllm", max_new_tokens=350, spare=1.0, full_stop=True,
                           drop_phrases=("[insert", "]", "Response")),
     train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
     not_run=("judge gpt-4-0613: retired", "writer claude-3-opus: retired", "MI of mistral-7b-instruct"),

@@ -33,7 +33,7 @@ PAPER = replace(
     variant="direct",
     model=ModelSpec(name="meta-llama/Meta-Llama-3-70B", label="llama3-70b", prompt="plain"),
     data=DataSpec(source="tldr", train=7_500, evaluation=250),
-    sampling=SamplingSpec(max_new_tokens=350, spare=1.0, full_stop=True, drop_phrases=(
+    sampling=SamplingSpec(engine="vllm", max_new_tokens=350, spare=1.0, full_stop=True, drop_phrases=(
         "The assistant", "sorry", "Response", "[insert", "[]", "]", "principles", "constitution", "summarization")),
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=5e-7, precision="bf16", batch_size=128,
                     batches=4, batches_increment=4),

@@ -47,10 +47,12 @@ def redact(text: str, key: str) -> str:
 
 class Asker:
     """Asks the calls that the ledger has no usable answer to. `usable(answer)` is False for an answer that is to be
-    asked for again (with the next seed). After `run`, `stopped` says why it ended early, or is None."""
+    asked for again (with the next seed); `wrong(answer, request)` says what makes one a failure of the server, to be
+    tried again as such. After `run`, `stopped` says why it ended early, or is None."""
 
-    def __init__(self, endpoint: Endpoint, ledger: Ledger, usable: Callable[[dict], bool] = lambda answer: True):
-        self.endpoint, self.ledger, self.usable = endpoint, ledger, usable
+    def __init__(self, endpoint: Endpoint, ledger: Ledger, usable: Callable[[dict], bool] = lambda answer: True,
+                 wrong: Callable[[dict, dict], str | None] = lambda answer, request: None):
+        self.endpoint, self.ledger, self.usable, self.wrong = endpoint, ledger, usable, wrong
         self.stopped: str | None = None
         self._cap = round(endpoint.max_usd * PICO)
         self._reserved, self._in_flight, self._row = 0, 0, 0
@@ -72,12 +74,13 @@ class Asker:
             asyncio.run(self._run(todo, key, label))
 
     async def _run(self, todo: list[Call], key: str, label: str) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpx2Client
 
+        direct = {"http_client": DefaultAsyncHttpx2Client(trust_env=False)} if self.endpoint.local else {}  # past any proxy
         self._settled, self._end = asyncio.Condition(), asyncio.Event()
         queue = iter(todo)
         async with AsyncOpenAI(api_key=key or "none", base_url=self.endpoint.url, max_retries=0,
-                               timeout=self.endpoint.deadline_s) as client:
+                               timeout=self.endpoint.deadline_s, **direct) as client:
             with tqdm(total=len(todo), desc=label, unit="request", disable=None) as bar:
                 async def worker():
                     for call in queue:
@@ -180,7 +183,8 @@ class Asker:
         body = bytearray()
         try:
             async with asyncio.timeout(self.endpoint.deadline_s):
-                async with client.chat.completions.with_streaming_response.create(
+                create = client.completions if "prompt" in request else client.chat.completions
+                async with create.with_streaming_response.create(
                         model=self.endpoint.model, **request) as response:
                     async for chunk in response.iter_bytes():
                         body += chunk
@@ -202,7 +206,7 @@ class Asker:
             answer = loads(text)
         except ValueError:
             raise _Failed(f"not JSON: {text[:80]!r}", cost=None) from None
-        wrong = wrong_shape(answer)
+        wrong = wrong_shape(answer) or self.wrong(answer, request)
         if wrong:
             raise _Failed(f"{wrong}: {text[:120]!r}", cost=self._billed(answer, None) if isinstance(answer, dict) else None)
         return answer

@@ -100,6 +100,28 @@ class Run:
     """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
     ranks: int = 1
     """Processes that train (torchrun, FSDP2), one GPU each where there are any; any number gives the same update."""
+    nodes: int = 1
+    """Machines that train, with that many processes each; the run names the command for the others (README)."""
+    models: Path | None = None
+    """A JSON file of {name: folder}: models to put in the place of those that the experiment names (policy, baseline,
+    writer), all at once. They keep their folders' names in the records."""
+    sampler: str | None = None
+    """Who samples: transformers (in this process), vllm (a server that the run starts, or one at --sampler-url), or server
+    (any OpenAI-compatible one that takes text: transformers serve, or one at --sampler-url)."""
+    sampler_url: str | None = None
+    """A server to sample from that is already there, such as http://127.0.0.1:8000/v1. Where it has to serve other weights,
+    the run stops and says which."""
+    tensor_parallel: int | None = None
+    """GPUs that hold one copy of the model together in the vllm server that the run starts (by default all); the others
+    hold further copies."""
+    iterations: int | None = None
+    """SAMI iterations."""
+    batch_size: int | None = None
+    """Queries of one training step."""
+    learning_rate: float | None = None
+    """Of training."""
+    max_new_tokens: int | None = None
+    """Tokens of one response, at most (the reasoning of a chain of thought not counted)."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +229,8 @@ class Publish:
 
 @dataclass(frozen=True)
 class Verify:
-    """Recompute the paper's tables from the authors' record; or hold a run's records against the printed cells."""
+    """Recompute the paper's tables from the authors' record; or a run's numbers from what it keeps, and hold those of a run
+    of the paper's models against the printed cells."""
 
     run: tyro.conf.Positional[Path | None] = None
     """A run folder (or a published one); without it the paper itself is verified."""
@@ -281,7 +304,10 @@ def _unknown_field(error: Exception) -> str | None:
 
 def configure(args: Run) -> tuple[Experiment, ...]:
     """The experiment's runs with the flags laid over each."""
-    runs = _variants(load_experiment(args.experiment, args.profile), args.variant, args.experiment)
+    runs = load_experiment(args.experiment, args.profile)
+    if args.models:
+        runs = tuple(_with_models(e, args.models) for e in runs)
+    runs = _variants(runs, args.variant, args.experiment)
     if args.name is not None and not re.fullmatch(NAME, args.name):
         raise UserError(f"--name {args.name!r}: allowed are letters, digits and _ . -")
     asked_of_writer = args.writer in WRITERS or args.writer_model or args.writer_url or args.asked
@@ -302,6 +328,23 @@ def _variants(runs: tuple[Experiment, ...], variant: str | None, name: str) -> l
     return [e for e in runs if variant in (None, e.variant)] or [choose("--variant", variant, [e.variant for e in runs])]
 
 
+def _with_models(base: Experiment, path: Path) -> Experiment:
+    """The experiment with other models in the place of those that the file at `path` names. Each takes its folder's name:
+    what is measured of it is never put down to the model that it stands for."""
+    folders = read_json(path)
+    if not isinstance(folders, dict) or not all(isinstance(v, str) and v for v in folders.values()):
+        raise UserError(f"--models {path}: must be an object of {{name: folder}}")
+
+    def other(spec, field="name", label=None):
+        folder = spec and folders.get(getattr(spec, field))
+        return spec if folder is None else dataclasses.replace(
+            spec, **{field: folder, "label": Path(folder).name if label is None else label})
+
+    local = base.writer and base.writer.kind == "local"
+    return dataclasses.replace(base, model=other(base.model), baseline=other(base.baseline),
+                               writer=other(base.writer, "model", "") if local else base.writer)
+
+
 def _over(spec, **changes):
     return dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
 
@@ -319,7 +362,10 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
     name = args.name or (f"{base.name}_cot" if args.cot and not base.cot else None)
     return dataclasses.replace(
         _over(base, name=name, seed=args.seed, constitutions=args.constitutions, task=args.task, cot=args.cot or None,
-              data=data, judge=judge, train=_over(base.train, pack_tokens=args.pack_tokens),
+              data=data, judge=judge, iterations=args.iterations,
+              sampling=_over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens),
+              train=_over(base.train, batch_size=args.batch_size, learning_rate=args.learning_rate,
+                          pack_tokens=args.pack_tokens),
               model=_over(base.model, name=args.model, label=label, prompt=args.prompt)),
         writer=_writer(base.writer, args))
 
@@ -379,16 +425,18 @@ def run_command(args: Run) -> None:
     from repro.report import gather
 
     runs = configure(args)
-    folders = []
+    limits = {"price": args.price, "max_usd": args.max_usd}
+    servers = [{"endpoint": Endpoint(model=e.judge.model, base_url=args.base_url, **limits),
+                "writer_endpoint": e.writer and Endpoint(model=e.writer.model, base_url=args.writer_url, **limits),
+                "sampler_url": args.sampler_url} for e in runs]
     if len(runs) > 1:
-        check_together(runs, args.out)
-    for experiment in runs:
+        check_together(runs, args.out, servers)
+    folders = []
+    for experiment, known in zip(runs, servers):
         if len(runs) > 1:
             print(f"--- {experiment.path}", file=sys.stderr)
-        judge = Endpoint(model=experiment.judge.model, base_url=args.base_url, price=args.price, max_usd=args.max_usd)
-        writer = experiment.writer and Endpoint(model=experiment.writer.model, base_url=args.writer_url,
-                                                price=args.price, max_usd=args.max_usd)
-        folders.append(run(experiment, args.out, endpoint=judge, writer_endpoint=writer, ranks=args.ranks))
+        folders.append(run(experiment, args.out, ranks=args.ranks, nodes=args.nodes, tensor_parallel=args.tensor_parallel,
+                           **known))
     for line in summary(gather(folders)):
         print(line)
 
@@ -458,10 +506,10 @@ def publish_command(args: Publish) -> None:
 
 
 def verify_command(args: Verify) -> int:
-    from repro import published
+    from repro import checking, published
 
     if args.run is not None:
-        return published.verify_run(args.run, strict=args.strict)
+        return checking.verify_run(args.run, strict=args.strict)
     return published.verify(args.archive, args.out, strict=args.strict, responses=args.responses)
 
 

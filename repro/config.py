@@ -67,15 +67,21 @@ class DataSpec:
         choose("DataSpec.evaluation_split", self.evaluation_split, ("evaluation", "development"))
 
 
+ENGINES = ("transformers", "vllm", "server")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSpec:
     """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases` (repro/pipeline.py counts why).
 
-    `dtype`: weights while sampling. `spare`: pairs sampled beyond the need, as a share, to make up for drops.
+    `engine`: "transformers" samples in this process, `batch_size` prompts at a time; "vllm" and "server" behind an
+    OpenAI-compatible server (repro/serving.py), which gets token ids ("vllm") or text. `dtype`: weights while sampling.
+    `spare`: pairs sampled beyond the need, as a share, to make up for drops.
     `full_stop`: drop a pair whose first response does not end in one. `reasoning_tokens`: with chain of thought, tokens
     beyond `max_new_tokens` for the reasoning.
     """
 
+    engine: str = "transformers"
     max_new_tokens: int = 48
     reasoning_tokens: int = 150
     batch_size: int = 32
@@ -86,6 +92,7 @@ class SamplingSpec:
 
     def __post_init__(self):
         _positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
+        choose("SamplingSpec.engine", self.engine, ENGINES)
         choose("SamplingSpec.dtype", self.dtype, ("float32", "bfloat16"))
 
 
@@ -299,6 +306,8 @@ def config_hash(experiment: Experiment, inputs: dict) -> str:
     """Names a configuration: its fields, with files replaced by what they hold (`inputs`: field -> content hash),
     so that the same files elsewhere give the same hash."""
     fields = flatten(experiment.to_json())
+    if fields["sampling.engine"] == "transformers":  # the only one there was: what it left keeps its hash
+        del fields["sampling.engine"]
     fields.update(inputs)
     return digest(fields)
 

@@ -95,6 +95,11 @@ class Call:
     about: dict = field(default_factory=dict)
 
     @property
+    def prompt(self) -> str | list[int] | None:
+        """Text or token ids to continue; None of a chat."""
+        return self.request.get("prompt")
+
+    @property
     def text(self) -> str:
         schema = self.request.get("response_format")
         return "".join(m["content"] for m in self.request["messages"]) + (dumps(schema) if schema else "")
@@ -102,6 +107,8 @@ class Call:
     @property
     def max_prompt_tokens(self) -> int:
         """No tokenizer makes more tokens than bytes; a template adds a few per message."""
+        if self.prompt is not None:
+            return 1 + len(self.prompt if isinstance(self.prompt, list) else self.prompt.encode("utf-8", "surrogatepass"))
         return len(self.text.encode("utf-8", "surrogatepass")) + 32 * (1 + len(self.request["messages"]))
 
     @property
@@ -116,7 +123,7 @@ def count_tokens(text: str) -> int:
 
 
 def wrong_shape(answer) -> str | None:
-    """What keeps a chat completion from being one, in words; None where nothing does."""
+    """What keeps a completion (of a chat or a prompt) from being one, in words; None where nothing does."""
     if not isinstance(answer, dict):
         return "not a JSON object"
     if answer.get("error"):
@@ -124,6 +131,8 @@ def wrong_shape(answer) -> str | None:
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices:
         return "no choices"
+    if isinstance(choices[0], dict) and isinstance(choices[0].get("text"), str):
+        return None
     message = choices[0].get("message") if isinstance(choices[0], dict) else None
     if not isinstance(message, dict) or not isinstance(message.get("content"), str | None):
         return "no message in the first choice"

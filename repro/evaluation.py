@@ -94,11 +94,9 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
 def judge(run: Run) -> None:
     """Each item's response under its first constitution, by every iteration, against the initial model's, and against
     the baseline's where there is one -> judgments.jsonl."""
-    iterations = range(1, run.experiment.iterations + 1)
     if not run.stage("judge", [JUDGMENTS], _judge_inputs(run)):
         return
-    items, rows = run.items(), []
-    logprobs = {i: [row for _, row in read_jsonl(run.folder / logprob_file(i))] for i in (0, *iterations)}
+    rows = []
     for name in run.record.get("judges", {}):
         if name != run.experiment.judge.label:
             run.say(f"judge {name}: its judgments are taken out; `repro judge {run.folder}` puts them back and asks "
@@ -106,27 +104,35 @@ def judge(run: Run) -> None:
     for judge in run.experiment.judge.judges:
         if judge == "openai":
             rows += llm_judgments(run, run.experiment.judge)
-            continue
-        if judge == "rule" and not any(run.ruled(item.constitutions[0]) for item in items):
+        elif judge == "rule" and not any(run.ruled(item.constitutions[0]) for item in run.items()):
             run.say("judge rule: NOT RUN: no principle has a rule")
-            continue
-        for i, label, ours, theirs in _comparisons(run):
-            for k, item in enumerate(items):
-                a, b = ours[k], theirs[k]
-                if judge == "rule":
-                    constitution = run.ruled(item.constitutions[0])
-                    if constitution is None:
-                        continue  # no item: there is nothing that it could go by
-                    score = judging.judge_pairwise(a["text"], b["text"], constitution)
-                elif label == run.experiment.model.label:
-                    score = judging.likelihood_score(_normalized(logprobs[i][k]), _normalized(logprobs[0][k]))
-                else:
-                    continue  # the baseline's responses have no log-probs under the initial model
-                if a["text"] == b["text"]:
-                    score = 0.5  # identical texts tie: their scores differ by rounding alone
-                rows.append(_judgment(judge, item, label, a, b) | {
-                    "score": score, "outcome": {1.0: "win", 0.5: "tie", 0.0: "loss"}[score]})
+        else:
+            rows += judged_here(run, judge)
     _write_judgments(run, rows)
+
+
+def judged_here(run: Run, judge: str) -> list[dict]:
+    """The judgments of the judge "rule" or "likelihood", which the files of the run alone decide."""
+    items, rows = run.items(), []
+    logprobs = {i: [row for _, row in read_jsonl(run.folder / logprob_file(i))]
+                for i in range(run.experiment.iterations + 1)}
+    for i, label, ours, theirs in _comparisons(run):
+        for k, item in enumerate(items):
+            a, b = ours[k], theirs[k]
+            if judge == "rule":
+                constitution = run.ruled(item.constitutions[0])
+                if constitution is None:
+                    continue  # no item: there is nothing that it could go by
+                score = judging.judge_pairwise(a["text"], b["text"], constitution)
+            elif label == run.experiment.model.label:
+                score = judging.likelihood_score(_normalized(logprobs[i][k]), _normalized(logprobs[0][k]))
+            else:
+                continue  # the baseline's responses have no log-probs under the initial model
+            if a["text"] == b["text"]:
+                score = 0.5  # identical texts tie: their scores differ by rounding alone
+            rows.append(_judgment(judge, item, label, a, b) | {
+                "score": score, "outcome": {1.0: "win", 0.5: "tie", 0.0: "loss"}[score]})
+    return rows
 
 
 def judged_responses(run: Run, path: str, per_item: int) -> list[dict]:

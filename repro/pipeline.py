@@ -27,17 +27,20 @@ from repro.writing import LocalWriter, ServerWriter, written_constitutions
 
 
 def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None,
-        endpoint: Endpoint | None = None, writer_endpoint: Endpoint | None = None, ranks: int = 1) -> Path:
+        endpoint: Endpoint | None = None, writer_endpoint: Endpoint | None = None, ranks: int = 1,
+        nodes: int = 1, sampler_url: str | None = None, tensor_parallel: int | None = None) -> Path:
     """Run the experiment (or what is left of it) in `out`/<name>/<profile>[/<variant>]; returns that folder. `endpoint`
     is where the LLM judge is, `writer_endpoint` the principle writer, by default the hosted one; `ranks` is how many
-    processes train, each on a GPU where there are any.
+    processes train (on each of `nodes` machines), each on a GPU where there are any; a server samples at `sampler_url`, or
+    is started on `tensor_parallel` GPUs (repro/serving.py).
 
     Raises UserError for any input that cannot be used, before a model loads and with nothing half-written.
     """
     say = say or _say
-    worker.check_ranks(ranks)
+    worker.check_ranks(ranks, nodes)
     folder = Path(out) / experiment.path
-    run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint, ranks=ranks)
+    run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint, ranks=ranks, nodes=nodes,
+              sampler_url=sampler_url, tensor_parallel=tensor_parallel)
     with locked(folder):
         run.prepare()
         write(run)
@@ -53,19 +56,19 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
     return folder
 
 
-def check_together(experiments: Sequence[Experiment], out: Path | str) -> None:
+def check_together(experiments: Sequence[Experiment], out: Path | str, servers: Sequence[dict] = ()) -> None:
     """Check the inputs of every run of an experiment, and that their results can stand side by side, before the first of
-    them begins. Raises UserError."""
+    them begins. `servers`: of each, what `run` is told of them (`endpoint`, ...). Raises UserError."""
     runs, lines, together = [], {}, Path(out) / experiments[0].name / experiments[0].profile
     if (together / "run.json").is_file() and "variants" not in read_json(together / "run.json"):
         raise UserError(f"{together} holds a single run; choose another OUT or --name, or delete the folder")
-    for experiment in experiments:
+    for experiment, known in zip(experiments, servers or [{}] * len(experiments)):
         writer = experiment.writer and experiment.writer.label
         other = lines.setdefault((experiment.model.label, writer, experiment.cot), experiment.variant)
         if other != experiment.variant:
             raise UserError(f"the runs {other} and {experiment.variant} cannot be told apart in metrics.json: their "
                             "models' labels, writers or chain of thought must differ; choose one with --variant")
-        runs.append(Run(experiment, Path(out) / experiment.path, lambda text: None))
+        runs.append(Run(experiment, Path(out) / experiment.path, lambda text: None, **known))
         runs[-1].check()
     if len({len(run.items()[0].constitutions) for run in runs}) > 1:
         raise UserError(f"{together}: the runs have different numbers of constitutions; their bounds cannot stand side by "
@@ -167,10 +170,10 @@ def train_iteration(run: Run, iteration: int) -> None:
     worker.write_job(run.folder, iteration, model=run.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration))
     with tqdm(total=need, desc=name, unit="query") as bar:
-        trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update)
+        trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
     gc.collect()
     seal(folder, digest([run.record["config_hash"], iteration]))
-    run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks)
+    run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks * run.nodes)
     worker.clear(run.folder, iteration)
 
 

@@ -70,6 +70,12 @@ class Form:
         """The words that a sampled text is opened with (A.16 to A.18)."""
         return OPENING.get((self.kind, self.task, self.cot), "")
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which a sample may end, since `response` keeps nothing from there on. With reasoning there are none:
+        the response is looked for behind them too."""
+        return PLAIN_STOPS[self.task] if self.kind == "plain" and not self.cot else ()
+
     def render(self, tokenizer, statements: Sequence[str], query: str, *, sample: bool, reason: bool = False) -> str:
         """The prompt. `sample`: for generation, which shows base models the format once more; training goes without.
         `reason`: asks for the reasoning (sampling alone: it is no part of what is trained)."""

@@ -219,9 +219,13 @@ def verify_run(run: Path, *, strict: bool = False) -> int:
                   f"{r['value']:.2f} (n {r['n']}, seed {r['seed']}), difference {d:+.2f} "
                   f"[{d - half:.2f}, {d + half:.2f}]  {states[-1]}")
         if not same:
-            near = [_apart(r, c) for r in spare if all(r[k] == c[k] for k in ("subset", "iteration"))]
+            near = [(_apart(r, c), r) for r in spare if all(r[k] == c[k] for k in ("subset", "iteration"))]
             states.append("NOT COMPARABLE" if near else "NOT RUN")
-            why = "; ".join(min(near, key=len, default=["no record"]))
+            apart, r = min(near, key=lambda each: len(each[0]), default=(["no record"], None))
+            why = "; ".join(apart)
+            if len(apart) == 1 and apart[0].startswith("judge ") and r["ci95"]:  # the paper's is retired: for the eye alone
+                why += (f"; published {c['published']:.2f} (n {c['n']}), run {r['value']:.2f} [{r['ci95'][0]:.2f}, "
+                        f"{r['ci95'][1]:.2f}] (n {r['n']}), difference {r['value'] - c['published']:+.2f}")
             print(f"Table {c['table']}  {name(c)}: {why}  {states[-1]}")
     print(f"{run}: " + (", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states)))
                         or "no cell of the paper has a subset of this run"))

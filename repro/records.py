@@ -192,6 +192,13 @@ def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 # ---- reading
 
+def open_log(path: Path):
+    """A file to which another program's output is appended: no part of a run's record."""
+    make_folder(Path(path).parent)
+    with _readable(path, "append to"):
+        return open(path, "ab")
+
+
 def read_text(path: Path) -> str:
     """A file's text, or one line that says why not (missing, a folder, not UTF-8: with the line number)."""
     with _readable(path, "read"):

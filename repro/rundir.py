@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jinja2
 
-from repro import models
+from repro import models, serving
 from repro.config import Experiment, ModelSpec, config_hash, flatten
 from repro.constitutions import (
     Constitution,
@@ -95,6 +95,9 @@ class Run:
     endpoint: Endpoint | None = None  # where the LLM judge is, if there is one
     writer_endpoint: Endpoint | None = None  # where the principle writer is, if it is behind a server
     ranks: int = 1  # processes that train and score; no part of the config, since any number gives the same update
+    nodes: int = 1  # machines that train, with that many each
+    sampler_url: str | None = None  # a server to sample from that is already there; else the run starts its own
+    tensor_parallel: int | None = None  # GPUs that hold a copy of the model together there; by default all
     _started: float = field(default_factory=time.monotonic)
 
     # ---- inputs, checked before any model loads
@@ -102,6 +105,7 @@ class Run:
     def check(self) -> None:
         """Read and check every input, and write nothing."""
         spec = self.experiment
+        serving.check(spec.sampling.engine, self.sampler_url)
         for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
                                   spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
             models.resolve_model(name)  # a licence that is missing is told before anything else
@@ -211,9 +215,9 @@ class Run:
 
         refusal = shared_refusal(config, frame + self.longest + spec.sampling.max_new_tokens)
         self.backend = "reference" if refusal else "shared"
-        if refusal and self.ranks > 1:  # whose forwards are as many as the texts are long; those of ranks must be equal
-            raise UserError(f"--ranks {self.ranks}: the reference path works on one rank alone, and this model needs it: "
-                            f"{refusal}")
+        if refusal and self.ranks * self.nodes > 1:  # its forwards are as many as a text is long, and ranks need equal ones
+            raise UserError(f"--ranks {self.ranks * self.nodes}: the reference path works on one rank alone, and this "
+                            f"model needs it: {refusal}")
         if refusal:
             self.say(f"log-probs by the reference path, which is slower: {refusal}")
         return queries
@@ -372,8 +376,8 @@ class Run:
     # ---- models
 
     def weights(self, iteration: int) -> str:
-        """Where the model after `iteration` iterations is (0 = initial)."""
-        return str(self.folder / checkpoint(iteration)) if iteration else self.place
+        """Where the weights after `iteration` iterations lie (0 = initial): a folder or a hub name."""
+        return self.place if iteration == 0 else str((self.folder / checkpoint(iteration)).absolute())
 
     @contextlib.contextmanager
     def model(self, iteration: int, dtype: str) -> Iterator:

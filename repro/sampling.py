@@ -1,7 +1,7 @@
-"""Prompts -> responses, greedily (the paper samples at temperature 0).
+"""Prompts -> responses, greedily (the paper samples at temperature 0): by the model in this process, or by a server of it.
 
-The partition into batches is a fixed function of the prompts, so a resumed run computes the same batches and
-gets the same bytes.
+In this process the partition into batches is a fixed function of the prompts, so a resumed run computes the same batches
+and gets the same bytes. A server gets one prompt a request, and what it answered is not asked again.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -10,8 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from repro import serving
+from repro.asking import Asker
+from repro.endpoint import Call, Ledger
 from repro.models import control_tokens
-from repro.records import Response, append_jsonl, digest, read_jsonl, write_jsonl
+from repro.records import Response, UserError, append_jsonl, digest, read_jsonl, write_jsonl
 from repro.rundir import Run
 
 
@@ -37,17 +40,27 @@ def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: in
         torch.manual_seed(seed)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, **how,
                              pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    return [answer_of(tokenizer, ids) for ids in out[:, inputs.input_ids.shape[1]:].tolist()]
+
+
+def answer_of(tokenizer, ids: list[int]) -> dict:
+    """{text, tokens, finished} of generated token ids: up to the end token, where there is one."""
+    finished = tokenizer.eos_token_id in ids
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    first = next((i for i in ids if i not in tokenizer.all_special_ids), None)
+    if first is not None and tokenizer.convert_ids_to_tokens(first).startswith("\u2581") and not text.startswith(" "):
+        text = " " + text  # SentencePiece's mark of a new word, which decoding drops at the start of a text
+    return {"text": without_controls(tokenizer, text), "tokens": len(ids), "finished": finished}
+
+
+def without_controls(tokenizer, text: str) -> str:
+    """The text without control tokens: spelled out, one would turn into the control token later."""
     controls = control_tokens(tokenizer)
-    answers = []
-    for ids in out[:, inputs.input_ids.shape[1]:].tolist():
-        finished = tokenizer.eos_token_id in ids
-        ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        while any(control in text for control in controls):  # spelled out, it would turn into the control token later
-            for control in controls:
-                text = text.replace(control, "")
-        answers.append({"text": text, "tokens": len(ids), "finished": finished})
-    return answers
+    while any(control in text for control in controls):
+        for control in controls:
+            text = text.replace(control, "")
+    return text
 
 
 def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int,
@@ -62,9 +75,9 @@ def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens
 
 
 def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
-    """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. Batches already in the partial
-    file are not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
-    spec, form = run.experiment.sampling, run.form
+    """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. What is already in the partial
+    file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
+    form = run.form
     texts = [text + " " + form.opening for text in texts] if form.opening else texts
     partial = run.partial(path)
     key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
@@ -74,24 +87,54 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
             if row.pop("key") == key:
                 rows[row.pop("job")] = row
     if len(rows) < len(jobs):
-        with run.model(iteration, spec.dtype) as model, tqdm(
-                total=len(jobs), initial=len(rows), desc=name, unit="response") as bar:
-            for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=run.response_tokens(),
-                                                   batch_size=spec.batch_size, done=rows.copy()):
-                for i, answer in zip(batch, answers):
-                    query, constitution = jobs[i]
-                    whole = form.opening + answer["text"]
-                    text = form.response(whole)
-                    if text != whole:  # its length is that of what is left; the format ended it
-                        finished = answer["finished"] or form.kind == "plain"
-                        answer = answer | {"finished": finished}
-                    if text != answer["text"]:
-                        answer = answer | {"text": text,
-                                           "tokens": len(run.tokenizer(text, add_special_tokens=False).input_ids)}
-                    rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration,
-                                              **answer)) | ({"sampled": whole} if form.cot else {})
-                append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
-                bar.update(len(batch))
+        sampled = _sampled_here if run.experiment.sampling.engine == "transformers" else _sampled_by_server
+        for batch, answers in sampled(run, iteration, texts, rows.copy(), name, partial, key):
+            for i, answer in zip(batch, answers):
+                query, constitution = jobs[i]
+                whole = form.opening + answer["text"]
+                text = form.response(whole)
+                if text != whole:  # its length is that of what is left; the format ended it
+                    finished = answer["finished"] or form.kind == "plain"
+                    answer = answer | {"finished": finished}
+                if text != answer["text"]:
+                    answer = answer | {"text": text,
+                                       "tokens": len(run.tokenizer(text, add_special_tokens=False).input_ids)}
+                rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration,
+                                          **answer)) | ({"sampled": whole} if form.cot else {})
+            append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
     ordered = [rows[i] for i in range(len(jobs))]
     write_jsonl(path, ordered)
     return ordered
+
+
+def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: str, *_) -> Iterator[tuple]:
+    spec = run.experiment.sampling
+    with run.model(iteration, spec.dtype) as model, tqdm(
+            total=len(texts), initial=len(done), desc=name, unit="response") as bar:
+        for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=run.response_tokens(),
+                                               batch_size=spec.batch_size, done=done):
+            yield batch, answers
+            bar.update(len(batch))
+
+
+def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, name: str, partial: Path,
+                       key: str) -> Iterator[tuple]:
+    """One request a prompt; each is kept in the partial file with its raw answer as it arrives."""
+    spec, most = run.experiment.sampling, run.response_tokens()
+    todo = [i for i in range(len(texts)) if i not in done]
+    requests = {i: serving.request(spec.engine, run.tokenizer, texts[i], most, run.form.stops) for i in todo}
+    calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
+    ledger = Ledger(partial, {"sampler": spec.engine})
+    if any(call.key not in ledger.answers for call in calls.values()):
+        longest = max(len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids)
+        with serving.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
+                            share=run.tensor_parallel, context=longest + most, log=run.folder / "sampler.log") as server:
+            run.record["sampled_by"] = server.facts()
+            asker = Asker(server.endpoint, ledger, wrong=server.wrong)
+            asker.run(calls.values(), label=name)
+            missing = [call for call in calls.values() if call.key not in ledger.answers]
+            if missing:
+                why = asker.stopped or ledger.errors.get(missing[0].key, "no answer")
+                raise UserError(f"{name}: {len(missing)} of {len(texts)} responses are missing: {why}{server.last_words()}"
+                                "; what was answered stays: run the same command to go on")
+    yield todo, [serving.read_answer(spec.engine, run.tokenizer, ledger.answers[calls[i].key][0]) for i in todo]

@@ -3,6 +3,9 @@ who also score held-out responses where a model needs more than one of them.
 
     torchrun --nproc-per-node RANKS -m repro.worker RUN JOB
 
+On several nodes, which must see the run's folder under the same path, each has a torchrun of its own; the pipeline's is
+node 0 and says what to start on the others.
+
 The pipeline holds their stdin: a line on it asks them to stop after the current step, its end says that the pipeline is
 gone, and they end at once, so that none writes into a folder that another run may have taken. What they tell on stdout is
 one JSON object a line.
@@ -12,6 +15,7 @@ import gc
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,8 +32,10 @@ from repro.records import UserError, dumps, first_line, loads, read_json, remove
 ATTACHED = "SAMI_ATTACHED"  # set where stdin is the pipeline's
 
 
-def check_ranks(ranks: int) -> None:
+def check_ranks(ranks: int, nodes: int = 1) -> None:
     """Raise UserError for a number of ranks that this machine cannot have."""
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: must be 1 or more")
     if ranks < 1:
         raise UserError(f"--ranks {ranks}: must be 1 or more")
     if ranks > 1:
@@ -47,14 +53,15 @@ def steps_folder(iteration: int) -> str:
     return f"checkpoints/iteration-{iteration}.steps"
 
 
-def train(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int], None]) -> list[dict]:
-    """Do the job in `folder`, which leaves its weights in Hugging Face format; returns the trace of its steps."""
-    if ranks > 1:
+def train(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int], None], nodes: int = 1) -> list[dict]:
+    """Do the job in `folder`, which leaves its weights in Hugging Face format; returns the trace of its steps. On each of
+    `nodes` machines `ranks` processes train."""
+    if ranks * nodes > 1:
         import torch
 
         gc.collect()  # the sampling model's memory is the workers' now
         torch.cuda.empty_cache()
-        return launch(folder, job_file(iteration), ranks, on_query=on_query)
+        return launch(folder, job_file(iteration), ranks, on_query=on_query, nodes=nodes)
     from repro.training import OneProcess
 
     return work(folder, iteration, OneProcess(), on_query)
@@ -86,16 +93,30 @@ def score(folder: Path, name: str, ranks: int, *, model: str, pairs: list, spec:
 
 # ---- in the pipeline
 
-def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None]) -> list:
-    """Have `ranks` workers do the job of a file in `folder`; returns its rows: the trace of steps, or matrices.
+def torchrun(folder: Path, job: str, ranks: int, nodes: int, node: int) -> list[str]:
+    """The module that starts the workers of one node, with its arguments. Nodes meet at MASTER_ADDR:MASTER_PORT, which is
+    node 0, by default this machine and port 29500; who is early waits a day."""
+    address, port = os.environ.get("MASTER_ADDR") or socket.gethostname(), os.environ.get("MASTER_PORT") or "29500"
+    where = ["--standalone"] if nodes == 1 else [
+        f"--nnodes={nodes}", f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}",
+        "--rdzv-conf=timeout=86400"]
+    return ["torch.distributed.run", *where, f"--nproc-per-node={ranks}", "-m", "repro.worker", str(folder), job]
+
+
+def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None], nodes: int = 1) -> list:
+    """Have `ranks` workers (on each of `nodes`) do the job of a file in `folder`; returns its rows: the trace of steps, or
+    matrices.
 
     Raises UserError with the workers' reason, or with the rank that was lost. SystemExit and KeyboardInterrupt (a signal)
     are raised on once the workers have saved their step; a second one ends them at once.
     """
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    folder = folder.absolute()
+    for node in range(1, nodes):
+        argv = " ".join(torchrun(folder, job, ranks, nodes, node))
+        print(f"waiting for node {node}; start there: python -m {argv}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "repro.worker",
-         str(folder), job], text=True, start_new_session=True,
+        [sys.executable, "-m", *torchrun(folder, job, ranks, nodes, 0)], text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {ATTACHED: "1", "OMP_NUM_THREADS": str(max(1, cores // ranks)), "PYTHONUNBUFFERED": "1"})
     heard = {"queries": [], "row": [], "done": [], "error": [], "failed": [], "other": deque(maxlen=200)}
@@ -120,8 +141,9 @@ def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None
         process.stdout.close()
     if process.returncode == 0 and heard["done"] == [len(heard["row"])]:
         return heard["row"]
-    raise UserError(heard["error"][0] if heard["error"] else f"{Path(job).name.split('.')[0]} on {ranks} ranks stopped: "
-                    f"{_lost(heard)}; what is saved stays: run the same command to go on")
+    name = Path(job).name.split(".")[0]
+    raise UserError(heard["error"][0] if heard["error"] else f"{name} on {ranks * nodes} ranks stopped: {_lost(heard)}; "
+                    "what is saved stays: run the same command to go on")
 
 
 def _listen(stream, heard: dict, on_query: Callable[[int], None]) -> None:

@@ -28,6 +28,9 @@ class JudgeServer:
         self.requests, self.bodies, self.fired, self.billed, self.in_flight = [], [], [], 0, 0
         self.lock = threading.Lock()
 
+    def key(self, body: dict) -> tuple:
+        return body["messages"][-1]["content"], body["seed"]
+
     def verdict(self, prompt: str, seed: int) -> str | None:
         """The same text wins in both orders, but where the pair's hash says A (a flip) or nothing (unparsed)."""
         mark = re.search(r"^\[[0-9a-f]{8}\]$", prompt, flags=re.M)
@@ -84,6 +87,44 @@ class JudgeServer:
             thread.join()
 
 
+class TextServer(JudgeServer):
+    """Continues prompts, which are texts; or, with a `tokenizer` (its tokenizer.json), token ids, as vLLM does. The
+    continuation is a function of the prompt; it ends at the end token, at a stop string, or at max_tokens. `lists`: its
+    /v1/models, name -> root, beside which it has no models; None: any, unlisted."""
+
+    END = 2
+
+    def __init__(self, *args, tokenizer=None, lists=None, secret="", **more):
+        from tokenizers import Tokenizer
+
+        super().__init__(*args, **more)
+        self.tokenizer, self.lists, self.secret = tokenizer and Tokenizer.from_file(str(tokenizer)), lists, secret
+
+    def key(self, body: dict) -> tuple:
+        return body["model"], str(body["prompt"])
+
+    def continuation(self, prompt: str) -> str:
+        seed = number(prompt)
+        words = [WORDS[number(str(seed), str(k)) % len(WORDS)] for k in range(1 + seed % 6)]
+        return " " + " ".join(words) + "." + ("\n\nHuman: and ### more" if seed % 3 == 0 else "")
+
+    def answer(self, body: dict) -> dict:
+        given = body["prompt"]
+        text = self.continuation(given if isinstance(given, str) else self.tokenizer.decode(given, skip_special_tokens=False))
+        for stop in body.get("stop", ()):
+            text = text.partition(stop)[0] + (stop if stop in text else "")
+        ids = [*(self.tokenizer.encode(text).ids if self.tokenizer else text.encode()), self.END]
+        reason = "stop" if len(ids) <= body["max_tokens"] else "length"
+        ids = ids[: body["max_tokens"]]
+        choice = {"index": 0, "text": "", "finish_reason": reason, "logprobs": None}
+        if not self.tokenizer:
+            choice["text"] = bytes(ids if reason == "length" else ids[:-1]).decode()
+        elif body.get("return_token_ids"):
+            choice |= {"token_ids": ids, "stop_reason": None}
+        return {"id": "x", "object": "text_completion", "created": 0, "model": body["model"], "choices": [choice],
+                "usage": {"prompt_tokens": len(given), "completion_tokens": len(ids), "total_tokens": 0}}
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -98,12 +139,24 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def do_GET(self):
+        if self.judge.secret and self.headers["Authorization"] != f"Bearer {self.judge.secret}":
+            return self.raw(b"{}", 401)
+        if self.path.endswith("/models") and self.judge.lists is not None:
+            return self.give({"data": [{"id": k, "root": v} for k, v in self.judge.lists.items()]})
+        if self.path == "/version" and self.judge.lists is not None:
+            return self.give({"version": "0.0.1"})
+        self.raw(b"{}", 200 if self.path == "/health" else 500)
+
     def do_POST(self):
         judge = self.judge
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        lists = getattr(judge, "lists", None)
+        if lists is not None and body["model"] not in lists:
+            return self.error(404)
         with judge.lock:
             k = len(judge.requests)
-            judge.requests.append((body["messages"][-1]["content"], body["seed"]))
+            judge.requests.append(judge.key(body))
             judge.bodies.append(body)
             judge.in_flight += 1
         try:
@@ -164,6 +217,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def fault_revoked(self, body):
         self.error(401)
+
+    def fault_other_model(self, body):
+        self.give(self.judge.answer(body) | {"model": "another"})
+
+    def fault_aborted(self, body):
+        answer = self.judge.answer(body)
+        answer["choices"][0]["finish_reason"] = "abort"
+        self.give(answer)
+
+    def fault_short(self, body):
+        answer = self.judge.answer(body)
+        answer["choices"][0]["finish_reason"] = "length"
+        answer["choices"][0]["token_ids"] = answer["choices"][0]["token_ids"][:1]
+        self.give(answer | {"usage": answer["usage"] | {"completion_tokens": 1}})
+
+    def fault_other_prompt(self, body):
+        answer = self.judge.answer(body)
+        self.give(answer | {"usage": answer["usage"] | {"prompt_tokens": len(body["prompt"]) - 1}})
+
+    def fault_no_ids(self, body):
+        answer = self.judge.answer(body)
+        answer["choices"][0].pop("token_ids", None)
+        self.give(answer)
 
     def fault_404(self, body):
         self.error(404)

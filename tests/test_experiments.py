@@ -36,7 +36,7 @@ def small(experiment, tiny, **train):
         experiment, model=as_tiny(experiment.model), baseline=as_tiny(experiment.baseline), writer=local,
         data=dataclasses.replace(experiment.data, source="embedded-tldr" if posts else "embedded",
                                  train=32 if posts else 16, evaluation=2),
-        sampling=dataclasses.replace(experiment.sampling, max_new_tokens=6, reasoning_tokens=6, batch_size=5,
+        sampling=dataclasses.replace(experiment.sampling, engine="transformers", max_new_tokens=6, reasoning_tokens=6, batch_size=5,
                                      drop_phrases=("]",), full_stop=False),
         train=dataclasses.replace(experiment.train, batch_size=2, batches=2, batches_increment=2, **train))
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,28 @@ def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path):
     said.clear()
     run(experiment, tmp_path / "2", say=said.append)
     assert "train-1: done before, skipped" in said
+
+
+def test_two_nodes_of_one_fsdp_rank_each(tiny, tmp_path, alone, monkeypatch, capfd):
+    """The pipeline is node 0 and names the command of the other, which may come earlier or later."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    write_job(tmp_path, tiny)
+    other = subprocess.Popen([sys.executable, "-m", *worker.torchrun(tmp_path, worker.job_file(1), 1, 2, 1)], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.STDOUT)
+    try:
+        trace = worker.train(tmp_path, 1, 1, nodes=2, on_query=lambda n: None)
+        assert other.wait(60) == 0, other.stdout.read()
+    finally:
+        other.kill()
+        other.communicate()
+    assert [row["loss"] for row in trace] == pytest.approx([row["loss"] for row in alone[0]], rel=1e-3)
+    weights = load_file(tmp_path / "checkpoints/iteration-1/model.safetensors")
+    for name, tensor in alone[1].items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=0)
+    assert f"start there: python -m {' '.join(worker.torchrun(tmp_path, worker.job_file(1), 1, 2, 1))}\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("ranks", [0, -1])

@@ -60,15 +60,14 @@ def llama(tmp_path_factory):
         yield wait_until(lambda: next((line for line in log.read_text().splitlines() if line.startswith("http")), None), child, log)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """`transformers serve` with the embedded model; it takes no schema and gives no log-probs."""
+@contextmanager
+def transformers_serve(log: Path, *argv: str):
+    """The address of `transformers serve`, once it is ready."""
     if not SERVING:
         pytest.skip("NOT RUN: transformers' serving extra is not installed; make setup installs it")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    log, folder = tmp_path_factory.mktemp("serve") / "log", str(models.embedded_model())
 
     def healthy():
         try:
@@ -76,10 +75,20 @@ def served(tmp_path_factory):
         except OSError:
             return False
 
-    argv = ["-m", "transformers.cli.transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with process(argv, log) as child:
+    with process(["-m", "transformers.cli.transformers", "serve", *argv, "--host", "127.0.0.1", "--port", str(port), "--device",
+                  "cpu"], log) as child:
         wait_until(healthy, child, log)
-        yield folder, f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """`transformers serve` with the embedded model; it takes no schema and gives no log-probs."""
+    if not SERVING:
+        pytest.skip("NOT RUN: transformers' serving extra is not installed; make setup installs it")
+    folder = str(models.embedded_model())
+    with transformers_serve(tmp_path_factory.mktemp("serve") / "log", folder) as url:
+        yield folder, url
 
 
 def ask(path, url, answer, model=NAME, pairs=PAIRS, **changes):

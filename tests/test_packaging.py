@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["kernels", "repro", "experiments"]  # each may import those before it, and itself
-NO_TORCH = {"metrics", "published", "archive", "beyond", "readers_page", "figures", "run_figures", "report", "records",
+NO_TORCH = {"metrics", "published", "checking", "archive", "beyond", "readers_page", "figures", "run_figures", "report", "records",
             "config", "datasets", "constitutions", "prompts", "rules", "writing", "judging", "endpoint", "asking",
-            "llm_judge", "admission", "sizes", "plan", "plan_page", "rundir", "pipeline", "evaluation", "sampling", "models",
+            "llm_judge", "admission", "sizes", "plan", "plan_page", "rundir", "pipeline", "evaluation", "sampling", "serving", "models",
             "worker", "cli"}
 
 

@@ -1,0 +1,290 @@
+"""Servers to sample from: one that the run starts, waits for and stops, or one that is already there.
+
+    python -m repro.serving COMMAND...
+
+stands between a run and the server that it starts. It holds the run's end of a pipe as its stdin: when that ends, in
+whatever way the run did, it ends the server and all that this one has started.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from repro.endpoint import Endpoint
+from repro.records import UserError, dumps, first_line, loads, open_log
+
+HOST = "127.0.0.1"
+KEY = "VLLM_API_KEY"       # vLLM's own name for the key that it asks for, where it is told to ask for one
+START_S = 3600.0           # until a server must have loaded its weights, a first download included
+SAY_EVERY_S = 60.0
+DEADLINE_S = 1200.0        # one request, in which it may wait for others
+CONCURRENCY = {"vllm": 256, "server": 4}  # the latter answers one after the other
+GRACE_S = 30.0             # for a server to end by itself
+
+
+def check(engine: str, url: str | None) -> None:
+    """Raise UserError, with the step that is missing, where this engine cannot sample here."""
+    if engine == "transformers":
+        if url:
+            raise UserError("--sampler-url: the engine transformers samples in this process; add --sampler vllm or server")
+    elif url:
+        Endpoint(model="-", base_url=url)
+    elif engine == "vllm":
+        _vllm()
+    elif not (find_spec("fastapi") and find_spec("uvicorn")):
+        raise UserError("--sampler server: transformers serve needs its extra: pip install 'transformers[serving]'")
+
+
+def _vllm() -> str:
+    """vLLM's executable: it lives in an environment of its own, since it pins another torch and transformers."""
+    named = os.environ.get("SAMI_VLLM")
+    found = shutil.which(named or "vllm")
+    if not found:
+        where = f"$SAMI_VLLM is {named!r}, which is no executable" if named else "there is no vllm on PATH"
+        raise UserError(f"--sampler vllm: {where}; install it in an environment of its own (python -m venv E; E/bin/pip "
+                        "install vllm) and set SAMI_VLLM=E/bin/vllm, or name a server with --sampler-url")
+    return found
+
+
+def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share: int | None, context: int) -> list[str]:
+    """The command line that serves `model` on `gpus` GPUs, of which `share` (None: all) hold a copy of it together.
+    `context` tokens is the longest that will be asked for."""
+    there = [model, "--host", HOST, "--port", str(port), "--dtype", dtype]
+    if engine == "vllm":  # sampling defaults that came with the weights stay out of it
+        share = share or max(1, gpus)
+        copies = ["--data-parallel-size", str(gpus // share)] if gpus // share > 1 else []
+        return ["env", "-u", "PYTHONPATH", _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
+                "--max-model-len", str(context), "--seed", "0", "--generation-config", "vllm"]
+    return [sys.executable, "-m", "transformers.cli.transformers", "serve", *there, "--device", "auto" if gpus else "cpu"]
+
+
+# ---- prompts and answers
+
+def request(engine: str, tokenizer, text: str, max_tokens: int, stops: Sequence[str] = ()) -> dict:
+    """The completion request for a rendered prompt. vLLM takes and gives token ids, so nothing is tokenised twice and
+    nothing is lost in decoding. Other servers take text, and what they make of it must be the same token ids."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    fixed = {"max_tokens": max_tokens, "temperature": 0.0}
+    if engine == "vllm":
+        return {"prompt": ids, **fixed, "extra_body": {"return_token_ids": True}} | ({"stop": list(stops)} if stops else {})
+    bos = tokenizer.bos_token or ""
+    for candidate in dict.fromkeys((text, text.removeprefix(bos))):
+        if tokenizer(candidate).input_ids == ids:
+            return {"prompt": candidate, **fixed}
+    raise UserError("--sampler server: the tokenizer adds control tokens to a text, so that such a server would read "
+                    "another prompt than the model is trained with; use --sampler vllm, which takes token ids")
+
+
+def read_answer(engine: str, tokenizer, answer: dict) -> dict:
+    """{text, tokens, finished} of a server's answer, as of `sample_batch`."""
+    from repro.sampling import answer_of, without_controls
+
+    choice = answer["choices"][0]
+    finished = choice["finish_reason"] == "stop"
+    if engine == "vllm":
+        return answer_of(tokenizer, choice["token_ids"]) | {"finished": finished}
+    return {"text": without_controls(tokenizer, choice["text"]), "finished": finished,
+            "tokens": answer["usage"]["completion_tokens"] - finished}  # less the end token
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that was seen to serve the model asked for. `process`: where the run has started it."""
+
+    engine: str
+    endpoint: Endpoint
+    log: Path | None = None
+    process: subprocess.Popen | None = None
+
+    def wrong(self, answer: dict, request: dict) -> str | None:
+        """What makes an answer to a request useless, in words."""
+        choice, usage, prompt = answer["choices"][0], answer.get("usage"), request["prompt"]
+        if answer.get("model") not in (self.endpoint.model, f"{self.endpoint.model}@main"):
+            return f"an answer by the model {answer.get('model')!r}, not {self.endpoint.model!r}"
+        if choice.get("finish_reason") not in ("stop", "length"):
+            return f"finish_reason {choice.get('finish_reason')!r}, neither stop nor length"
+        if self.engine == "vllm" and not isinstance(choice.get("token_ids"), list):
+            return "no token_ids in the answer: vLLM 0.10.2 or newer gives them"
+        read, said = (usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens"))
+        if type(read) is not int or type(said) is not int:
+            return "no usage in the answer"
+        if isinstance(prompt, list) and read != len(prompt):
+            return f"an answer to a prompt of {read} tokens, not {len(prompt)}"
+        if choice["finish_reason"] == "length" and said < request["max_tokens"]:
+            return f"an answer cut at {said} tokens of {request['max_tokens']}: is the server's context too short?"
+        return None
+
+    def facts(self) -> dict:
+        """What a run's record says of it: the engine, and its version where it tells one."""
+        version = None
+        with suppress(OSError, ValueError, AttributeError):
+            version = _get(f"{self.endpoint.url.removesuffix('/v1')}/version", self.endpoint.key()).get("version")
+        return {"engine": self.engine, "version": version, "started_here": self.process is not None}
+
+    def last_words(self) -> str:
+        """Why the server ended, if it did, to be added to a message."""
+        if self.process is None or self.process.poll() is None:
+            return ""
+        return f" (the server ended: {_tail(self.log, 1)}; {self.log} tells more)"
+
+
+# ---- starting, finding and stopping
+
+@contextmanager
+def served(engine: str, model: str, *, url: str | None, dtype: str, share: int | None, context: int, log: Path,
+           say: Callable[[str], None]) -> Iterator[Server]:
+    """A server of `model` (a folder or a hub name) for as long as the block lasts: the one at `url`, or one that is
+    started here on all GPUs (`share`: as of `command`). Raises UserError where it does not come up, or serves something
+    else."""
+    place = str(Path(model).resolve()) if Path(model).is_dir() else model
+    if url:
+        yield _identified(engine, place, Endpoint(model=place, base_url=url, **_limits(engine)), dtype)
+        return
+    with socket.socket() as s:
+        s.bind((HOST, 0))
+        port = s.getsockname()[1]
+    argv = command(engine, place, port=port, dtype=dtype, gpus=_free_gpus(), share=share, context=context)
+    say(f"starting {engine if engine == 'vllm' else 'transformers serve'} with {place}; its log is {log}")
+    with open_log(log) as out:
+        process = subprocess.Popen([sys.executable, "-m", "repro.serving", *argv], stdin=subprocess.PIPE, stdout=out,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _wait_until_ready(process, f"http://{HOST}:{port}/health", log, say)
+        endpoint = Endpoint(model=place, base_url=f"http://{HOST}:{port}/v1", **_limits(engine))
+        server = _identified(engine, place, endpoint, dtype)
+        yield Server(engine, server.endpoint, log, process)
+    finally:
+        _stop(process)
+
+
+def _limits(engine: str) -> dict:
+    return {"key_env": KEY, "price": (0.0, 0.0), "max_usd": 0.0, "concurrency": CONCURRENCY[engine],
+            "deadline_s": DEADLINE_S}
+
+
+def _free_gpus() -> int:
+    """How many GPUs there are; what this process holds of their memory is given back."""
+    import gc
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.device_count()
+
+
+def _wait_until_ready(process: subprocess.Popen, health: str, log: Path, say: Callable[[str], None]) -> None:
+    began = said = time.monotonic()
+    while process.poll() is None:
+        with suppress(OSError):
+            if _get(health) is not None:
+                return
+        now = time.monotonic()
+        if now - began > START_S:
+            raise UserError(f"the sampling server was not ready within {START_S:.0f} s; {log} tells what it was doing")
+        if now - said > SAY_EVERY_S:
+            said = now
+            say(f"waiting for the sampling server: {now - began:.0f} s; it says: {_tail(log, 1)}")
+        time.sleep(0.2)
+    say(_tail(log, 15))
+    raise UserError(f"the sampling server ended before it was ready (above are the last lines of {log}): {_tail(log, 1)}")
+
+
+def _tail(log: Path, lines: int) -> str:
+    text = log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
+    last = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith(ENDED)]
+    return "\n".join(last[-lines:]) or "nothing"
+
+
+def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Server:
+    """The server at `endpoint`, which lists `place` as a model or answers as it; else UserError says what to serve."""
+    try:
+        rows = (_get(f"{endpoint.url}/models", endpoint.key()) or {}).get("data") or []
+    except urllib.error.HTTPError as e:
+        rows = []
+        if e.code in (401, 403):
+            raise UserError(f"the sampling server {endpoint.url} refused the key in ${KEY} (HTTP {e.code})") from None
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"no sampling server answers at {endpoint.url} ({first_line(e)})") from None
+    named = {row["id"]: row.get("root") or row["id"] for row in rows if isinstance(row, dict) and row.get("id")}
+    found = next((name for name, root in named.items() if place in (_real(name), _real(root))), place)
+    server = Server(engine, Endpoint(model=found, base_url=endpoint.url, **_limits(engine)))
+    body = {"model": found, "prompt": [1] if engine == "vllm" else ".", "max_tokens": 1, "temperature": 0.0}
+    try:
+        answer = _get(f"{endpoint.url}/completions", endpoint.key(), body | (
+            {"return_token_ids": True} if engine == "vllm" else {}), timeout=DEADLINE_S)
+        wrong = server.wrong(answer, body)
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        wrong = str(e)
+    if wrong is None:
+        return server
+    serves = f"serves {', '.join(sorted(named))}" if named else "does not list it"
+    start = " ".join(["vllm", "serve", place, "--dtype", dtype, "--generation-config", "vllm"] if engine == "vllm"
+                     else ["transformers", "serve", "--dtype", dtype])
+    raise UserError(f"{endpoint.url} must serve {place} now, but {serves} ({wrong}); serve it (`{start} ...`), then run "
+                    "the same command to go on")
+
+
+def _real(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _get(url: str, key: str = "", body: dict | None = None, timeout: float = 10.0):
+    """The JSON that a GET, or a POST of `body`, is answered with ({} where there is none). No proxy stands between."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else dumps(body).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
+        text = answer.read().decode("utf-8", "replace")
+    return loads(text) if text.strip() else {}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(GRACE_S + 15)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+# ---- between the run and the server
+
+ENDED = "repro.serving: the server ended with "
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # meant for the server; one that is ignored would be inherited
+    signal.signal(signal.SIGINT, lambda *_: None)
+    server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+
+    def heed():
+        while os.read(0, 64):
+            pass
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=heed, daemon=True).start()
+    print(f"{ENDED}{server.wait()}", flush=True)
+    os.killpg(0, signal.SIGKILL)  # what it has started and left
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""`repro verify RUN`: an untouched run passes; each thing that can be altered fails in its group, also where the record was made
+to fit; and no number of another model is held against the paper's."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from judge_server import JudgeServer
+from test_experiments import small
+
+from repro import checking, cli, published
+from repro.config import JudgeSpec
+from repro.endpoint import Endpoint
+from repro.pipeline import judge_run, run
+from repro.records import UserError, file_sha256
+from repro.report import publish
+
+GROUPS = ["config", "inputs", "files", "judgments", "metrics"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory) -> Path:
+    """A small run of exp1 paper, baseline and all, with the judgments of an LLM judge too."""
+    experiment = small(cli.load_experiment("exp1", "paper")[0], tiny, learning_rate=0.01)  # enough to say something else
+    folder = run(dataclasses.replace(experiment, iterations=1), tmp_path_factory.mktemp("runs"), say=lambda line: None)
+    with JudgeServer(flips=3).serve() as url:
+        judge_run(folder, JudgeSpec(judges=("openai",), model="judge-1"), Endpoint(model="judge-1", base_url=url),
+                  say=lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def failing(folder: Path) -> list[str]:
+    rows = checking.check_run(folder)
+    assert [group for group, *_ in rows] == GROUPS
+    return [group for group, status, *_ in rows if status == "FAIL"]
+
+
+def edit(folder: Path, name: str, change, *, made_to_fit: bool) -> None:
+    """Change a JSON file, or the first row of a JSONL file; `made_to_fit`: and its sha256 in run.json."""
+    path = folder / name
+    lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+    data = json.loads(lines[0])
+    change(data)
+    path.write_text("\n".join([json.dumps(data), *lines[1:]]) + "\n")
+    record = json.loads((folder / "run.json").read_text())
+    for stage in record["stages"].values() if made_to_fit else ():
+        if name in stage["outputs"]:
+            stage["outputs"][name] = file_sha256(path)
+    if made_to_fit:
+        (folder / "run.json").write_text(json.dumps(record))
+
+
+def test_an_untouched_run_passes(finished, capsys):
+    assert checking.verify_run(finished) == 0
+    said = capsys.readouterr().out
+    assert said.count(" PASS (n ") == 5 and "FAIL" not in said and "NOT RUN" not in said
+    counts = {line.split()[-4]: int(line.split()[-1].rstrip(")")) for line in said.splitlines() if "PASS" in line}
+    rows = [json.loads(line) for line in (finished / "judgments.jsonl").read_text().splitlines()]
+    judged = [row for row in rows if row.get("record") == "judgment"]
+    assert counts["judgments"] == len(judged) and {row["judge"] for row in judged} == {"likelihood", "judge-1"}
+    assert counts["metrics"] == len(json.loads((finished / "metrics.json").read_text()))
+    assert "not held against the paper's cells: its model is" in said and "Table" not in said
+    assert checking.verify_run(finished, strict=True) == 1  # nothing was compared
+
+
+def test_a_loaded_model_is_not_needed(finished, monkeypatch):
+    monkeypatch.setattr("repro.models.load_model", None)
+    assert failing(finished) == []
+
+
+@pytest.mark.parametrize("name, change, fits, groups", [
+    ("responses/evaluation-1.jsonl", lambda r: r.update(tokens=r["tokens"] + 1), False, ["files", "judgments", "metrics"]),
+    ("responses/evaluation-1.jsonl", lambda r: r.update(tokens=r["tokens"] + 1), True, ["judgments", "metrics"]),
+    ("responses/baseline.jsonl", lambda r: r.update(text="another"), True, ["judgments"]),
+    ("responses/training-1.jsonl", lambda r: r.update(text="another"), False, ["files"]),
+    ("logprobs/evaluation-1.jsonl", lambda r: r["logprobs"][0].reverse(), True, ["metrics"]),
+    ("judgments.jsonl", lambda r: r.update(score=1 - r["score"] if r["score"] != 0.5 else 1.0), True, ["judgments", "metrics"]),
+    ("metrics.json", lambda r: r[0].update(value=r[0]["value"] + 1e-6), True, ["metrics"]),
+    ("metrics.json", lambda r: r[3].update(ci95=None), True, ["metrics"]),
+    ("metrics.json", lambda r: r.pop(), True, ["metrics"]),
+    ("queries.jsonl", lambda r: r.update(text="Another?"), True, ["inputs"]),
+    ("constitutions.json", lambda r: r["principles"][0].update(text="Another text for it."), True, ["inputs", "judgments"]),
+    ("run.json", lambda r: r["config"]["train"].update(learning_rate=1.0), False, ["config"]),
+    ("run.json", lambda r: r["inputs"].update({"model.name": "another"}), False, ["config"]),
+    ("run.json", lambda r: r.update(config_hash="0" * 64), False, ["config"])])
+def test_what_was_altered_fails_in_its_group(copy, name, change, fits, groups):
+    edit(copy, name, change, made_to_fit=fits)
+    assert failing(copy) == groups
+    assert checking.verify_run(copy) == 1
+
+
+def test_a_log_prob_decides_the_likelihood_judge(finished, tmp_path):
+    """One way or the other: what was a win cannot be one on both sides."""
+    found = []
+    for k, change in enumerate((-900, 900)):
+        folder = Path(shutil.copytree(finished, tmp_path / str(k)))
+        edit(folder, "logprobs/evaluation-0.jsonl", lambda r, by=change: r["initial"].__setitem__(0, r["initial"][0] + by),
+             made_to_fit=True)
+        found += failing(folder)
+    assert found == ["judgments"]
+
+
+def test_a_raw_answer_of_the_judge_counts_not_only_its_verdict(copy):
+    path = copy / "judgments.jsonl"
+    text = path.read_text()
+    assert text.count('Final Response: A') + text.count('final_response\\": \\"A') > 0
+    path.write_text(text.replace("Final Response: A", "Final Response: B").replace('final_response\\": \\"A', 'final_response\\": \\"B'))
+    assert "judgments" in failing(copy)
+
+
+def test_what_is_missing(copy, finished, tmp_path):
+    shutil.rmtree(copy / "checkpoints")  # often not kept: said, and no failure
+    rows = {group: (status, why) for group, status, _, why in checking.check_run(copy)}
+    assert rows["files"] == ("PASS", "1 not kept here")
+    (copy / "responses/evaluation-1.jsonl").unlink()
+    assert failing(copy) == ["files", "judgments", "metrics"]
+    weights = Path(shutil.copytree(finished, tmp_path / "other")) / "checkpoints/iteration-1/config.json"
+    weights.write_text(weights.read_text() + " ")
+    assert failing(tmp_path / "other") == ["files"]
+    (copy / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="not the record of a run"):
+        checking.verify_run(copy)
+
+
+def test_a_published_folder_and_an_unfinished_run(copy, tmp_path, capsys):
+    folder = publish([copy], tmp_path / "results", page=False)
+    assert not (folder / "run.json").exists()
+    checking.verify_run(folder)  # numbers alone, as before: cell by cell
+    assert "NOT COMPARABLE" in capsys.readouterr().out
+    record = json.loads((copy / "run.json").read_text())
+    del record["stages"]["metrics"]
+    (copy / "run.json").write_text(json.dumps(record))
+    rows = {group: (status, why) for group, status, _, why in checking.check_run(copy)}
+    assert rows["metrics"] == rows["judgments"] == ("NOT RUN", "the run is not finished") and rows["files"][0] == "PASS"
+
+
+def test_only_the_papers_models_by_name_are_held_against_the_paper(copy, monkeypatch):
+    """A label alone is not enough: it is the user's to choose."""
+    called = []
+    monkeypatch.setattr(published, "verify_run", lambda folder, strict: called.append(folder) or 0)
+    edit(copy, "run.json", lambda r: r["config"]["model"].update(label="mistral-7b"), made_to_fit=False)
+    checking.verify_run(copy)
+    assert not called
+    edit(copy, "run.json", lambda r: [r["config"][part].update(name=name, label=label) for part, name, label in (
+        ("model", "mistralai/Mistral-7B-v0.1", "mistral-7b"),
+        ("baseline", "mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b-instruct"))], made_to_fit=False)
+    checking.verify_run(copy)
+    assert called == [copy]
+    edit(copy, "run.json", lambda r: r["config"].update(profile="mini"), made_to_fit=False)
+    checking.verify_run(copy)
+    assert len(called) == 1

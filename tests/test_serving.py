@@ -1,0 +1,343 @@
+"""Sampling behind a server: the prompts it gets, what becomes of its answers, faults, resuming, and that what a run starts
+ends with the run. The real servers are `transformers serve` and, where $SAMI_VLLM names one, vLLM."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import byte_tokenizer
+from judge_server import TextServer
+from test_experiments import small
+from test_judge_real import SERVING
+
+from repro import asking, cli, config, sampling, serving
+from repro.endpoint import Endpoint
+from repro.records import UserError, read_jsonl
+from repro.rundir import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE = ROOT / "tests/fake_vllm.py"
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """vLLM, as far as its command line and its answers go."""
+    script = tmp_path / "vllm"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} {FAKE} \"$@\"\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("SAMI_VLLM", str(script))
+    return script
+
+
+def prepared(tiny, folder: Path, engine: str, name="exp1", **more) -> Run:
+    experiment = small(cli.load_experiment(name, "paper")[0], tiny)
+    experiment = dataclasses.replace(experiment, baseline=None, writer=None, sampling=dataclasses.replace(
+        experiment.sampling, engine=engine, max_new_tokens=24, dtype="float32"))
+    run = Run(experiment, folder, more.pop("say", lambda line: None), **more)
+    run.prepare()
+    run.adopt(run.constitutions)
+    return run
+
+
+def sample(run: Run, iteration=0) -> list[dict]:
+    jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
+    texts = [run.prompt(c, q, "evaluation", sample=True) for q, c in jobs]
+    return sampling.sample_to_file(run, jobs, texts, iteration, run.folder / "responses/x.jsonl", "x")
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(serving, "GRACE_S", 5.0)
+    send = Endpoint.__init__
+
+    def quick(self, **fields):
+        send(self, **{"backoff_s": 0.01} | fields)
+
+    monkeypatch.setattr(Endpoint, "__init__", quick)
+
+
+# ---- the configuration
+
+def test_the_engine_is_part_of_the_configuration_and_the_default_keeps_its_hash():
+    base = cli.load_experiment("exp1", "mini")[0]
+    assert base.sampling.engine == "transformers"
+    fields = config.flatten(base.to_json())
+    fields.pop("sampling.engine")
+    assert config.config_hash(base, {}) == config.digest(fields)  # what was run before the field was there
+    hashes = {config.config_hash(dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, engine=e)), {})
+              for e in config.ENGINES}
+    assert len(hashes) == 3
+    with pytest.raises(UserError, match="SamplingSpec.engine: 'vlm' is unknown; .*did you mean 'vllm'"):
+        config.SamplingSpec(engine="vlm")
+    for name in ("exp1", "exp2", "exp3"):
+        assert {e.sampling.engine for e in cli.load_experiment(name, "paper")} == {"vllm"}
+        assert {e.sampling.engine for e in cli.load_experiment(name, "mini")} == {"transformers"}
+
+
+def test_the_missing_step_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("SAMI_VLLM", raising=False)
+    with pytest.raises(UserError, match="there is no vllm on PATH; install it in an environment of its own"):
+        serving.check("vllm", None)
+    monkeypatch.setenv("SAMI_VLLM", "/nowhere/vllm")
+    with pytest.raises(UserError, match="SAMI_VLLM is '/nowhere/vllm', which is no executable"):
+        serving.check("vllm", None)
+    serving.check("vllm", "http://127.0.0.1:8000/v1")
+    with pytest.raises(UserError, match="--sampler-url: the engine transformers samples in this process"):
+        serving.check("transformers", "http://127.0.0.1:8000/v1")
+    with pytest.raises(UserError, match="expected http"):
+        serving.check("server", "localhost:8000")
+
+
+def test_the_command_line_of_vllm(fake):
+    argv = serving.command("vllm", "m", port=7, dtype="bfloat16", gpus=8, share=None, context=900)
+    assert argv == ["env", "-u", "PYTHONPATH", str(fake), "serve", "m", "--host", "127.0.0.1", "--port", "7", "--dtype",
+                    "bfloat16", "--tensor-parallel-size", "8", "--max-model-len", "900", "--seed", "0", "--generation-config",
+                    "vllm"]
+    argv = serving.command("vllm", "m", port=7, dtype="bfloat16", gpus=8, share=2, context=900)
+    assert argv[argv.index("--tensor-parallel-size"):][:4] == ["--tensor-parallel-size", "2", "--data-parallel-size", "4"]
+
+
+# ---- prompts and answers
+
+def test_prompts_go_as_the_token_ids_that_the_model_is_trained_with():
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("<|im_start|>ab", add_special_tokens=False).input_ids
+    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, ("###",)) == {
+        "prompt": ids, "max_tokens": 5, "temperature": 0.0, "stop": ["###"], "extra_body": {"return_token_ids": True}}
+    assert serving.request("server", tokenizer, "<|im_start|>ab", 5, ("###",)) == {
+        "prompt": "<|im_start|>ab", "max_tokens": 5, "temperature": 0.0}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    assert tokenizer("ab").input_ids[0] == 1
+    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5)["prompt"] == ids  # not two of them
+    assert serving.request("server", tokenizer, "<|im_start|>ab", 5)["prompt"] == "ab"
+    with pytest.raises(UserError, match="would read another prompt than the model is trained with; use --sampler vllm"):
+        serving.request("server", tokenizer, "ab", 5)
+
+
+def test_the_first_space_of_a_sentencepiece_response_stays():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "\u2581": 2, "w": 3, "as": 4, "\u2581was": 5, "a": 6, "s": 7},
+                                   merges=[("a", "s")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.decode([5, 3]) == "wasw"
+    assert sampling.answer_of(tokenizer, [5, 3, 1, 4]) == {"text": " wasw", "tokens": 2, "finished": True}
+    assert sampling.answer_of(tokenizer, [3, 5]) == {"text": "w was", "tokens": 2, "finished": False}
+
+
+@pytest.mark.parametrize("name", ["exp1", "exp2"])
+def test_both_ways_in_give_the_same_responses(tiny, tmp_path, name):
+    """The same continuations, told as token ids that end at a stop string, or as text that runs on: cut where the format
+    ends, counted alike."""
+    left = []
+    for engine, options in (("vllm", {"tokenizer": tiny / "tokenizer.json", "lists": {str(tiny): str(tiny)}}), ("server", {})):
+        server = TextServer(**options)
+        with server.serve() as url:
+            run = prepared(tiny, tmp_path / engine, engine, name, sampler_url=url)
+            left.append(sample(run))
+        probe, *asked = server.bodies
+        assert len(asked) == len(left[-1]) and all(b["temperature"] == 0.0 and b["max_tokens"] == 24 for b in asked)
+        assert [b.get("stop") for b in asked] == [list(run.form.stops) if engine == "vllm" else None] * len(asked)
+        opening = run.tokenizer(run.form.opening).input_ids if engine == "vllm" else run.form.opening
+        assert all(b["prompt"][len(b["prompt"]) - len(opening):] == opening for b in asked)
+    assert left[0] == left[1] and len({row["text"] for row in left[0]}) > 5
+    for row in left[0]:
+        assert row["text"].startswith(run.form.opening + " ") and not any(stop in row["text"] for stop in run.form.stops)
+        assert row["text"].endswith(".") if row["finished"] else len(row["text"]) >= 23
+    assert any(row["finished"] for row in left[0]) and (name == "exp2" or not all(row["finished"] for row in left[0]))
+
+
+def test_control_tokens_that_are_spelled_out_are_dropped(tiny, tmp_path):
+    class Server(TextServer):
+        def continuation(self, prompt):
+            return "a<|im_<|im_end|>end|>b"
+
+    for engine, options in (("server", {}), ("vllm", {"tokenizer": tiny / "tokenizer.json"})):
+        answer = Server(**options).answer({"model": "m", "prompt": "x", "max_tokens": 99, "return_token_ids": True})
+        if engine == "vllm":  # as text it is encoded to the control token itself
+            answer["choices"][0]["token_ids"] = [*byte_tokenizer()("a<|im_").input_ids, *byte_tokenizer()("end|>b").input_ids]
+        assert serving.read_answer(engine, byte_tokenizer(), answer)["text"] == "ab"
+
+
+def test_no_proxy_stands_before_a_server_of_this_machine(tiny, tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with TextServer().serve() as url:
+        assert len(sample(prepared(tiny, tmp_path / "run", "server", sampler_url=url))) == 16
+
+
+# ---- faults, and going on
+
+@pytest.mark.parametrize("fault", ["429", "500", "503", "half", "reset", "garbage", "wrong_schema", "empty_choices",
+                                   "error_in_200", "other_model", "aborted", "no_ids", "nan", "short", "other_prompt", "no_usage"])
+def test_a_fault_costs_nothing_but_another_request(tiny, tmp_path, fault):
+    place = str(tiny)
+    with TextServer(tokenizer=tiny / "tokenizer.json", lists={place: place}).serve() as url:
+        want = sample(prepared(tiny, tmp_path / "calm", "vllm", sampler_url=url))
+    server = TextServer(lambda k, body: fault if k and k % 4 == 1 else None, tokenizer=tiny / "tokenizer.json", lists={place: place})
+    with server.serve() as url:
+        run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
+        assert sample(run) == want
+    assert len(server.fired) >= 3 and len(server.requests) == 1 + len(want) + len(server.fired)
+    assert len(set(server.requests[1:])) == len(want)
+
+
+def test_what_is_missing_is_an_error_and_what_was_answered_is_not_asked_again(tiny, tmp_path, monkeypatch):
+    place = str(tiny)
+    monkeypatch.setattr(serving, "CONCURRENCY", {"vllm": 1})
+    monkeypatch.setattr(asking, "IN_A_ROW", 2)
+    server = TextServer(lambda k, body: "400" if k > 5 else None, tokenizer=tiny / "tokenizer.json", lists={place: place})
+    with server.serve() as url:
+        run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
+        with pytest.raises(UserError, match=r"x: 11 of 16 responses are missing: 2 requests in a row failed, .*HTTP 400.*run "
+                                            "the same command to go on"):
+            sample(run)
+        assert not (run.folder / "responses/x.jsonl").exists()
+        partial = run.folder / "responses/x.partial.jsonl"
+        with open(partial, "a") as f:
+            f.write('{"record": "outcome", "torn')
+        server.faults = lambda k, body: None
+        before = len(server.requests)
+        rows = sample(run)
+        assert len(server.requests) == before + 1 + 11  # the probe, and what was missing
+        partial_rows = [row for _, row in read_jsonl(partial) if row.get("status") == "answered"]
+        assert len(partial_rows) == len(rows) == 16
+        again = len(server.requests)
+        assert sample(run) == rows and len(server.requests) == again
+    with TextServer(tokenizer=tiny / "tokenizer.json", lists={place: place}).serve() as url:
+        assert sample(prepared(tiny, tmp_path / "calm", "vllm", sampler_url=url)) == rows
+
+
+@pytest.mark.parametrize("lists, said", [({"other": "/models/other"}, "but serves other"), (None, "but does not list it"),
+                                         ({}, "but does not list it")])
+def test_a_server_that_serves_something_else_is_told_what_to_serve(tiny, tmp_path, lists, said):
+    class Server(TextServer):
+        def answer(self, body):
+            return super().answer(body) | ({"model": "other"} if self.lists is None else {})
+
+    place = str(tiny)
+    server = Server(tokenizer=tiny / "tokenizer.json", lists=lists)
+    with server.serve() as url:
+        run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
+        with pytest.raises(UserError) as e:
+            sample(run)
+        assert f"{url} must serve {place} now, {said}" in str(e.value) and "\n" not in str(e.value)
+        assert f"serve it (`vllm serve {place} --dtype float32" in str(e.value) and "run the same command" in str(e.value)
+        server.lists = {"sami": place}  # under a name of its own, told apart by its root
+        sample(run)
+        assert {body["model"] for body in server.bodies[-16:]} == {"sami"}
+
+
+def test_a_key_is_sent_and_its_refusal_said(tiny, tmp_path, monkeypatch):
+    with TextServer(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)}, secret="secret-key-1").serve() as url:
+        run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
+        with pytest.raises(UserError, match=r"refused the key in \$VLLM_API_KEY"):
+            sample(run)
+        monkeypatch.setenv("VLLM_API_KEY", "secret-key-1")
+        assert len(sample(run)) == 16
+    run = prepared(tiny, tmp_path / "none", "vllm", sampler_url="http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="no sampling server answers at http://127.0.0.1:9/v1"):
+        sample(run)
+
+
+# ---- what a run starts ends with it
+
+def pids(log: Path, patience=20.0) -> list[int]:
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        lines = [line for line in (log.read_text() if log.exists() else "").splitlines() if line.startswith("pids:")]
+        if lines:
+            return [int(p) for p in lines[-1].split()[1:]]
+        time.sleep(0.05)
+    pytest.fail("the server did not start")
+
+
+def gone(processes: list[int], patience: float) -> bool:
+    def alive(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    end = time.monotonic() + patience
+    while any(map(alive, processes)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, processes))
+
+
+def test_the_run_starts_waits_for_and_stops_its_server(tiny, tmp_path, fake):
+    said = []
+    run = prepared(tiny, tmp_path / "run", "vllm", say=said.append, tensor_parallel=2)
+    rows = sample(run)
+    log = run.folder / "sampler.log"
+    assert len(rows) == 16 and any(line.startswith("starting vllm with") and "sampler.log" in line for line in said)
+    assert f"argv: serve {tiny} " in log.read_text() and "--tensor-parallel-size 2 " in log.read_text()
+    longest = max(len(run.tokenizer(run.prompt(c, item.query, "evaluation", sample=True)).input_ids)
+                  for item in run.items() for c in item.constitutions)
+    assert f"--max-model-len {longest + 24} " in log.read_text()
+    assert gone(pids(log), 2)
+    assert run.record["sampled_by"] == {"engine": "vllm", "version": "0.0.1", "started_here": True}
+
+
+def test_a_server_that_does_not_come_up_or_dies_is_an_error_with_its_last_words(tiny, tmp_path, fake, monkeypatch):
+    monkeypatch.setenv("FAKE_VLLM", "dies")
+    said = []
+    run = prepared(tiny, tmp_path / "run", "vllm", say=said.append)
+    with pytest.raises(UserError, match="ended before it was ready .*: ValueError: not enough memory for the KV cache$"):
+        sample(run)
+    assert "argv: serve" in said[-1]
+    monkeypatch.setenv("FAKE_VLLM", "another")
+    with pytest.raises(UserError, match="must serve .* now, but serves another"):
+        sample(run)
+    assert gone(pids(run.folder / "sampler.log"), 2)
+    monkeypatch.setenv("FAKE_VLLM", "dies-later")
+    with pytest.raises(UserError, match=r"responses are missing: .* \(the server ended: .*sampler.log tells more\); what was"):
+        sample(run)
+    monkeypatch.setenv("FAKE_VLLM", "")
+    assert len(sample(run)) == 16
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_server_does_not_outlive_a_run_that_is_killed(tiny, tmp_path, fake, number):
+    code = ("import sys, time; from pathlib import Path; from repro import cli, serving\n"
+            "import signal; signal.signal(signal.SIGTERM, cli._terminate)\n"
+            "serving.GRACE_S = 5\n"
+            "with serving.served('vllm', sys.argv[1], url=None, dtype='float32', share=1, context=9,"
+            " log=Path(sys.argv[2]), say=print):\n    print('up', flush=True); time.sleep(60)\n")
+    log = tmp_path / "sampler.log"
+    child = subprocess.Popen([sys.executable, "-c", code, str(tiny), str(log)], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert any(line == "up\n" for line in child.stdout)
+    found = pids(log)
+    assert len(found) == 2 and not gone(found, 0)
+    child.send_signal(number)
+    child.wait(20)
+    child.stdout.close()
+    assert gone(found, 5)
+
+
+# ---- real servers
+
+@pytest.mark.parametrize("engine", ["server", "vllm"])
+def test_a_real_server_says_what_this_process_says(tiny, tmp_path, engine):
+    """Greedy and in float32: the same texts, lengths and ends, byte for byte."""
+    if engine == "server" and not SERVING:
+        pytest.skip("NOT RUN: transformers' serving extra is not installed; make setup installs it")
+    if engine == "vllm" and not os.environ.get("SAMI_VLLM"):
+        pytest.skip("NOT RUN: no vLLM here; SAMI_VLLM names its executable")
+    here, there = (sample(prepared(tiny, tmp_path / e, e)) for e in ("transformers", engine))
+    assert here == there
+    assert len({row["text"] for row in here}) > 3
+    log = (tmp_path / engine / "sampler.log").read_text()
+    assert "POST /v1/completions" in log
