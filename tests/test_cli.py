@@ -34,6 +34,9 @@ def refused(capsys, tmp_path, *argv) -> str:
     (("run", "exp1", "--proflie", "mini"), "unknown option or command --proflie; did you mean --profile?"),
     (("run", "exp1", "--seed", "one"), "--seed"),
     (("run", "exp1", "--name", "../up"), "--name '../up'"),
+    (("run", "exp1", "--name", "x" * 101), "--name 'xxx"),
+    (("run", "exp1", "--queries", "x" * 300), "xxx: File name too long"),
+    (("publish", "x" * 300), "File name too long"),
     (("run", "exp1", "--model", "smollm2-135m"), "did you mean 'smollm2-135m-instruct'"),
     (("run", "exp1", "--queries", "none.jsonl"), "none.jsonl: no such file"),
     (("run", "exp1", "--subsets", "helpfull"), "did you mean 'helpful'"),
@@ -77,7 +80,8 @@ def test_constitution_files(capsys, tmp_path, tiny, change, reason):
 
 
 @pytest.mark.parametrize("harm, reason", [("empty folder", "without config.json"), ("truncated weights", "--model"),
-                                          ("pickled weights", "--model")])
+                                          ("pickled weights", "--model"), ("config.json: []", "not a model in Hugging Face format"),
+                                          ("tokenizer.json: {}", "not a model in Hugging Face format")])
 def test_broken_models(capsys, tmp_path, tiny, harm, reason):
     import shutil
 
@@ -86,10 +90,14 @@ def test_broken_models(capsys, tmp_path, tiny, harm, reason):
         folder.mkdir()
     else:
         shutil.copytree(tiny, folder)
+        if ": " in harm:
+            name, text = harm.split(": ")
+            (folder / name).write_text(text)
         weights = folder / "model.safetensors"
         data = weights.read_bytes()
-        weights.unlink()
-        (folder / ("pytorch_model.bin" if harm == "pickled weights" else "model.safetensors")).write_bytes(data[:1000])
+        if "weights" in harm:
+            weights.unlink()
+            (folder / ("pytorch_model.bin" if harm == "pickled weights" else "model.safetensors")).write_bytes(data[:1000])
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", "exp1", "--model", str(folder), "--out", str(tmp_path / "out"), "--train-queries", "112"])
     err = capsys.readouterr().err.strip().splitlines()
