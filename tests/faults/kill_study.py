@@ -518,7 +518,7 @@ def whole_run(args) -> dict:
     into = rng.random() * seconds[target]
     print(f"{' '.join(command)}\nto be killed in {target}, {into:.1f} s into it", flush=True)
     before = order[: order.index(target)]
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    env = os.environ | {"OMP_NUM_THREADS": str(against["threads"])}  # a sum depends on them
 
     def start():
         return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
