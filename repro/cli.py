@@ -558,6 +558,9 @@ def _terminate(signum, frame):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `repro` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a locale of ASCII alone ends no run at its last line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's own threads warn after a fork
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
