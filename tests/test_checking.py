@@ -14,7 +14,7 @@ from repro import checking, cli, published
 from repro.config import JudgeSpec
 from repro.endpoint import Endpoint
 from repro.pipeline import judge_run, run
-from repro.records import UserError, file_sha256
+from repro.records import CHECK, UserError, checked, file_sha256, read_json, write_json
 from repro.report import publish
 
 GROUPS = ["config", "inputs", "files", "judgments", "metrics"]
@@ -48,13 +48,18 @@ def edit(folder: Path, name: str, change, *, made_to_fit: bool) -> None:
     lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
     data = json.loads(lines[0])
     change(data)
-    path.write_text("\n".join([json.dumps(data), *lines[1:]]) + "\n")
-    record = json.loads((folder / "run.json").read_text())
+    path.write_text("\n".join([again(data), *lines[1:]]) + "\n")
+    record = read_json(folder / "run.json")
     for stage in record["stages"].values() if made_to_fit else ():
         if name in stage["outputs"]:
             stage["outputs"][name] = file_sha256(path)
     if made_to_fit:
-        (folder / "run.json").write_text(json.dumps(record))
+        write_json(folder / "run.json", checked(record))
+
+
+def again(data) -> str:
+    """JSON of what was altered, its own check renewed where it has one: as someone would who wants it to fit."""
+    return json.dumps(checked(data) if isinstance(data, dict) and data.pop(CHECK, None) else data)
 
 
 def test_an_untouched_run_passes(finished, capsys):
@@ -111,7 +116,8 @@ def test_a_raw_answer_of_the_judge_counts_not_only_its_verdict(copy):
     path = copy / "judgments.jsonl"
     text = path.read_text()
     assert text.count('Final Response: A') + text.count('final_response\\": \\"A') > 0
-    path.write_text(text.replace("Final Response: A", "Final Response: B").replace('final_response\\": \\"A', 'final_response\\": \\"B'))
+    lines = text.replace("Final Response: A", "Final Response: B").replace('final_response\\": \\"A', 'final_response\\": \\"B')
+    path.write_text("".join(again(json.loads(line)) + "\n" for line in lines.splitlines()))
     assert "judgments" in failing(copy)
 
 
@@ -134,9 +140,7 @@ def test_a_published_folder_and_an_unfinished_run(copy, tmp_path, capsys):
     assert not (folder / "run.json").exists()
     checking.verify_run(folder)  # numbers alone, as before: cell by cell
     assert "NOT COMPARABLE" in capsys.readouterr().out
-    record = json.loads((copy / "run.json").read_text())
-    del record["stages"]["metrics"]
-    (copy / "run.json").write_text(json.dumps(record))
+    edit(copy, "run.json", lambda r: r["stages"].pop("metrics"), made_to_fit=False)
     rows = {group: (status, why) for group, status, _, why in checking.check_run(copy)}
     assert rows["metrics"] == rows["judgments"] == ("NOT RUN", "the run is not finished") and rows["files"][0] == "PASS"
 
