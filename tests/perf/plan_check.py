@@ -63,7 +63,7 @@ def warm_up(name: str, precision: str) -> None:
     model = LlamaForCausalLM(LlamaConfig(**size)) if name != "tiny-mixtral" else MixtralForCausalLM(
         MixtralConfig(**size, num_local_experts=4, num_experts_per_tok=2))
     pair = training.TrainingPair("q", (" 5 6 7", " 6 7 8"), (" 8 9", " 9"))
-    training.train(model.to(getattr(torch, training.weights_dtype(precision))), Ids(), [pair],
+    training.train(model.to(getattr(torch, training.weights_dtype(TrainSpec(precision=precision)))), Ids(), [pair],
                    TrainSpec(precision=precision, batch_size=1, batches=1), 1)
 
 
@@ -72,7 +72,7 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     rng, tokenizer = random.Random(0), Ids()
     warm_up(name, precision)
     before = resident("VmRSS")
-    model = MODELS[name]().to(getattr(torch, training.weights_dtype(precision)))
+    model = MODELS[name]().to(getattr(torch, training.weights_dtype(TrainSpec(precision=precision))))
     vocabulary = model.config.vocab_size
 
     def ids(n, length):
