@@ -77,8 +77,8 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(tiny):
 
 @pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen3", "gemma"])
 def test_gradients_are_those_of_the_dense_weights(family):
-    """dL/dB = s G A^T and dL/dA = s B^T G, G the dense model's gradient at the merged weights: float64, random upstream
-    gradients of the log-probs."""
+    """dL/dB = s G A^T and dL/dA = s B^T G, G the dense model's gradient at the merged weights: float64 (but for the
+    norms, which transformers computes in float32), random upstream gradients of the log-probs."""
     model = tiny_family(family)
     torch.manual_seed(3)
     for p in lora.put_into(model, SPEC, half=False, seed="3"):
@@ -94,8 +94,8 @@ def test_gradients_are_those_of_the_dense_weights(family):
     theirs.backward(upstream)
     for name, (A, B) in layers.items():
         G = dense.get_submodule(name).weight.grad
-        torch.testing.assert_close(B.grad, 2 * G @ A.T, atol=1e-9, rtol=1e-8, msg=name)
-        torch.testing.assert_close(A.grad, 2 * B.T @ G, atol=1e-9, rtol=1e-8, msg=name)
+        torch.testing.assert_close(B.grad, 2 * G @ A.T, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(A.grad, 2 * B.T @ G, atol=1e-6, rtol=1e-5)
 
 
 def test_a_step_is_that_of_the_adapter_alone(tiny):
