@@ -156,6 +156,7 @@ def alone(tiny, tmp_path_factory):
     return done(tiny, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft reads
 def test_the_adapter_loads_with_peft_and_the_merged_model_is_the_same(tiny, alone):
     _, folder = alone
     assert {p.name for p in (folder / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}

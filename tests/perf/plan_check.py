@@ -121,10 +121,11 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     phases = training_bytes(shape, replace(step, checkpointing=checkpointing))
     moment, predicted = peak(phases)
     backward = phases["head"]
+    own = backward["head: scored rows"] if rank else 0  # a frozen head's rows have the hidden size, like other activations
     kinds = {"weights": (sum(backward.get(k, 0) for k in ("weights", "master weights", "adapters")), sum(weights.values())),
              "gradients": (backward["gradients"], gradients), "optimizer state": (backward["optimizer state"], state),
-             "activations kept": (backward["activations"], sum(kept.values())),
-             "head: scored rows": (backward["head: scored rows"], sum(rows.values())),
+             "activations kept": (backward["activations"] + own, sum(kept.values())),
+             "head: scored rows": (backward["head: scored rows"] - own, sum(rows.values())),
              "peak of live tensors": (predicted, live), "peak of the process": (predicted, process)}
     return {"model": name, "precision": precision, "optimizer": optimizer, "checkpointing": checkpointing,
             "lora": rank, "pack_tokens": tokens, "scored": 4 * response, "moment": moment,
