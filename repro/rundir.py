@@ -244,7 +244,8 @@ class Run:
         fields = flatten(self.experiment.to_json()) | inputs
         hash = config_hash(self.experiment, inputs)
         path = self.folder / "run.json"
-        here = {"packages": {name: version(name) for name in PACKAGES}, "python": platform.python_version(),
+        packages = (*PACKAGES, "peft") if self.experiment.train.lora else PACKAGES
+        here = {"packages": {name: version(name) for name in packages}, "python": platform.python_version(),
                 "device": _device(), "threads": _threads()}
         if path.exists():
             self.record = read_json(path)
