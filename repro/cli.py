@@ -30,7 +30,7 @@ from repro.records import UserError, first_line, read_json
 from repro.report import cut_answers, leaves
 from repro.run_figures import select, series, telling
 
-LORA_RATE = 2e-4  # of adapters, whose second factor starts at zero
+LORA_RATE = 1e-4  # of adapters, whose second factor starts at zero
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
@@ -123,7 +123,7 @@ class Run:
     batch_size: int | None = None
     """Queries of one training step."""
     learning_rate: float | None = None
-    """Of training; by default the experiment's, with --lora 2e-4."""
+    """Of training; by default the experiment's, with --lora 1e-4."""
     max_new_tokens: int | None = None
     """Tokens of one response, at most (the reasoning of a chain of thought not counted)."""
 

@@ -137,6 +137,14 @@ def test_the_head_keeps_no_logits_and_has_no_gradient(tiny, monkeypatch):
     assert modes == ["frozen_head"]
 
 
+def test_every_iteration_has_a_fresh_adapter(tmp_path):
+    def seed(iteration, seed):
+        worker.write_job(tmp_path, iteration, model="m", pairs=[], spec=TRAIN, backend="shared", key="key", out="out", seed=seed)
+        return json.loads((tmp_path / worker.job_file(iteration)).read_text())["seed"]
+
+    assert len({seed(1, 0), seed(2, 0), seed(1, 1)}) == 3 and seed(1, 0) == seed(1, 0)
+
+
 # ---- what an iteration leaves
 
 def job(tiny, folder, **train):
@@ -207,7 +215,7 @@ def test_a_run_with_adapters(tiny, tmp_path):
     experiment = small(configure(args)[0], tiny)
     assert experiment.train.lora == LoraSpec(rank=2, alpha=4) and experiment.train.learning_rate == 1e-3
     assert experiment.name == "exp1_dialogue_lora" and Experiment.from_json(experiment.to_json()) == experiment
-    assert configure(parse(["run", "exp1", "--lora", "2"]))[0].train.learning_rate == 2e-4
+    assert configure(parse(["run", "exp1", "--lora", "2"]))[0].train.learning_rate == 1e-4
     folder = run(experiment, tmp_path, say=lambda text: None)
     first = contents(folder)
     for iteration in (1, 2, 3):
