@@ -204,7 +204,7 @@ class Run:
         """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
         spec, config = self.experiment, models.load_config(self.place)
         if spec.train.lora:
-            lora.check(config, self.ranks)
+            lora.check(config, self.ranks * self.nodes)
         self.longest = 1
         frame = self._frame(self.constitutions)
         room = config.max_position_embeddings - frame - self.response_tokens() - 8
