@@ -137,18 +137,19 @@ class _LinearNLL(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, bias, softcap, mode):
         keep = {"store": "U", "frozen_head": "UW", "recompute": None}[mode]
         nll, lse, kept = _forward(hidden, weight, target, bias, softcap, keep)
-        ctx.mode, ctx.softcap = mode, softcap
-        ctx.save_for_backward(hidden, weight, target, bias, lse, kept)
+        ctx.mode, ctx.softcap, ctx.dtype = mode, softcap, hidden.dtype
+        ctx.save_for_backward(*((kept,) if mode == "frozen_head" else (hidden, weight, target, bias, lse, kept)))
         return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
+        if ctx.mode == "frozen_head":
+            kept, = ctx.saved_tensors
+            return (kept * upstream.to(kept.dtype).unsqueeze(1)).to(ctx.dtype), None, None, None, None, None
         hidden, weight, target, bias, lse, kept = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
         g = upstream.to(lse.dtype).unsqueeze(1)
-        if ctx.mode == "frozen_head":
-            return (kept * g).to(hidden.dtype), None, None, None, None, None
         X, W, b = _wide(hidden), _wide(weight), None if bias is None else _wide(bias)
         scaled = X * g  # the upstream gradient enters on [N, D], never on [N, V]
         dX = torch.empty_like(X) if need_hidden else None

@@ -251,8 +251,9 @@ class LinearNLL(torch.autograd.Function):
         else:
             nll, stats, kept, uw = by_rows(x, weight, target, bias, softcap, keep_u=mode == "store",
                                            keep_uw=ctx.needs_input_grad[0])
-        ctx.softcap = softcap
-        ctx.save_for_backward(x, weight, target, bias, stats, kept, uw)
+        ctx.softcap, ctx.dtype = softcap, x.dtype
+        frozen = mode == "frozen_head"  # U W is all that its backward reads
+        ctx.save_for_backward(*((None,) * 6 if frozen else (x, weight, target, bias, stats, kept)), uw)
         return nll
 
     @staticmethod
@@ -261,6 +262,8 @@ class LinearNLL(torch.autograd.Function):
         x, weight, target, bias, stats, kept, uw = ctx.saved_tensors
         need_x, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
         g = upstream.float().unsqueeze(1)  # enters on [N, D], never on [N, V]
+        if x is None:
+            return (uw * g).to(ctx.dtype), None, None, None, None, None
         dX = torch.zeros_like(x, dtype=torch.float32) if need_x and uw is None else uw
         dW = torch.empty_like(weight) if need_weight else None
         db = torch.empty_like(bias) if need_bias else None

@@ -23,13 +23,14 @@ from typing import Annotated
 import tyro
 
 from repro import config
-from repro.config import JUDGES, NAME, WRITERS, Experiment, JudgeSpec, WriterSpec, choose
+from repro.config import JUDGES, NAME, WRITERS, Experiment, JudgeSpec, LoraSpec, WriterSpec, choose
 from repro.datasets import SOURCES
 from repro.endpoint import Endpoint
 from repro.records import UserError, first_line, read_json
 from repro.report import cut_answers, leaves
 from repro.run_figures import select, series, telling
 
+LORA_RATE = 1e-4  # of adapters, whose second factor starts at zero
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
@@ -98,6 +99,9 @@ class Run:
     exceeded."""
     pack_tokens: int | None = None
     """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
+    lora: int | None = None
+    """Train adapters of this rank instead of all weights (needs the extra `lora`), for one GPU of 24 GB. The run is named
+    <experiment>_lora."""
     ranks: int = 1
     """Processes that train (torchrun, FSDP2), one GPU each where there are any; any number gives the same update."""
     nodes: int = 1
@@ -119,7 +123,7 @@ class Run:
     batch_size: int | None = None
     """Queries of one training step."""
     learning_rate: float | None = None
-    """Of training."""
+    """Of training; by default the experiment's, with --lora 1e-4."""
     max_new_tokens: int | None = None
     """Tokens of one response, at most (the reasoning of a chain of thought not counted)."""
 
@@ -359,13 +363,15 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
     label = None if args.model is None else Path(args.model).name
     named = args.judge and tuple("rule" if j == "rules" else choose("--judge", j, ("rules", *JUDGES)) for j in args.judge)
     judge = _over(base.judge, judges=named, model=args.judge_model, answer=args.answer)
-    name = args.name or (f"{base.name}_cot" if args.cot and not base.cot else None)
+    name = base.name + "_cot" * bool(args.cot and not base.cot) + "_lora" * (args.lora is not None)
+    lora = None if args.lora is None else LoraSpec(rank=args.lora, alpha=2 * args.lora)
+    rate = LORA_RATE if lora and args.learning_rate is None else args.learning_rate
     return dataclasses.replace(
-        _over(base, name=name, seed=args.seed, constitutions=args.constitutions, task=args.task, cot=args.cot or None,
-              data=data, judge=judge, iterations=args.iterations,
+        _over(base, name=args.name or name, seed=args.seed, constitutions=args.constitutions, task=args.task,
+              cot=args.cot or None, data=data, judge=judge, iterations=args.iterations,
               sampling=_over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens),
-              train=_over(base.train, batch_size=args.batch_size, learning_rate=args.learning_rate,
-                          pack_tokens=args.pack_tokens),
+              train=_over(base.train, batch_size=args.batch_size, learning_rate=rate, pack_tokens=args.pack_tokens,
+                          lora=lora),
               model=_over(base.model, name=args.model, label=label, prompt=args.prompt)),
         writer=_writer(base.writer, args))
 

@@ -104,6 +104,18 @@ class Update:
     rate: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Adapters of this `rank` on every linear layer of attention and MLP, their product scaled by `alpha` / `rank`; all
+    else is frozen (repro/lora.py). A deviation from the paper."""
+
+    rank: int = 16
+    alpha: int = 32
+
+    def __post_init__(self):
+        _positive(self, "rank", "alpha")
+
+
 AS_RUN_QUERIES = 8     # queries whose gradient reached an update in the paper's runs (see `TrainSpec.updates`)
 AS_RUN_SCHEDULE = 15   # length in steps of their linear learning-rate schedule
 
@@ -118,6 +130,7 @@ class TrainSpec:
     weights: at learning rate 5e-7 most bf16 updates round away).
     `max_grad_norm` None means no clipping. `pack_tokens`: tokens between two backward passes, by default the device's
     (repro/training.py); another number gives the same step up to rounding.
+    `lora`: train adapters instead of all weights.
     """
 
     dose: str = "as_printed"
@@ -131,6 +144,7 @@ class TrainSpec:
     score_eos: bool = False
     length_normalize: bool = True
     pack_tokens: int | None = None
+    lora: LoraSpec | None = None
 
     def updates(self, iteration: int) -> list["Update"]:
         """The optimizer steps of an iteration (1, 2, ...).
@@ -152,6 +166,8 @@ class TrainSpec:
 
     def __post_init__(self):
         _positive(self, "learning_rate", "batch_size", "batches", *(() if self.pack_tokens is None else ("pack_tokens",)))
+        if isinstance(self.lora, dict):  # of a record
+            object.__setattr__(self, "lora", LoraSpec(**self.lora))
         choose("TrainSpec.dose", self.dose, ("as_printed", "as_run"))
         choose("TrainSpec.optimizer", self.optimizer, ("rmsprop", "adamw"))
         choose("TrainSpec.precision", self.precision, ("fp32", "fp32_master", "bf16"))
@@ -224,7 +240,7 @@ class WriterSpec:
                             "letters, digits and _ . -, other than hand")
 
 
-YOUNGER = ("pack_tokens",)
+YOUNGER = ("pack_tokens", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)

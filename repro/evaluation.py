@@ -55,7 +55,7 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
     from repro.training import TrainingPair, matmul_precision, weights_dtype
 
     spec, items, start = run.experiment, [], 0
-    dtype, eos = weights_dtype(spec.train.precision), spec.train.score_eos
+    dtype, eos = weights_dtype(spec.train), spec.train.score_eos
     space = " " if spec.model.prompt == "plain" else ""
     for item in run.items():
         texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]

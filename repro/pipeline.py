@@ -168,7 +168,7 @@ def train_iteration(run: Run, iteration: int) -> None:
         prompts=tuple(run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False) for c in pair))
         for q, pair, responses in kept]
     worker.write_job(run.folder, iteration, model=run.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
-                     backend=run.record["backend"], out=checkpoint(iteration))
+                     backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:
         trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
     gc.collect()

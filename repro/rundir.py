@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jinja2
 
-from repro import models, serving
+from repro import lora, models, serving
 from repro.config import Experiment, ModelSpec, config_hash, flatten
 from repro.constitutions import (
     Constitution,
@@ -203,6 +203,8 @@ class Run:
     def _fit(self, queries: list[Query]) -> list[Query]:
         """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
         spec, config = self.experiment, models.load_config(self.place)
+        if spec.train.lora:
+            lora.check(config, self.ranks * self.nodes)
         self.longest = 1
         frame = self._frame(self.constitutions)
         room = config.max_position_embeddings - frame - self.response_tokens() - 8
@@ -242,7 +244,8 @@ class Run:
         fields = flatten(self.experiment.to_json()) | inputs
         hash = config_hash(self.experiment, inputs)
         path = self.folder / "run.json"
-        here = {"packages": {name: version(name) for name in PACKAGES}, "python": platform.python_version(),
+        packages = (*PACKAGES, "peft") if self.experiment.train.lora else PACKAGES
+        here = {"packages": {name: version(name) for name in packages}, "python": platform.python_version(),
                 "device": _device(), "threads": _threads()}
         if path.exists():
             self.record = read_json(path)

@@ -8,11 +8,12 @@ and sha256 comes last, and nothing is loaded that the marker of this run's own f
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from shutil import disk_usage
 
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from repro.records import (
     MARKER,
@@ -27,6 +28,7 @@ from repro.records import (
     write_json,
 )
 
+TRAINED = StateDictOptions(ignore_frozen_params=True)  # what is frozen is the initial model's
 KEEP = 2  # complete checkpoints: the newest, and one in case it is altered
 
 
@@ -55,9 +57,10 @@ class StepCheckpoints:
                 print(f"{folder}: {_why(folder, self.key)}; skipped", file=sys.stderr)
         else:
             return []
-        saved = dict(zip(("module", "optimizer"), get_state_dict(module, optimizer)))
+        saved = dict(zip(("module", "optimizer"), get_state_dict(module, optimizer, options=TRAINED)))
         engine.together(lambda: _io("read", checkpoint.load, saved, folder))
-        set_state_dict(module, optimizer, model_state_dict=saved["module"], optim_state_dict=saved["optimizer"])
+        set_state_dict(module, optimizer, model_state_dict=saved["module"], optim_state_dict=saved["optimizer"],
+                       options=replace(TRAINED, strict=all(p.requires_grad for p in module.parameters())))
         trace = read_json(folder / "trace.json")
         if engine.rank == 0:
             print(f"going on after step {len(trace)} ({folder})", file=sys.stderr)
@@ -71,7 +74,7 @@ class StepCheckpoints:
             return
         folder = self.folder / f"step-{len(trace):06d}"
         engine.together(lambda: engine.rank or (remove_folder(folder), make_folder(folder)))
-        state = dict(zip(("module", "optimizer"), get_state_dict(module, optimizer)))
+        state = dict(zip(("module", "optimizer"), get_state_dict(module, optimizer, options=TRAINED)))
         try:
             engine.together(lambda: _io("write", checkpoint.save, state, folder))
             parts = engine.together(lambda: self._files(engine.rank, folder, trace))

@@ -42,8 +42,10 @@ class TrainingPair:
     responses: tuple[str, ...]
 
 
-def weights_dtype(precision: str) -> str:
-    return "bfloat16" if precision == "bf16" else "float32"
+def weights_dtype(spec: TrainSpec) -> str:
+    """Of the weights in training. Frozen ones have 16 bits where they are multiplied as such in any case (on a GPU)."""
+    frozen = spec.lora and spec.precision == "fp32_master" and torch.cuda.is_available()
+    return "bfloat16" if spec.precision == "bf16" or frozen else "float32"
 
 
 @contextmanager
@@ -175,7 +177,7 @@ class OneProcess:
 
 def _optimizer(module, spec: TrainSpec):
     kinds = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}
-    return kinds[spec.optimizer](module.parameters(), lr=spec.learning_rate)
+    return kinds[spec.optimizer]([p for p in module.parameters() if p.requires_grad], lr=spec.learning_rate)
 
 
 @contextmanager
@@ -211,7 +213,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
     """Train `model` in place on `pairs` in their order; returns one row per update: step, loss, queries, rate, norm.
 
     `pairs` must hold at least `spec.queries_needed(iteration)` items; `on_query` is told of each finished query.
-    `precision` "bf16" needs a model in bfloat16, the others float32 weights. `steps` (a StepCheckpoints) holds what an
+    `precision` "bf16" needs a model in bfloat16, the others float32 weights; what does not require a gradient is frozen, as
+    repro/lora.py leaves a model. `steps` (a StepCheckpoints) holds what an
     interrupted call has done; with it, SIGTERM and SIGINT (or a number in `asked`) end the call after the current step,
     saved, as SystemExit or KeyboardInterrupt. `engine`: a `Sharded` for many ranks, each of which calls this with the same
     arguments. Raises UserError on a loss or gradient that is not finite, before the update and on all ranks; `save_batch`
@@ -246,7 +249,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                 tokens, rows = (sum(counts[q] for q in chosen) for counts in (lengths, scored))
                 with activation_checkpointing(model, Step(
                         ranks=engine.ranks, precision=spec.precision, optimizer=spec.optimizer, pack_tokens=tokens,
-                        scored=rows, longest=tokens, device=device)):
+                        scored=rows, longest=tokens, device=device, lora=spec.lora.rank if spec.lora else 0)):
                     loss = module([batch[q] for q in chosen], counted, len(batch))
                     loss.backward()
                 own += loss.item()

@@ -23,11 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from repro import models
+from repro import lora, models
 from repro.config import TrainSpec
-from repro.records import UserError, dumps, first_line, loads, read_json, remove_folder, write_json
+from repro.records import UserError, digest, dumps, first_line, loads, read_json, remove_folder, write_json
 
 ATTACHED = "SAMI_ATTACHED"  # set where stdin is the pipeline's
 
@@ -74,11 +75,12 @@ def clear(folder: Path, iteration: int) -> None:
 
 
 def write_job(folder: Path, iteration: int, *, model: str, pairs: list, spec: TrainSpec, backend: str, key: str,
-              out: str) -> None:
+              out: str, seed: int) -> None:
     """All that the workers of an iteration need: `model` a name or place, `pairs` TrainingPairs, `key` of its step
-    checkpoints, `out` the folder below `folder` for the weights."""
-    write_json(folder / job_file(iteration), {"iteration": iteration, "model": model, "train": asdict(spec), "key": key,
-                                              "backend": backend, "out": out, "pairs": [asdict(pair) for pair in pairs]})
+    checkpoints, `out` the folder below `folder` for the weights, `seed` of fresh adapters."""
+    write_json(folder / job_file(iteration), {
+        "iteration": iteration, "model": model, "train": asdict(spec), "key": key, "backend": backend, "out": out,
+        "seed": digest([seed, iteration]), "pairs": [asdict(pair) for pair in pairs]})
 
 
 def score(folder: Path, name: str, ranks: int, *, model: str, pairs: list, spec: TrainSpec, backend: str,
@@ -199,7 +201,9 @@ def work(folder: Path, iteration: int, engine, on_query: Callable[[int], None], 
 
     job, spec, pairs = _job(folder, job_file(iteration))
     tokenizer = models.load_tokenizer(job["model"])
-    model = engine.load_model(job["model"], dtype=training.weights_dtype(spec.precision))
+    model = engine.load_model(job["model"], dtype=training.weights_dtype(spec))
+    if spec.lora:
+        lora.put_into(model, spec.lora, half=spec.precision == "bf16", seed=job["seed"])
 
     def save_batch(facts):
         path = folder / "not_finite.json"
@@ -210,7 +214,8 @@ def work(folder: Path, iteration: int, engine, on_query: Callable[[int], None], 
     trace = training.train(
         model, tokenizer, pairs, spec, iteration, backend=job["backend"], engine=engine, asked=asked, save_batch=save_batch,
         steps=StepCheckpoints(folder / steps_folder(iteration), job["key"]), on_query=on_query)
-    engine.export(lambda plain: models.save_model(plain, tokenizer, folder / job["out"]))
+    save = partial(lora.save, base=job["model"]) if spec.lora else models.save_model
+    engine.export(lambda plain: save(plain, tokenizer, folder / job["out"]))
     return trace
 
 
@@ -221,7 +226,7 @@ def work_scores(folder: Path, name: str, engine, on_query: Callable[[int], None]
 
     job, spec, pairs = _job(folder, name)
     tokenizer = models.load_tokenizer(job["model"])
-    model = engine.load_model(job["model"], dtype=training.weights_dtype(spec.precision)).requires_grad_(False)
+    model = engine.load_model(job["model"], dtype=training.weights_dtype(spec)).requires_grad_(False)
     module = engine.prepare(training.Scorer(model, tokenizer, spec, job["backend"]))
     lengths, _ = packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs],
                                score_eos=spec.score_eos)

@@ -58,7 +58,7 @@ def run_case(engine, case: dict, out: Path) -> dict:
     try:
         if "score" in case:
             return {"matrices": worker.work_scores(Path(case["score"]), "job.json", engine, seen.append), "queries": sum(seen)}
-        model = engine.load_model(case["model"], dtype=training.weights_dtype(spec.precision))
+        model = engine.load_model(case["model"], dtype=training.weights_dtype(spec))
         trace = training.train(model, byte_tokenizer(), ragged(case.get("queries", 15)), spec, 1, engine=engine, steps=steps,
                                on_query=seen.append, asked=list(case.get("asked", [])),
                                save_batch=lambda facts: write_json(out / f"{case['name']}-{engine.rank}.json", facts))

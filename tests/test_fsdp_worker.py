@@ -46,7 +46,7 @@ except UserError as e:
 def write_job(folder: Path, model: Path) -> None:
     spec = TrainSpec(batch_size=2, batches=STEPS, learning_rate=1e-4, precision="fp32")
     worker.write_job(folder, 1, model=str(model), pairs=ragged(2 * STEPS), spec=spec, backend="shared", key="key",
-                     out="checkpoints/iteration-1")
+                     out="checkpoints/iteration-1", seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -170,3 +170,26 @@ def test_what_does_not_fit_is_refused(change, reason):
          "target": torch.zeros(4, dtype=torch.int64)} | change
     with pytest.raises(ValueError, match=reason):
         linear_nll(x.pop("hidden"), x.pop("weight"), x.pop("target"), **x)
+
+
+def test_a_frozen_head_keeps_a_row_of_hidden_size_for_each_token_and_makes_no_gradient_of_the_weight():
+    N, D, V = 48, 16, 129
+    hidden, weight, _, target, upstream = inputs(N, D, V)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        nll = linear_nll(hidden, weight.detach(), target)
+    assert kept == [(N, D)]
+    with Shapes() as seen:
+        nll.backward(upstream.float())
+    assert hidden.grad is not None and (V, D) not in seen.shapes and not any(V in shape for shape in seen.shapes)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that operations make."""
+
+    shapes: set = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.shapes |= {tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)}
+        return out

@@ -25,8 +25,8 @@ from costs import Saved, Watch, smollm2
 from step import Ids, resident, texts
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from repro import training
-from repro.config import TrainSpec
+from repro import lora, training
+from repro.config import LoraSpec, TrainSpec
 from repro.logprobs import packed_tokens
 from repro.records import write_json
 from repro.rundir import commit
@@ -45,57 +45,65 @@ def tiny_mixtral():
 
 
 MODELS = {"smollm2-135m": lambda: smollm2(layers=30), "tiny-llama": tiny_llama, "tiny-mixtral": tiny_mixtral}
-CASES = [  # model, precision, optimizer, checkpointing, tokens of a prompt and of a response
-    ("smollm2-135m", "fp32_master", "rmsprop", False, 300, 64),
-    ("smollm2-135m", "fp32_master", "adamw", True, 300, 64),
-    ("smollm2-135m", "bf16", "rmsprop", False, 300, 64),
+CASES = [  # model, precision, optimizer, checkpointing, tokens of a prompt and of a response, rank of adapters
+    ("smollm2-135m", "fp32_master", "rmsprop", False, 150, 40),
+    ("smollm2-135m", "fp32_master", "rmsprop", False, 150, 40, 8),
+    ("smollm2-135m", "fp32_master", "adamw", True, 150, 40),
+    ("smollm2-135m", "bf16", "rmsprop", False, 150, 40),
     ("tiny-llama", "fp32", "rmsprop", False, 600, 200),
     ("tiny-llama", "fp32", "adamw", True, 600, 200),
     ("tiny-llama", "bf16", "adamw", False, 600, 200),
+    ("tiny-llama", "fp32", "adamw", False, 600, 200, 8),
     ("tiny-mixtral", "fp32", "adamw", False, 600, 200),
     ("tiny-mixtral", "fp32", "rmsprop", True, 600, 200),
     ("tiny-mixtral", "bf16", "rmsprop", False, 600, 200)]
 
 
-def warm_up(name: str, precision: str) -> None:
+def warm_up(name: str, spec: TrainSpec) -> None:
     """Load what a first step loads, so that only the model's own bytes are measured after it."""
     size = TINY | {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**size)) if name != "tiny-mixtral" else MixtralForCausalLM(
         MixtralConfig(**size, num_local_experts=4, num_experts_per_tok=2))
     pair = training.TrainingPair("q", (" 5 6 7", " 6 7 8"), (" 8 9", " 9"))
-    training.train(model.to(getattr(torch, training.weights_dtype(precision))), Ids(), [pair],
-                   TrainSpec(precision=precision, batch_size=1, batches=1), 1)
+    training.train(prepared(model, spec), Ids(), [pair], replace(spec, batch_size=1, batches=1), 1)
 
 
-def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prompt: int, response: int) -> dict:
+def prepared(model, spec: TrainSpec):
+    """The model as a worker has it before it trains."""
+    model.to(getattr(torch, training.weights_dtype(spec)))
+    if spec.lora:
+        lora.put_into(model, spec.lora, half=spec.precision == "bf16", seed="0")
+    return model
+
+
+def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prompt: int, response: int, rank: int = 0) -> dict:
     torch.manual_seed(0)
     rng, tokenizer = random.Random(0), Ids()
-    warm_up(name, precision)
+    spec = TrainSpec(precision=precision, optimizer=optimizer, batch_size=2, batches=2,
+                     lora=LoraSpec(rank=rank, alpha=2 * rank) if rank else None)
+    warm_up(name, spec)
     before = resident("VmRSS")
-    model = MODELS[name]().to(getattr(torch, training.weights_dtype(precision)))
+    model = prepared(MODELS[name](), spec)
     vocabulary = model.config.vocab_size
 
     def ids(n, length):
         return tuple(" " + " ".join(str(int(x) % vocabulary) for x in text.split()) for text in texts(rng, n, length, False))
 
     pairs = [training.TrainingPair(f"q{k}", ids(2, prompt), ids(2, response)) for k in range(4)]
-    spec = TrainSpec(precision=precision, optimizer=optimizer, batch_size=2, batches=2)
     optimizers, make = [], training._optimizer
     training._optimizer = lambda *a: optimizers.append(make(*a)) or optimizers[-1]
     if checkpointing:
         training.usable_bytes = lambda device: 0
     tokens = max(packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=False)[0])
     step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
-                device="cpu")
+                device="cpu", lora=rank)
 
-    training.train(model, tokenizer, pairs, spec, 1)
+    with Watch(vocabulary) as watch:
+        training.train(model, tokenizer, pairs, spec, 1)
     process = resident("VmHWM") - before
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     state = sum(t.nbytes for s in optimizers[0].state.values() for t in s.values() if torch.is_tensor(t))
-    gradients = sum(p.grad.nbytes for p in model.parameters())
-    optimizers.clear()
-    with Watch(vocabulary) as watch:
-        training.train(model, tokenizer, pairs, spec, 1)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     live = watch.peak + sum(weights.values())
 
     saved = Saved(set(weights))
@@ -113,13 +121,14 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     phases = training_bytes(shape, replace(step, checkpointing=checkpointing))
     moment, predicted = peak(phases)
     backward = phases["head"]
-    kinds = {"weights": (backward.get("weights", 0) + backward.get("master weights", 0), sum(weights.values())),
+    own = backward["head: scored rows"] if rank else 0  # a frozen head's rows have the hidden size, like other activations
+    kinds = {"weights": (sum(backward.get(k, 0) for k in ("weights", "master weights", "adapters")), sum(weights.values())),
              "gradients": (backward["gradients"], gradients), "optimizer state": (backward["optimizer state"], state),
-             "activations kept": (backward["activations"], sum(kept.values())),
-             "head: scored rows": (backward["head: scored rows"], sum(rows.values())),
+             "activations kept": (backward["activations"] + own, sum(kept.values())),
+             "head: scored rows": (backward["head: scored rows"] - own, sum(rows.values())),
              "peak of live tensors": (predicted, live), "peak of the process": (predicted, process)}
     return {"model": name, "precision": precision, "optimizer": optimizer, "checkpointing": checkpointing,
-            "pack_tokens": tokens, "scored": 4 * response, "moment": moment,
+            "lora": rank, "pack_tokens": tokens, "scored": 4 * response, "moment": moment,
             "kinds": {k: {"predicted": p, "measured": m, "ratio": p / m if m else None} for k, (p, m) in kinds.items()}}
 
 
@@ -139,7 +148,7 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(done.stderr)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{' '.join(map(str, case[:3]))}{' checkpointing' * case[3]}: " + ", ".join(
+        print(f"{' '.join(map(str, case[:3]))}{' checkpointing' * case[3]}{' LoRA' * (len(case) > 6)}: " + ", ".join(
             f"{kind} {r['predicted'] / 1e6:.1f} / {r['measured'] / 1e6:.1f} MB" + (f" = {r['ratio']:.2f}" if r["ratio"] else "")
             for kind, r in rows[-1]["kinds"].items()), file=sys.stderr, flush=True)
     record = {"benchmark": "plan_check", "rows": rows, "torch": torch.__version__, "transformers": transformers.__version__,
