@@ -66,6 +66,8 @@ class Texts:
 class _Spelled:
     """In a tokenizer's place, for prompts whose tokens are only counted."""
 
+    bos_token = None
+
     def apply_chat_template(self, messages, **options):
         return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 

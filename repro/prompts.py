@@ -52,6 +52,13 @@ def chat(tokenizer, messages: list[dict]) -> str:
         return render([first | {"content": f"{system['content']}\n\n{first['content']}"}, *others])
 
 
+def opened(tokenizer) -> str:
+    """The token that begins every text of a base model, spelled out, where its tokenizer would put one (Llama, Mistral):
+    prompts are tokenised without additions, so that no chat template's is doubled."""
+    bos = tokenizer.bos_token or ""
+    return bos if bos and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
+
+
 @dataclass(frozen=True)
 class Form:
     """How a run prompts: `kind` "chat" or "plain", its `task`, and whether samples reason first (`cot`)."""
@@ -81,7 +88,7 @@ class Form:
         `reason`: asks for the reasoning (sampling alone: it is no part of what is trained)."""
         if self.kind == "chat":
             return self._chat(tokenizer, statements, query, reason)
-        return self._plain(statements, query, sample, reason)
+        return opened(tokenizer) + self._plain(statements, query, sample, reason)
 
     def _chat(self, tokenizer, statements: Sequence[str], query: str, reason: bool) -> str:
         """The query, then the principles, one a line: for a 135M model they come last and unnumbered, since numbered

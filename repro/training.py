@@ -253,6 +253,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                     loss = module([batch[q] for q in chosen], counted, len(batch))
                     loss.backward()
                 own += loss.item()
+                del loss  # what its graph holds would else lie beside the next pass's
                 done += counted
                 on_query(counted)
             norm = engine.clip(module, clip or math.inf)

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import pytest
+from conftest import byte_tokenizer
 from test_experiments import KEYS, contents, small
 
 from repro import cli, sampling
@@ -305,8 +306,9 @@ def test_the_response_is_what_follows_the_mark():
 
 def test_base_models_see_the_form_once_more_when_they_sample():
     form = Form("plain", "summary", True)
-    sample = form.render(None, ["Be brief.", "Be kind."], "A post.", sample=True, reason=True)
-    train = form.render(None, ["Be brief.", "Be kind."], "A post.", sample=False)
+    tokenizer = byte_tokenizer()
+    sample = form.render(tokenizer, ["Be brief.", "Be kind."], "A post.", sample=True, reason=True)
+    train = form.render(tokenizer, ["Be brief.", "Be kind."], "A post.", sample=False)
     assert sample.count("Constitution:\n") == 2 and "[insert" in sample and sample.endswith("Reasoning:")
     assert train.count("Constitution:\n1. Be brief.\n2. Be kind.\n\nPOST: A post.\n\nSummary:") == 1
     assert "[insert" not in train and "Reasoning" not in train and train.endswith("Summary:")
@@ -314,6 +316,20 @@ def test_base_models_see_the_form_once_more_when_they_sample():
     with pytest.raises(UserError, match="chain of thought in a dialogue"):
         base = cli.load_experiment("exp1", "paper")[0]
         dataclasses.replace(base, cot=True)
+
+
+def test_a_base_models_prompt_begins_as_its_tokenizer_begins_a_text():
+    """With its first token, once, where the tokenizer puts one (Llama's, Mistral's), and not where it does not; a chat's
+    template has its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    plain, adding = byte_tokenizer(), byte_tokenizer()
+    adding._tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    how = {"statements": ["Be brief."], "query": "A post.", "sample": True}
+    for tokenizer, count in ((plain, 0), (adding, 1)):
+        ids = tokenizer(Form("plain", "summary").render(tokenizer, **how), add_special_tokens=False).input_ids
+        assert ids.count(1) == count and (ids[0] == 1) == bool(count)
+    assert Form().render(adding, **how) == Form().render(plain, **how)
 
 
 # ---- an LLM judge on variants and pools
