@@ -158,7 +158,7 @@ def _same(a, b) -> bool:
 
 def _stranger(configs: list[dict]) -> str:
     """What makes a run none of the paper's, in words: its profile, or a model that is not the published one by name."""
-    from repro.cli import EXPERIMENTS, load_experiment
+    from repro.configure import EXPERIMENTS, load_experiment
 
     names: dict[str, str] = {}
     for path in sorted(EXPERIMENTS.glob("exp*.py")):
