@@ -95,6 +95,7 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     if checkpointing:
         training.usable_bytes = lambda device: 0
     tokens = max(packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=False)[0])
+    spec = replace(spec, pack_tokens=tokens)  # a query a pass, as the step below says
     step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
                 device="cpu", lora=rank)
 
