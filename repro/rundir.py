@@ -331,10 +331,12 @@ class Run:
     def stage(self, name: str, outputs: list[str], inputs: list[str]) -> bool:
         """True if the stage is to be done; otherwise says that it is skipped."""
         done = self.record["stages"].get(name)
-        if done and done["key"] == self.key(inputs) and list(done["outputs"]) == sorted(outputs) and all(
-                self._holds(path, fact) for path, fact in done["outputs"].items()):
-            self.say(f"{name}: done before, skipped")
-            return False
+        if done and done["key"] == self.key(inputs) and list(done["outputs"]) == sorted(outputs):
+            wrong = [path for path, fact in done["outputs"].items() if not self._holds(path, fact)]
+            if not wrong:
+                self.say(f"{name}: done before, skipped")
+                return False
+            self.say(f"{name}: done again, since {', '.join(wrong)} is missing or altered")
         self._started = time.monotonic()
         return True
 

@@ -209,6 +209,7 @@ def test_an_altered_file_is_made_again(finished, tiny, tmp_path):
     run(experiment, tmp_path / "runs", say=said.append)
     assert contents(copy) == expected
     assert "evaluate-1: done before, skipped" in said and "evaluate-3: done before, skipped" not in said
+    assert any(line.startswith("evaluate-3: done again, since ") and line.endswith("is missing or altered") for line in said), said
 
 
 CHILD = """
