@@ -48,8 +48,8 @@ verify: $(STAMP)  ## The paper's tables recomputed from the authors' record -> r
 figures: $(STAMP)  ## The paper's figures redrawn from it -> results/figures
 	@exec $(BIN)/repro figures $(ARGS)
 
-test: $(STAMP)  ## The test suite
-	@exec $(BIN)/python -m pytest
+test: $(STAMP)  ## The test suite, two files at a time, a core each
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable $(ARGS)
 
 faults: $(STAMP)  ## The ten figures of reliability -> results/reliability.json; ARGS=--quick for a small version
 	@exec $(BIN)/python tests/faults/scoreboard.py $(ARGS)
