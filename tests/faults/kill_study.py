@@ -150,8 +150,8 @@ def watched(tell) -> None:
     around(steps.StepCheckpoints, "save", after=done)
 
     real_train, heard = worker.train, []
-    worker.train = lambda folder, iteration, ranks, *, on_query: (heard.clear(), real_train(
-        folder, iteration, ranks, on_query=lambda n: (
+    worker.train = lambda folder, iteration, ranks, *, on_query, **how: (heard.clear(), real_train(
+        folder, iteration, ranks, **how, on_query=lambda n: (
             heard or tell("restored", f"{iteration} {n}"), heard.append(n), on_query(n))))[-1]
 
 
