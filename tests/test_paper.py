@@ -19,7 +19,7 @@ from repro.rundir import Run
 from repro.sampling import sample_batch
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {"mistralai/Mistral-7B-v0.1": ("mistral", 3), "mistralai/Mistral-7B-Instruct-v0.1": ("mistral", 1),
+NAMES = {"mistralai/Mistral-7B-v0.1": ("mistral", 5), "mistralai/Mistral-7B-Instruct-v0.1": ("mistral", 1),
          "mistralai/Mixtral-8x7B-v0.1": ("mixtral", 6), "meta-llama/Meta-Llama-3-70B": ("llama", 5)}
 SMALL = ("--profile", "paper", "--ranks", "2", "--sampler", "server", "--batch-size", "2", "--learning-rate", "0.01",
          "--max-new-tokens", "24", "--judge", "rules", "openai", "--judge-model", "judge-1")
