@@ -127,6 +127,18 @@ def test_fsdp_ranks_end_with_their_pipeline(pipeline, tmp_path):
     assert not (tmp_path / "checkpoints/iteration-1").exists()  # they did not do the rest of it first
 
 
+def test_an_fsdp_rank_whose_stdin_ends_ends_at_once():
+    """Not only when it next tells something: it may be in the middle of a long step."""
+    code = ("import threading, time; from repro import worker; threading.Thread(target=worker._heed, args=([],), "
+            "daemon=True).start(); time.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    child.stdin.close()
+    try:
+        assert child.wait(40) == 1
+    finally:
+        child.kill()
+
+
 def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path):
     poisoned = Path(shutil.copytree(tiny, tmp_path / "poisoned"))
     weights = load_file(poisoned / "model.safetensors")

@@ -64,7 +64,7 @@ DEFECTS = [
      "                os.ftruncate(fd, before)  # else the next line of this process would join the torn one\n", "",
      "tests/test_records.py::test_an_append_that_the_disk_refuses_halfway_leaves_no_half_line_for_the_next_one"),
     ("workers outlive their pipeline", "repro/worker.py", "    os._exit(1)\n", "    return\n",
-     "tests/test_fsdp_worker.py::test_fsdp_ranks_end_with_their_pipeline"),
+     "tests/test_fsdp_worker.py::test_an_fsdp_rank_whose_stdin_ends_ends_at_once"),
     ("a failed request counts as answered", "repro/asking.py",
      "return len(answers) <= ASKED_AGAIN and not any(map(self.usable, answers))",
      "return key not in self.ledger.errors and not answers",
