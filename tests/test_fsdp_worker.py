@@ -137,6 +137,7 @@ def test_an_fsdp_rank_whose_stdin_ends_ends_at_once():
         assert child.wait(40) == 1
     finally:
         child.kill()
+        child.wait()
 
 
 def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path):
