@@ -53,3 +53,8 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The longest file first, so that at the end no core waits for it."""
+    items.sort(key=lambda item: item.path.name != "test_paper.py")
