@@ -327,6 +327,16 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tiny, tmp_path, fake, nu
     assert gone(found, 5)
 
 
+def test_a_server_that_ends_by_itself_leaves_nothing_behind():
+    """vLLM's engine processes may outlive the one that was started."""
+    guard = subprocess.Popen([sys.executable, "-m", "repro.serving", "sh", "-c", "sleep 300 & echo $!; exit 3"], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT)
+    left, said = int(guard.stdout.readline()), guard.stdout.readline()
+    guard.stdout.close(), guard.stdin.close()
+    assert said == f"{serving.ENDED}3\n"
+    assert guard.wait(20) == -signal.SIGKILL and gone({left}, 5)
+
+
 # ---- real servers
 
 @pytest.mark.parametrize("engine", ["server", "vllm"])
