@@ -176,8 +176,8 @@ def _lost(heard: dict) -> str:
 
 def _tell(**what) -> None:
     """One line, in one write and short enough to stay whole among those of other ranks."""
+    sys.stdout.write(f"{dumps(what)}\n")  # print writes the end of a line by itself
     sys.stdout.flush()
-    os.write(1, f"{dumps(what)}\n".encode())
 
 
 def _heed(asked: list[int]) -> None:
