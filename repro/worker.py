@@ -176,8 +176,7 @@ def _lost(heard: dict) -> str:
 
 def _tell(**what) -> None:
     """One line, in one write and short enough to stay whole among those of other ranks."""
-    sys.stdout.write(f"{dumps(what)}\n")  # print writes the end of a line by itself
-    sys.stdout.flush()
+    print(f"{dumps(what)}\n", end="", flush=True)  # print would write the end of a line by itself
 
 
 def _heed(asked: list[int]) -> None:
