@@ -159,7 +159,8 @@ def _facts(folders: list[Path], writer_of: str) -> str:
         f"queries {Path(config['data']['source']).name}.",
         f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
         f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "
-        f"{train['batches_increment']} more in each later one, {train['precision']}.",
+        f"{train['batches_increment']} more in each later one, {train['precision']}"
+        + (f", LoRA adapters of rank {train['lora']['rank']}, all other weights frozen." if train.get("lora") else "."),
         f"Measured on {record['device']}, {record['threads']} threads, torch {record['packages']['torch']}; {seconds}; "
         f"config {record['config_hash'][:12]}, commit {(record['commit'] or 'unknown')[:12]}.",
         "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + ".",

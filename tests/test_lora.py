@@ -218,6 +218,7 @@ def test_a_run_with_adapters(tiny, tmp_path):
     assert configure(parse(["run", "exp1", "--lora", "2"]))[0].train.learning_rate == 1e-4
     folder = run(experiment, tmp_path, say=lambda text: None)
     first = contents(folder)
+    assert "LoRA adapters of rank 2" in (folder / "report.html").read_text()
     for iteration in (1, 2, 3):
         assert sealed(folder / f"checkpoints/iteration-{iteration}")
     one, two = (load_file(folder / f"checkpoints/iteration-{k}/adapter/adapter_model.safetensors") for k in (1, 2))
