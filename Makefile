@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 exp2 exp3 verify figures test faults bench bench-check lint clean
+.PHONY: help setup exp1 exp2 exp3 verify figures test faults bench bench-gpu bench-check lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ faults: $(STAMP)  ## The ten figures of reliability -> results/reliability.json;
 
 bench: .venv/.bench  ## The core against the reference and public kernels; ARGS=--quick for a minute's worth
 	@exec $(BIN)/python tests/perf/bench.py $(ARGS)
+
+bench-gpu: .venv/.bench  ## The kernels on a GPU: right first, then times and memory -> results/bench
+	@exec $(BIN)/python tests/perf/gpu.py $(ARGS)
 
 bench-check: $(STAMP)  ## Fails when a change makes the core slower, or a kernel spill
 	@exec $(BIN)/python tests/perf/check.py $(ARGS)

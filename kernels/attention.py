@@ -8,6 +8,7 @@ So the queries are the packed tokens in their order, and only keys and values ar
 Axes: H query heads, K key-value heads (H a multiple of K), T tokens, d head size.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,9 +214,11 @@ def varlen_kernel():
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
+        # torch 2.11 has no such option: there fewer key-value heads need no word
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         return lambda q, k, v, index, scale: varlen_attn(
             q, k, v, index.cu_q, index.cu_k, index.max_q, index.max_k, scale=scale, window_size=(-1, 0),
-            enable_gqa=q.shape[1] != k.shape[1])
+            **(grouped if q.shape[1] != k.shape[1] else {}))
     return lambda q, k, v, index, scale: flash_attn_varlen_func(
         q, k, v, index.cu_q, index.cu_k, index.max_q, index.max_k, softmax_scale=scale, causal=True, deterministic=True)
 

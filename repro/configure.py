@@ -115,7 +115,7 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
         subsets = ()  # all that these queries have
     data = over(base.data, source=args.queries, subsets=subsets, train=args.train_queries,
                  evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
-                 truncate=args.truncate or None)
+                 leakage=args.leakage, truncate=args.truncate or None)
     label = None if args.model is None else Path(args.model).name
     named = args.judge and tuple("rule" if j == "rules" else choose("--judge", j, ("rules", *JUDGES)) for j in args.judge)
     judge = over(base.judge, judges=named, model=args.judge_model, answer=args.answer)
@@ -126,8 +126,8 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
         over(base, name=args.name or name, seed=args.seed, constitutions=args.constitutions, task=args.task,
               cot=args.cot or None, data=data, judge=judge, iterations=args.iterations,
               sampling=over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens),
-              train=over(base.train, batch_size=args.batch_size, learning_rate=rate, pack_tokens=args.pack_tokens,
-                          lora=lora),
+              train=over(base.train, batch_size=args.batch_size, learning_rate=rate, precision=args.precision,
+                          dose=args.dose, pack_tokens=args.pack_tokens, lora=lora),
               model=over(base.model, name=args.model, label=label, prompt=args.prompt)),
         writer=_writer(base.writer, args))
 

@@ -38,8 +38,8 @@ class Run:
     variant: str | None = None
     """Of an experiment of several runs (exp2: weak, hand), only this one."""
     constitutions: str | None = None
-    """A shipped set (dialogue, dialogue_mini, tldr, diverse) or a JSON or TOML file of principles. With a writer: what the
-    run goes on with where nothing that it writes can be used."""
+    """A shipped set (dialogue, dialogue_mini, tldr, tldr_mini, diverse) or a JSON or TOML file of principles. With a
+    writer: what the run goes on with where nothing that it writes can be used."""
     task: str | None = None
     """What the model does with a query: dialogue (answers it) or summary (summarises it)."""
     writer: str | None = None
@@ -69,6 +69,12 @@ class Run:
     max_usd: float = 10.0
     """What the openai judge may cost in a run's folder, earlier runs included, and what the openai writer; never
     exceeded."""
+    precision: str | None = None
+    """Of training: fp32_master (float32 weights, bf16 products), bf16 (weights too), or fp32."""
+    dose: str | None = None
+    """as_printed (the paper's Table 1) or as_run (what the authors' code and logs show)."""
+    leakage: str | None = None
+    """remove takes training queries that are also held out out of training; keep leaves them, as the paper's runs did."""
     pack_tokens: int | None = None
     """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
     lora: int | None = None

@@ -119,8 +119,8 @@ def shared_refusal(config, longest: int, *, dropout: bool = False) -> str | None
 def _score_shared(model, groups: list[list[Scored]]) -> Tensor:
     """Sum of log-probs per pair [n], pairs counted group by group."""
     packed = pack(groups)
-    ids, positions, source, target, pair = (t.to(model.device) for t in (
-        packed.ids, packed.positions, packed.source, packed.target, packed.pair))
+    ids, positions, source, target, offsets = (t.to(model.device) for t in (
+        packed.ids, packed.positions, packed.source, packed.target, packed.offsets))
     # A 4-D mask stops transformers from making its own. Ours does not read it: were another attention called, with the
     # responses in sight of each other, the result would be NaN, not wrong.
     nowhere = torch.full((1, 1, 1, 1), torch.nan, dtype=model.dtype, device=model.device)
@@ -129,7 +129,7 @@ def _score_shared(model, groups: list[list[Scored]]) -> Tensor:
     head = model.get_output_embeddings()
     nll = linear_nll(hidden[0, source].to(head.weight.dtype), head.weight, target, bias=head.bias,
                      softcap=getattr(model.config, "final_logit_softcapping", None))
-    return nll.new_zeros(sum(map(len, groups))).index_add(0, pair, -nll)
+    return torch.segment_reduce(-nll, "sum", offsets=offsets)  # in a fixed order, on a GPU too, where index_add has none
 
 
 def _score_reference(model, groups: list[list[Scored]], *, pad: int) -> Tensor:

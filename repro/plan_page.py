@@ -6,7 +6,7 @@ from repro.plan import QUERIES, Plan
 from repro.sizes import GB, LORA_RANK, MOST_GPUS, Step, peak
 
 MEANS = {
-    "bf16": "bf16 weights (precision bf16; at a rate of 5e-7 most of their updates round away)",
+    "bf16": "bf16 weights (--precision bf16; at a rate of 5e-7 most of their updates round away)",
     "lora": f"LoRA (--lora {LORA_RANK}; a deviation from the paper)"}
 
 
@@ -14,8 +14,8 @@ MOMENTS = {"head": "when the logits are made", "layers": "in the backward", "upd
 
 READING = (  # before several plans
     "Made by `repro plan`. A column is what a lab has; a cell says whether the run trains there and in how many GB per "
-    "GPU, or with which change, the mildest first; what else does not fit; and the time of the whole run with the first "
-    "change. Below, each run in full.", "",
+    "GPU, or with which change, the mildest first; what else does not fit; and the time of its products with the first "
+    "change (its last lines say what that leaves out). Below, each run in full.", "",
     "A training step has three moments that may be its peak: `head`, when all activations are kept and the logits are "
     "made; `layers`, in the backward; `update`, the optimizer's step. The largest must fit.")
 
@@ -163,7 +163,7 @@ def assumptions(plans: Sequence[Plan]) -> list[str]:
         "loading and saving weights, starting servers and judging. GB are 10^9 bytes: what a GPU has beyond them (7 %) is "
         "left to CUDA's context, NCCL and fragmentation. Bytes are for the longest responses, FLOPs and time for mean ones "
         f"(samples of a base model: the longest). Lengths are estimates: {queries}. What one process takes is held against "
-        "measured peaks (tests/perf/plan_check.py); sharding, LoRA and the server are computed alone."]
+        "measured peaks (tests/perf/plan_check.py); sharding and the server are computed alone."]
 
 
 def overview(plans: Sequence[Plan]) -> list[str]:

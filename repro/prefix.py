@@ -30,14 +30,15 @@ class Scored:
 @dataclass(frozen=True)
 class Packed:
     """Groups in one packed sequence. `source` and `target` point at each scored token: the position whose hidden state
-    predicts it, and its id; `pair` says which pair it belongs to, pairs counted group by group."""
+    predicts it, and its id; those of one pair stand together, pairs in the order of their groups, and `offsets` has where
+    each pair begins."""
 
     ids: Tensor        # [T] int64
     positions: Tensor  # [T] int64
     layout: Layout
     source: Tensor     # [S] int64
     target: Tensor     # [S] int64
-    pair: Tensor       # [S] int64
+    offsets: Tensor    # [pairs + 1] int64
 
 
 def tokenize_pair(tokenizer, prompt: str, response: str, *, score_eos: bool) -> Scored:
@@ -73,8 +74,7 @@ def packed_length(pairs: Sequence[Scored]) -> int:
 
 def pack(groups: Sequence[Sequence[Scored]]) -> Packed:
     """groups: lists of pairs that share a prompt, the same number of pairs in each."""
-    ids, positions, layout, source, target, pair = [], [], [], [], [], []
-    count = 0
+    ids, positions, layout, source, target, offsets = [], [], [], [], [], [0]
     for group in groups:
         shared, origin = shared_length(group), len(ids)
         ids += group[0].ids[:shared]
@@ -87,8 +87,7 @@ def pack(groups: Sequence[Sequence[Scored]]) -> Packed:
                 # token k - 1 of the sequence predicts token k; it lies in the tail, or is the prefix's last token
                 source.append(begin + k - 1 - shared if k > shared else origin + shared - 1)
                 target.append(scored.ids[k])
-                pair.append(count)
-            count += 1
+            offsets.append(len(target))
         layout.append((shared, tuple(len(p.ids) - shared for p in group)))
-    ids, positions, source, target, pair = map(torch.tensor, (ids, positions, source, target, pair))
-    return Packed(ids, positions, Layout(tuple(layout)), source, target, pair)
+    ids, positions, source, target, offsets = map(torch.tensor, (ids, positions, source, target, offsets))
+    return Packed(ids, positions, Layout(tuple(layout)), source, target, offsets)

@@ -116,7 +116,7 @@ def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None
     folder = folder.absolute()
     for node in range(1, nodes):
         argv = " ".join(torchrun(folder, job, ranks, nodes, node))
-        print(f"waiting for node {node}; start there: python -m {argv}", file=sys.stderr, flush=True)
+        print(f"waiting for node {node}; start there: {sys.executable} -m {argv}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
         [sys.executable, "-m", *torchrun(folder, job, ranks, nodes, 0)], text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

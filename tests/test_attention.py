@@ -1,5 +1,7 @@
 """Attention over the shared-prefix layout: each path against SDPA under the T x T mask, in float64 and float32."""
 
+import sys
+
 import pytest
 import torch
 
@@ -103,6 +105,32 @@ def test_copies_are_summed_in_float32():
     layout = Layout(((1, (1, 1, 1)),))
     grad = torch.tensor([-256.0, 0, 256, 0, 1, 0]).bfloat16().view(-1, 1, 1)  # prefix and tail of each segment
     assert Varlen(layout, "cpu").ungather(grad).flatten().tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+@pytest.mark.parametrize("newer", [True, False])
+def test_torchs_varlen_function_is_called_as_its_version_takes_it(newer, heads, monkeypatch):
+    """torch 2.11 has no `enable_gqa`; later ones refuse fewer key-value heads without it."""
+    seen = {}
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa == (heads[0] != heads[1]) and window_size == (-1, 0) and query.shape[1:] == (heads[0], 8)
+        seen["q"], index = query, varlen
+        assert (cu_seq_q, cu_seq_k, max_q, max_k) == (index.cu_q, index.cu_k, index.max_q, index.max_k)
+        return plain_varlen(query, key, value, index, scale)
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
+                      enable_gqa=heads[0] != heads[1])
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend if newer else older)
+    layout = Layout(((5, (3, 4)),))
+    varlen = layout.varlen(torch.device("cpu"))
+    tensors, upstream = inputs(layout, *heads)
+    for a, truth in zip(outcome(layout, tensors, upstream, "varlen"), outcome(layout, tensors, upstream, "reference")):
+        torch.testing.assert_close(a, truth, atol=1e-6, rtol=1e-6)
+    assert seen
 
 
 # ---- misuse

@@ -194,7 +194,7 @@ def test_two_nodes_of_one_fsdp_rank_each(tiny, tmp_path, alone, monkeypatch, cap
     weights = load_file(tmp_path / "checkpoints/iteration-1/model.safetensors")
     for name, tensor in alone[1].items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=0)
-    assert f"start there: python -m {' '.join(worker.torchrun(tmp_path, worker.job_file(1), 1, 2, 1))}\n" in capfd.readouterr().err
+    assert f"start there: {sys.executable} -m {' '.join(worker.torchrun(tmp_path, worker.job_file(1), 1, 2, 1))}\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("ranks", [0, -1])

@@ -1,5 +1,6 @@
 """The measuring tools of tests/perf measure what they say, and kernels/README.md shows what the records hold."""
 
+import json
 import platform
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is built for Linux only")
 import aot  # noqa: E402
 import bench  # noqa: E402
 import check  # noqa: E402
+import gpu  # noqa: E402
 from costs import costs  # noqa: E402
 
 
@@ -54,6 +56,48 @@ def test_noise_widens_the_band_but_does_not_excuse_everything():
     wild = [1.3, -0.4, 2.0, 0.1, 1.9]
     assert check.Z * check.LEAST <= check.band(known, quiet, True) < check.band(known, quiet, False) <= check.MOST
     assert check.band(known, wild, True) == check.band(known, wild, False) == check.MOST
+
+
+def test_the_gpu_script_measures_and_tables_every_case(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LEAST", 2)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--rounds", "2"])
+    assert gpu.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ": 80 of 80 right; " in lines[-1]
+    head, *cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in [lines[0], *lines[2:-1]]]
+    assert {c[0].split(":")[0] for c in cells} == {"head", "loss", "step"} and {len(c) for c in cells} == {len(head)}
+    assert [c[1] for c in cells if c[0].startswith("step: tiny, ragged lengths, C=R=4")] == [
+        "shared (ours), checkpointing", "shared (ours)", "shared (ours), SDPA under a mask", "reference, checkpointing", "reference",
+        "transformers, logits_to_keep"]
+    assert all("(2)" in c[2] for c in cells if "NOT RUN" not in c[2])
+
+
+def lose_the_copies(monkeypatch):
+    monkeypatch.setattr(gpu.attention.Varlen, "ungather", lambda self, grad: grad[self.own])
+
+
+def lose_the_scale_of_u(monkeypatch):
+    from kernels import linear_nll_triton
+
+    monkeypatch.setattr(linear_nll_triton, "scaled_half", lambda x: (x.half(), 2.0))
+
+
+def change_from_run_to_run(monkeypatch):
+    noise, plain = torch.Generator().manual_seed(0), gpu.attention.shared_prefix_attention
+    monkeypatch.setattr(gpu.attention, "shared_prefix_attention", lambda q, *x, impl=None, **options: plain(q, *x, impl=impl, **options)
+                        * (1 + 1e-7 * torch.rand(1, generator=noise, dtype=q.dtype) * (impl != "reference")))
+
+
+@pytest.mark.parametrize("plant, op", [(lose_the_copies, "attention, varlen"), (lose_the_scale_of_u, "linear_nll"),
+                                       (change_from_run_to_run, "attention, blocks")])
+def test_the_gpu_script_times_nothing_that_is_wrong(plant, op, monkeypatch, capsys):
+    plant(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
+    assert gpu.main() == 1
+    out = capsys.readouterr().out
+    faults = [json.loads(line.removeprefix("FAULT ")) for line in out.splitlines() if line.startswith("FAULT ")]
+    assert op in {fault["op"] for fault in faults}
+    assert "nothing timed" in out and "| step" not in out
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the record is of Linux")

@@ -15,7 +15,7 @@ import kill_study
 from repro.records import read_json
 
 ROOT, TESTS = kill_study.ROOT, kill_study.TESTS
-TOLERANCE = 1e-3  # of a weight: 1 rank against 2, whose sums have another order
+TOLERANCE = 1e-2  # of the largest change of a weight in training: 1 rank against 2, whose sums have another order
 
 
 def experiment_file(work: Path, tiny: Path, change: str = "e") -> Path:
@@ -84,7 +84,7 @@ def determinism(work: Path, quick: bool) -> dict:
     apart = max((a[k].float() - b[k].float()).abs().max().item() for k in a)
     initial = load_file(tiny / "model.safetensors")
     moved = max((a[k].float() - initial[k].float()).abs().max().item() for k in a)
-    detail["1 rank and 2, weights to 1e-3"] = [int(apart <= TOLERANCE), 1]
+    detail["1 rank and 2, weights to 1 % of their change"] = [int(apart <= TOLERANCE * moved and moved > 0), 1]
     batches = whole("batches", experiment_file(work, tiny, "dataclasses.replace(e, sampling=dataclasses.replace(e.sampling, batch_size=3))"))
     name = "responses/evaluation-0.jsonl"
     detail["sampling in batches of 3 and 5"] = [int((first / name).read_bytes() == (batches / name).read_bytes()), 1]
@@ -94,7 +94,7 @@ def determinism(work: Path, quick: bool) -> dict:
     return {"value": sum(a for a, _ in detail.values()), "of": len(detail), "detail": detail, "bad": bad, "inverse_fails": differs,
             "ranks_apart": apart, "ranks_moved": moved, "two_threads_identical": threads_same,
             "counted": "pairs of whole runs with the same bytes in every file: again, under other hash seed, time zone, locale, working folder, "
-                       "place of OUT and umask; responses in other batches; weights of 2 ranks within 1e-3. A planted nondeterminism "
+                       "place of OUT and umask; responses in other batches; weights of 2 ranks within 1 % of what training changed. A planted nondeterminism "
                        f"{'is' if differs else 'IS NOT'} seen",
             "not_counted": "resumed against undisturbed: figure 1; other thread counts (recorded in run.json, not byte-comparable: here "
                            f"{'the same' if threads_same else 'other'} bytes); GPUs"}

@@ -73,6 +73,25 @@ def table(record: dict) -> list[str]:
     return lines
 
 
+def gpu_table(record: dict) -> list[str]:
+    """Markdown: a line an implementation of a case, of a record of gpu.py."""
+    lines = ["| case | implementation | ms p20, p50, p80 (n) | times ours [min, max] | of the floor | peak MiB | predicted MiB |",
+             "|---|---|---|---|---|---|---|"]
+    for each in record["rows"]:
+        for name, x in each["implementations"].items():
+            start = f"| {each['what']}: {each['case']} | {name} | "
+            if "not_run" in x:
+                lines.append(f"{start}NOT RUN: {x['not_run']} | | | | |")
+                continue
+            predicted = each.get("predicted_bytes", {}).get(name)
+            low, high = x["times_ours_min_max"]
+            lines.append(start + ", ".join(f"{ms:.3g}" for ms in x["ms"]) + f" ({x['rounds']}) | {x['times_ours']:.2f} [{low:.2f}, "
+                         f"{high:.2f}] | " + (f"{x['share_of_floor']:.0%}" if "share_of_floor" in x else "") + " | " +
+                         ("" if x["peak_bytes"] is None else f"{x['peak_bytes'] / 2**20:.4g}") + " | " +
+                         (f"{predicted / 2**20:.4g}" if predicted else "") + " |")
+    return lines
+
+
 def kernel_table(record: dict, triton: str) -> list[str]:
     lines = ["| kernel | registers sm_80, sm_90 | spilled bytes | shared bytes | matrix instructions |", "|---|---|---|---|---|"]
     for key in sorted(k.removeprefix("sm_80 ") for k in record[triton] if k.startswith("sm_80 ")):
@@ -87,7 +106,20 @@ def tables() -> dict[str, list[str]]:
     told = (f"{bench['processor']}; torch {bench['versions']['torch']}, transformers {bench['versions']['transformers']}, "
             f"Liger {bench['versions']['liger-kernel']}, cut-cross-entropy {bench['versions']['cut-cross-entropy']}.")
     newest = bench["versions"]["triton"]
-    return {"bench": [told, "", *table(bench)], "aot": [f"Triton {newest}.", "", *kernel_table(kernels, newest)]}
+    return {"bench": [told, "", *table(bench)], "aot": [f"Triton {newest}.", "", *kernel_table(kernels, newest)],
+            "gpu": gpu_records()}
+
+
+def gpu_records() -> list[str]:
+    """The tables of all records of gpu.py."""
+    lines = []
+    for path in sorted(RECORD.parent.glob("gpu_*.json")):
+        record = json.loads(path.read_text())
+        right = sum(row["right"] for row in record["errors"])
+        versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
+        lines += [f"{record['device']}: {versions}; commit {record['commit']}; {right} of {len(record['errors'])} cases right; "
+                  f"bf16 products at {record['tflops']:.0f} TFLOP/s, copies at {record['tbytes']:.2f} TB/s.", "", *gpu_table(record), ""]
+    return lines[:-1] or ["No record yet: not measured on a GPU."]
 
 
 def with_tables(text: str) -> str:

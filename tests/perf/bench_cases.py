@@ -109,26 +109,26 @@ def test_step(benchmark, model, lengths, C, queries):
         interleaved(benchmark, runs, min(ROUNDS, 2) if C * queries > 8 else ROUNDS, reset)
 
 
-def alternatives(hidden, weight, target):
-    """Per-token NLL of public packages: name -> callable, or why it does not run here."""
+def alternatives(hidden, weight, target, reduction="none"):
+    """NLL of public packages, per token or their mean: name -> callable, or why it does not run here."""
     functional = torch.nn.functional
 
     def liger():
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        return liger_fused_linear_cross_entropy(hidden, weight, target, reduction="none")
+        return liger_fused_linear_cross_entropy(hidden, weight, target, reduction=reduction)
 
     def cce(impl):
         from cut_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+        return linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=impl)
 
     runs = {"Liger": liger, "cut-cross-entropy": lambda: cce("cce"),
             "cut-cross-entropy, torch_compile": lambda: cce("torch_compile")}
     if hasattr(functional, "linear_cross_entropy"):
-        runs["torch linear_cross_entropy"] = lambda: functional.linear_cross_entropy(hidden, weight, target, reduction="none")
+        runs["torch linear_cross_entropy"] = lambda: functional.linear_cross_entropy(hidden, weight, target, reduction=reduction)
         runs["torch linear_cross_entropy, chunked"] = lambda: functional.linear_cross_entropy(
-            hidden, weight, target, reduction="none", options=torch.nn.LinearCrossEntropyOptions())
+            hidden, weight, target, reduction=reduction, options=torch.nn.LinearCrossEntropyOptions())
     for name, run in runs.items():
         try:
             run()

@@ -38,9 +38,9 @@ class Ids:
         return self
 
 
-def texts(rng, n, length, ragged):
+def texts(rng, n, length, ragged, vocabulary=49000):
     lengths = [round(length * rng.uniform(0.5, 1.5)) if ragged else length for _ in range(n)]
-    return [" " + " ".join(str(rng.randrange(10, 49000)) for _ in range(k)) for k in lengths]
+    return [" " + " ".join(str(rng.randrange(10, vocabulary)) for _ in range(k)) for k in lengths]
 
 
 def matrix_rate() -> float:

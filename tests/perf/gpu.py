@@ -1,0 +1,379 @@
+"""Everything under kernels/ on a GPU, in one run: first that it is right, then how fast it is and how much memory it takes.
+
+    .venv/bin/python tests/perf/gpu.py [--only errors heads losses steps] [--rounds 50] [--out FOLDER] [--tiny]
+
+errors: each operation, forward and backward, against float64 (gpu_errors.py). After a fault nothing is timed: exit 1.
+heads, losses, steps: ours and every alternative that runs, interleaved, the L2 cache flushed before each, by CUDA events;
+20th, 50th and 80th percentile, peak bytes above the inputs, and the share of the floor: the FLOPs that the case needs at
+this GPU's own rate for a large bf16 product. Prints a table last and writes FOLDER/gpu_NAME.json (results/bench);
+bench.py --table puts it into kernels/README.md. `--tiny` is for trying the script: small shapes, on a CPU too, with
+Triton's interpreter and a plain attention where CUDA's kernels would be; it writes nothing, and its times mean nothing.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+from bench import gpu_table, installed  # noqa: E402
+from bench_cases import alternatives, with_logits_to_keep  # noqa: E402
+from gpu_errors import CUDA, DEVICE, LLAMA_70B, MISTRAL, SMOLLM2, TINY, build, errors, leaf, plain_varlen, seeded  # noqa: E402
+from step import Ids, texts  # noqa: E402
+
+from kernels import attention, linear_nll, reference  # noqa: E402
+from kernels.infonce import symmetric_infonce  # noqa: E402
+from repro import logprobs  # noqa: E402
+from repro.records import write_json  # noqa: E402
+from repro.rundir import commit  # noqa: E402
+from repro.sizes import Shape, Step, training_bytes  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST, SECONDS = 5, 15.0  # rounds of a case, and how long they may take beyond these
+PARTS = ("errors", "heads", "losses", "steps")
+PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "cut-cross-entropy")
+
+
+# ---- what is measured with
+
+
+def sync() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def quantiles(values: list[float]) -> list[float]:
+    return torch.tensor(values).double().quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+
+
+class Flush:
+    """Writes more bytes than an L2 cache holds."""
+
+    def __init__(self):
+        self.buffer = torch.empty(2**28 if CUDA else 0, dtype=torch.uint8, device=DEVICE)
+
+    def __call__(self) -> None:
+        self.buffer.zero_()
+
+
+def timed(run, flush) -> float:
+    """Milliseconds of `run`. The flush keeps the GPU busy while the first launches are queued behind it."""
+    sync()
+    flush()
+    if not CUDA:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_bytes(run) -> int | None:
+    """Bytes allocated at the peak of `run` above what was there before; not known on a CPU."""
+    if not CUDA:
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    sync()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def interleaved(runs: dict, rounds: int, reset) -> dict:
+    """`runs`: name -> callable, or why it is not run; the first is ours. Name -> what was measured, in `rounds` rounds, or
+    as many as fit into SECONDS, but at least LEAST."""
+    found, ms, flush = {}, {}, Flush()
+    for name, run in runs.items():
+        if not callable(run):
+            found[name] = {"not_run": run}
+            continue
+        try:
+            for _ in range(2):  # compiles and warms up
+                reset()
+                value = run()
+            reset()
+            found[name] = {"peak_bytes": peak_bytes(run)} | ({} if value is None else {"loss": value.item()})
+            reset()
+            ms[name] = [timed(run, flush)]
+        except torch.OutOfMemoryError as error:
+            found[name] = {"not_run": f"out of memory: {str(error).splitlines()[0]}"}
+    rounds = max(LEAST, min(rounds, int(SECONDS * 1e3 / sum(sum(values) for values in ms.values()))))
+    ms = {name: [] for name in ms}
+    for _ in range(rounds):
+        for name in ms:
+            reset()
+            ms[name].append(timed(runs[name], flush))
+    reset()
+    for name, values in ms.items():
+        ratios = [b / a for a, b in zip(next(iter(ms.values())), values)]
+        found[name] |= {"ms": quantiles(values), "rounds": rounds, "times_ours": statistics.median(ratios),
+                        "times_ours_min_max": [min(ratios), max(ratios)]}
+    return found
+
+
+def ceilings(tiny: bool) -> dict:
+    """This device's own rates: TFLOP/s of a large bf16 product of random numbers, TB/s of a large copy (read and written)."""
+    n, size = (256, 2**20) if tiny else (8192, 2**32)
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randint(255, (size,), device=DEVICE, dtype=torch.uint8)
+    y, flush = torch.empty_like(x), Flush()
+    product, copy = (min(timed(run, flush) for _ in range(12)) for run in (lambda: a @ b, lambda: y.copy_(x)))
+    return {"tflops": 2 * n**3 / product / 1e9, "tbytes": 2 * size / copy / 1e9}
+
+
+# ---- times
+
+
+HEADS = {  # N, D, V
+    "llama3-8b, N 1024": (1024, 4096, 128256), "llama3-8b, N 4096": (4096, 4096, 128256), "mistral-7b, N 320": (320, 4096, 32000),
+    "mistral-7b, N 2048": (2048, 4096, 32000), "N 512, V 131072": (512, 4096, 131072), "N 8192, V 131072": (8192, 4096, 131072),
+    "llama3-70b, N 1280": (1280, 8192, 128256), "smollm2, N 1280": (1280, 576, 49152), "gemma2-2b, N 8192": (8192, 2304, 256000)}
+
+
+def heads(tiny: bool, rounds: int, rate: float):
+    for name, shape in ({"tiny": (40, 64, 300)} if tiny else HEADS).items():
+        for reduction in ("none", "mean"):
+            yield head(name, *shape, reduction, rounds, rate)
+
+
+def head(name: str, N: int, D: int, V: int, reduction: str, rounds: int, rate: float) -> dict:
+    """The head alone in bfloat16, forward and backward: NLLs with a random upstream gradient each, or their mean."""
+    g = seeded(0)
+    hidden = leaf(g, N, D, dtype=torch.bfloat16)
+    weight = (torch.randn(V, D, device=DEVICE) / D**0.5).bfloat16().requires_grad_()
+    target, upstream = torch.randint(V, (N,), generator=g, device=DEVICE), torch.randn(N, device=DEVICE)
+    planned = linear_nll.plan(N, V, 2, hidden_grad=True, head_grad=True, narrow=D <= linear_nll.NARROW)
+    modes = sorted(("store", "recompute"), key=planned.__ne__)
+    forward = {f"linear_nll, {mode} (ours{', planned' * (mode == planned)})":
+               lambda mode=mode: linear_nll.linear_nll(hidden, weight, target, mode=mode) for mode in modes}
+    forward["linear_nll, frozen head (ours)"] = lambda: linear_nll.linear_nll(hidden, weight.detach(), target)
+    forward["reference"] = lambda: reference.linear_nll(hidden, weight, target)
+
+    def backward(op):
+        def run():
+            value = op()
+            if reduction == "mean":
+                value.mean().backward()
+            else:
+                value.backward(upstream.to(value.dtype))
+        return run
+
+    runs = {each: backward(f) if callable(f) else f
+            for each, f in (forward | alternatives(hidden, weight, target, reduction)).items()}
+
+    def loss_only():
+        linear_nll.linear_nll(hidden.detach(), weight.detach(), target)
+
+    runs["linear_nll, loss only (ours)"] = loss_only
+    needed = {"linear_nll, frozen head (ours)": 4, "linear_nll, loss only (ours)": 2}
+
+    def reset():
+        hidden.grad = weight.grad = None
+
+    return row("head", f"{name}, D {D}, V {V}, {'a gradient a token' if reduction == 'none' else 'mean'}",
+               interleaved(runs, rounds, reset), {each: needed.get(each, 6) * N * D * V for each in runs}, rate)
+
+
+def losses(tiny: bool, rounds: int, rate: float):
+    for B, C, L in ((2, 2, 5),) if tiny else ((1, 2, 80), (4, 4, 80), (64, 2, 80), (1, 64, 80)):
+        yield loss(B, C, L, rounds, rate)
+
+
+def loss(B: int, C: int, L: int, rounds: int, rate: float) -> dict:
+    """Segment means, matrix and loss of a batch of queries, forward and backward."""
+    offsets = torch.arange(B * C * C + 1, device=DEVICE) * L
+    nll = torch.randn(B * C * C * L, device=DEVICE).requires_grad_()
+    runs = {f"symmetric_infonce, {name}": lambda impl=impl: symmetric_infonce(nll, offsets, (B, C, C), impl=impl).backward()
+            for name, impl in (("Triton (ours)", "triton"), ("torch", "torch"), ("reference", "reference"))}
+
+    def reset():
+        nll.grad = None
+
+    return row("loss", f"B {B}, C=R={C}, {L} tokens a response", interleaved(runs, rounds, reset), {}, rate)
+
+
+@functools.lru_cache(1)
+def mask_of(layout) -> torch.Tensor:
+    return layout.mask(DEVICE)
+
+
+def sdpa(q, k, v, layout, *, scale):
+    """The shared layout with torch's attention under a T x T mask."""
+    return reference.attention(q, k, v, mask_of(layout), scale=scale).transpose(0, 1)
+
+
+class Case:
+    """`queries` queries of C x C sequences for a model of `shape`, each implementation a forward and a backward of all;
+    gradients are added to those in place, as in training."""
+
+    def __init__(self, model, shape: Shape, C: int, queries: int, lengths: str, P: int, L: int):
+        rng = random.Random(C + queries)
+        self.model, self.shape, self.tokenizer = model, shape, Ids()
+        self.prompts, self.responses = ([texts(rng, C, n, lengths == "ragged", shape.vocab_size) for _ in range(queries)]
+                                        for n in (P, L))
+        tokens, scored = logprobs.packed_tokens(self.tokenizer, self.prompts, self.responses, score_eos=False)
+        self.tokens, self.scored, self.longest = sum(tokens), sum(scored), max(tokens)
+
+    def ours(self, checkpointing: bool, attend=None):
+        def run():
+            with checkpointed(self.model, checkpointing), mock.patch.object(
+                    attention, "shared_prefix_attention", attend or attention.shared_prefix_attention):
+                loss = symmetric_infonce(self.matrix(self.prompts, self.responses, "shared"))
+                loss.backward()
+            return loss.detach()
+        return run
+
+    def matrix(self, prompts, responses, backend):
+        return logprobs.logprob_matrix(self.model, self.tokenizer, prompts, responses, length_normalize=True, score_eos=False,
+                                       backend=backend)
+
+    def by_query(self, checkpointing: bool, matrix):
+        """C x C sequences in full in one forward, a query after the other, as the authors ran it."""
+        def run():
+            with checkpointed(self.model, checkpointing), mock.patch.object(logprobs, "BATCH_TOKENS", 1 << 40):
+                total = 0
+                for prompts, responses in zip(self.prompts, self.responses):
+                    loss = symmetric_infonce(matrix(prompts, responses)) / len(self.prompts)
+                    loss.backward()
+                    total += loss.detach()
+            return total
+        return run
+
+    def implementations(self) -> dict:
+        def full(prompts, responses):
+            return self.matrix([prompts], [responses], "reference")
+
+        def kept(prompts, responses):
+            with DEVICE:
+                return with_logits_to_keep(self.model, prompts, responses).unsqueeze(0)
+
+        return {"shared (ours), checkpointing": self.ours(True), "shared (ours)": self.ours(False),
+                "shared (ours), SDPA under a mask": self.ours(False, sdpa),
+                "reference, checkpointing": self.by_query(True, full), "reference": self.by_query(False, full),
+                "transformers, logits_to_keep": self.by_query(False, kept)}
+
+    def flops(self) -> int:
+        """That the case needs: each prompt once, only response tokens scored, nothing computed twice."""
+        s, pairs = self.shape, 0
+        for prompts, responses in zip(self.prompts, self.responses):
+            R = [len(r.split()) for r in responses]
+            for P in (len(p.split()) for p in prompts):
+                pairs += P * (P + 1) // 2 + sum(L * P + L * (L + 1) // 2 for L in R)
+        heads = s.num_hidden_layers * s.num_attention_heads * s.head_dim
+        return 6 * s.active * self.tokens + 12 * heads * pairs + 6 * s.hidden_size * s.vocab_size * self.scored
+
+    def predicted(self, checkpointing: bool) -> int:
+        """Bytes above weights and gradients at the peak of ours, by the byte model of `repro plan`."""
+        step = Step(ranks=1, precision="bf16", optimizer="rmsprop", pack_tokens=self.tokens, scored=self.scored,
+                    longest=self.longest, checkpointing=checkpointing, device="cuda")
+        phases = training_bytes(self.shape, step)
+        return max(sum(v for k, v in phases[moment].items() if k not in ("weights", "gradients", "optimizer state"))
+                   for moment in ("head", "layers"))
+
+
+@contextlib.contextmanager
+def checkpointed(model, on: bool):
+    if on:
+        model.activation_checkpointing_enable()
+    yield
+    if on:
+        model.activation_checkpointing_disable()
+
+
+def steps(tiny: bool, rounds: int, rate: float):
+    """A whole step: log-probs, loss, backward."""
+    slices = {"tiny": replace(SMOLLM2, **TINY)} if tiny else {
+        "mistral-7b": MISTRAL, "llama3-70b, 8 layers": replace(LLAMA_70B, num_hidden_layers=8), "smollm2-135m": SMOLLM2}
+    for name, shape in slices.items():
+        model = build(shape)
+        for lengths in ("equal", "ragged"):
+            for C in (2, 4):
+                for queries in (1, 4):
+                    if queries == 4 and (tiny or (lengths == "ragged" and name != "mistral-7b")):
+                        continue
+                    case = Case(model, shape, C, queries, lengths, *((12, 4) if tiny else (600, 80)))
+                    runs = case.implementations()
+                    if queries > 1:
+                        runs["shared (ours), SDPA under a mask"] = "only for one query: the mask is T x T"
+                    found = row("step", f"{name}, {lengths} lengths, C=R={C}, queries a pack: {queries}",
+                                interleaved(runs, rounds, lambda: None), dict.fromkeys(runs, case.flops()), rate)
+                    values = [x["loss"] for x in found["implementations"].values() if "loss" in x]
+                    if not max(values) - min(values) < 0.05:  # what is compared must be one computation, but for rounding
+                        raise SystemExit(f"gpu: {found['case']}: losses {values}")
+                    yield found | {"predicted_bytes": {"shared (ours), checkpointing": case.predicted(True),
+                                                       "shared (ours)": case.predicted(False)}}
+                    model.zero_grad(set_to_none=True)
+        del model, case
+
+
+def row(what: str, case: str, found: dict, flops: dict, rate: float) -> dict:
+    """A case's row: what was measured, and the share of the floor that its FLOPs set at `rate` TFLOP/s."""
+    for name, measured in found.items():
+        if "ms" in measured and name in flops:
+            measured |= {"flops": flops[name], "share_of_floor": flops[name] / rate / 1e9 / measured["ms"][1]}
+    return {"what": what, "case": case, "implementations": found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/bench")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    if not CUDA and not args.tiny:
+        print("gpu: torch finds no CUDA device (--tiny tries the script without one)", file=sys.stderr)
+        return 2
+    started = time.time()
+    properties = torch.cuda.get_device_properties(DEVICE) if CUDA else None
+    name = properties.name if CUDA else "no GPU"
+    record = {"benchmark": "gpu", "device": name, "capability": [properties.major, properties.minor] if CUDA else None,
+              "memory_bytes": properties.total_memory if CUDA else None, "cuda": torch.version.cuda, "tiny": args.tiny,
+              "versions": {p: installed(p) for p in PACKAGES}, "commit": commit(), "errors": [], "rows": []}
+    faults = 0
+    with nullcontext() if CUDA else mock.patch.object(attention, "varlen_kernel", lambda: plain_varlen):
+        if "errors" in args.only:
+            record["errors"] = errors(args.tiny)
+            faults = sum(not row["right"] for row in record["errors"])
+        if not faults:
+            record |= ceilings(args.tiny)
+            for part, cases in (("heads", heads), ("losses", losses), ("steps", steps)):
+                for found in cases(args.tiny, args.rounds, record["tflops"]) if part in args.only else ():
+                    record["rows"].append(found)
+                    print(*gpu_table({"rows": [found]})[2:], sep="\n", file=sys.stderr, flush=True)
+    record["seconds"] = time.time() - started
+    if not args.tiny:
+        path = args.out / f"gpu_{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    print(*gpu_table(record), sep="\n")
+    print(f"{name}: {len(record['errors']) - faults} of {len(record['errors'])} right" +
+          (f"; {record['tflops']:.0f} TFLOP/s, {record['tbytes']:.2f} TB/s" if not faults else "; nothing timed") +
+          (f"; {path}" if not args.tiny else ""))
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
