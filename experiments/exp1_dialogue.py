@@ -2,7 +2,8 @@
 
 A base model learns to follow helpful / harmless constitutions written for it, with no preference labels.
 The paper: mistral-7b, 250 held-out queries per subset, three iterations; at iteration 3 the length-corrected win rate
-against the base model is 66 % (helpful) and 77 % (harmless); 8 x A100 80 GB. `paper` is that setting.
+against the base model is 66 % (helpful) and 77 % (harmless); 8 x A100 80 GB. `paper` is that setting, with
+Table 1's dose, principles in our wording, and no training query that is held out too (README, "Faithful, by name").
 Table 1 prints bf16; the authors' code kept float32 weights for mistral-7b, and so does `paper` (`fp32_master`).
 `mini` keeps the structure (2 x 2 constitutions, three iterations that restart from the initial weights, two alternating
 halves of the queries, growing batches) with the embedded 135M model, embedded queries and two principles that it can

@@ -3,8 +3,9 @@
 Does it matter who writes the principles? A weak writer (mistral-7b-instruct) and a strong one (claude-3-opus) wrote two
 principles, concise and comprehensive, with antitheses. The paper: mistral-7b and mixtral-8x7b, 250 held-out posts, three
 iterations; at iteration 3, raw win rates against the own base model of 71 and 62 % (weak writer), 70 and 62 % (strong);
-against mistral-7b-instruct 47 and 65 %, 44 and 68 %; 8 x A100 80 GB. `paper` is that setting with the weak writer. The
-strong one is retired: ARGS='--name exp2_strong --writer openai --writer-model NAME' has another model write.
+against mistral-7b-instruct 47 and 65 %, 44 and 68 %; 8 x A100 80 GB. `paper` is that setting, with Table 1's
+dose (README, "Faithful, by name") and the weak writer. The strong one is retired: ARGS='--name exp2_strong --writer openai
+--writer-model NAME' has another model write.
 `mini` keeps the structure with the embedded 135M model, which is also its weak writer, and 160 posts of ours; beside it
 stand two principles written by hand (`hand`, never "strong") that this model can follow. Its numbers are its own, never the
 paper's.

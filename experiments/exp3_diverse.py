@@ -3,8 +3,9 @@
 Does a model that was trained on some principles follow others? Constitutions of two principles are drawn from 15 styles of
 summaries, each on either side, against their opposites; 5 styles are kept for evaluation. The paper: llama3-70b, 250 posts,
 three iterations with batches doubled; at iteration 3, raw win rates against the base model of 60 % (learned) and 63 % (held
-out), with chain of thought 69 and 67 %; 8 x A100 80 GB. `paper` is that setting, without and with chain of thought, but
-for one thing: without it the authors sampled with training's short prompt, here with the example of the format.
+out), with chain of thought 69 and 67 %; 8 x A100 80 GB. `paper` is that setting, without and with chain of thought, with
+Table 1's dose and principles in our wording (README, "Faithful, by name"); without chain of thought the authors sampled
+with training's short prompt, here with the example of the format.
 `mini` keeps the structure with the embedded 135M model and 160 posts of ours. Many of the styles are beyond it: the report
 says for each principle whether the initial model follows it. Its numbers are its own, never the paper's.
 

@@ -159,6 +159,8 @@ def admit(spec: JudgeSpec, endpoint: Endpoint, *, archive: Path | None, wanted: 
 
     The ledger with the raw answers stays in `work`: it quotes the archive. Returns the record; None for a dry run.
     """
+    if count < 1:
+        raise UserError(f"--items {count}: must be 1 or more")
     entries = load_manifest()
     known = files(entries)
     wanted = list(known) if list(wanted) == ["all"] else list(wanted) or list(DEFAULT_FILES)
@@ -223,7 +225,8 @@ def standing(judge: str) -> str:
         return f"{judge}: never held against the archived verdicts (repro judge --admit)"
     r = read_json(path)
     kappa, attacks = r["kappa"], r["attacks"]
-    return (f"{judge}: {'admitted' if r['admitted'] else 'NOT admitted'}; kappa {kappa['value']:.2f} "
+    return (f"{judge} ({r['model']} at {r['host']}, answers as {r['answer']}): "
+            f"{'admitted' if r['admitted'] else 'NOT admitted'}; kappa {kappa['value']:.2f} "
             f"[{kappa['ci95'][0]:.2f}, {kappa['ci95'][1]:.2f}] with the archived verdicts (n {kappa['n']}), "
             f"says A in {100 * r['p_a']['value']:.0f} %, flips {100 * r['flip_rate']['value']:.0f} %; "
             f"{attacks['won']} of {attacks['planted']} planted injections win")

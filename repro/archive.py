@@ -8,7 +8,6 @@ the repository.
 
 import hashlib
 import http.client
-import os
 import re
 import urllib.error
 import urllib.request
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from repro import metrics, records
 from repro.metrics import Estimate
+from repro.models import cache_folder
 from repro.records import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def archive_root(archive: Path | None, *, kinds=KINDS[:2], base_url: str | None 
         return Path(archive)
     if LOCAL.is_dir():
         return LOCAL
-    root = Path(os.environ.get("SAMI_CACHE") or "~/.cache/sami-repro").expanduser() / "archive"
+    root = cache_folder() / "archive"
     wanted = [e for e in entries or load_manifest() if e["kind"] in kinds]
     missing = [e for e in wanted if not _is_complete(root / e["repo"] / e["path"], e)]
     if missing:

@@ -7,6 +7,7 @@ Only then, and only where the models are the paper's by name, its win rates besi
 import math
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from repro import published
 from repro.config import Experiment, JudgeSpec, config_hash
@@ -106,6 +107,11 @@ def _files(folder: Path, stages: dict) -> tuple[str, int, str]:
     return _verdict(wrong, n, f"{gone} not kept here" if gone else "")
 
 
+def _address(host: str) -> str:
+    """A server's address as far as stored answers depend on it: whether it is the hosted one. Nothing is asked of it."""
+    return HOSTED if host == urlsplit(HOSTED).hostname else f"http://{f'[{host}]' if ':' in host else host}/v1"
+
+
 def _judgments(folder: Path) -> tuple[str, int, str]:
     """Each judge's stored judgments against those that the responses, log-probs and raw answers give now."""
     run = open_run(folder, lambda line: None)
@@ -114,8 +120,7 @@ def _judgments(folder: Path) -> tuple[str, int, str]:
     for name in dict.fromkeys(row["judge"] for row in kept):
         facts = run.record.get("judges", {}).get(name)
         if facts:
-            run.endpoint = Endpoint(model=facts["model"], base_url=HOSTED if facts["host"] in HOSTED else
-                                    f"http://{facts['host']}/v1")
+            run.endpoint = Endpoint(model=facts["model"], base_url=_address(facts["host"]))
             again = llm_judgments(run, JudgeSpec(judges=("openai",), name=name, **{
                 k: facts[k] for k in ("model", "answer", "max_tokens", "temperature")}), reparse=True)
         else:

@@ -1,7 +1,7 @@
 """The command line: `repro run | plan | judge | publish | verify | figures`. The Makefile calls it.
 
-Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify); 2 an input that
-cannot be used (one line says which); 130 and 143 stopped by a signal.
+Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify, judge
+--strict); 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
 """
 
 import dataclasses
@@ -70,8 +70,10 @@ def run_command(args: Run) -> None:
 
     runs = configure(args)
     limits = {"price": args.price, "max_usd": args.max_usd}
-    servers = [{"endpoint": Endpoint(model=e.judge.model, base_url=args.base_url, **limits),
-                "writer_endpoint": e.writer and Endpoint(model=e.writer.model, base_url=args.writer_url, **limits),
+    servers = [{"endpoint": Endpoint(model=e.judge.model, base_url=args.base_url, **limits) if "openai" in e.judge.judges
+                else None,
+                "writer_endpoint": Endpoint(model=e.writer.model, base_url=args.writer_url, **limits) if e.writer
+                and e.writer.kind == "openai" else None,
                 "sampler_url": args.sampler_url} for e in runs]
     if len(runs) > 1:
         check_together(runs, args.out, servers)
@@ -125,7 +127,7 @@ def judge_command(args: Judge) -> int:
     how = {"dry_run": args.dry_run, "reparse": args.reparse}
     if args.admit:
         record = admission.admit(spec, endpoint, archive=args.archive, wanted=args.files, count=args.items, work=args.work,
-                                 out=args.out, **how)
+                                 out=args.out or admission.ADMISSIONS, **how)
         for line in admission.plain_words(record) if record else ():
             print(line)
         missing = record["parsed_share"]["value"] < 1 or record["attacks"]["missing"] > 0 if record else False

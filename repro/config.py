@@ -25,6 +25,17 @@ def _positive(owner, *names: str) -> None:
             raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be above 0")
 
 
+def _distinct(owner, name: str) -> None:
+    if len(set(values := getattr(owner, name))) < len(values):
+        raise UserError(f"{type(owner).__name__}.{name}: {', '.join(values)}; each at most once")
+
+
+def _not_negative(owner, *names: str) -> None:
+    for name in names:
+        if not getattr(owner, name) >= 0:
+            raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be 0 or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The policy. `name`: the embedded LM, a folder, or a hub name. `label`: its name in metrics.json.
@@ -61,6 +72,7 @@ class DataSpec:
 
     def __post_init__(self):
         _positive(self, "train", "evaluation")
+        _distinct(self, "subsets")
         if len(self.draws) != 2 or min(self.draws) < 1:
             raise UserError(f"DataSpec.draws: {self.draws!r}; two numbers above 0: learned, held out")
         choose("DataSpec.leakage", self.leakage, ("remove", "keep"))
@@ -92,6 +104,7 @@ class SamplingSpec:
 
     def __post_init__(self):
         _positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
+        _not_negative(self, "spare")
         choose("SamplingSpec.engine", self.engine, ENGINES)
         choose("SamplingSpec.dtype", self.dtype, ("float32", "bfloat16"))
 
@@ -166,6 +179,7 @@ class TrainSpec:
 
     def __post_init__(self):
         _positive(self, "learning_rate", "batch_size", "batches", *(() if self.pack_tokens is None else ("pack_tokens",)))
+        _not_negative(self, "batches_increment")
         if isinstance(self.lora, dict):  # of a record
             object.__setattr__(self, "lora", LoraSpec(**self.lora))
         choose("TrainSpec.dose", self.dose, ("as_printed", "as_run"))
@@ -203,6 +217,7 @@ class JudgeSpec:
     def __post_init__(self):
         for judge in self.judges:
             choose("JudgeSpec.judges", judge, JUDGES)
+        _distinct(self, "judges")
         choose("JudgeSpec.answer", self.answer, ("auto", "schema", "text", "logprobs"))
         _positive(self, "max_tokens")
         if "openai" in self.judges and not self.model:

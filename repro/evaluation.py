@@ -299,7 +299,7 @@ def _by_principle(items: list[Item], bounds, fixed: dict) -> Iterator[dict]:
 
 def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
     """(ties, length, win rate) under each tie rule and length control that these judgments define. A missing verdict
-    is no item; a flip is half a win under either rule, since only identical texts tie."""
+    is no item; a flip is half a win under either rule: the orders disagreed, the texts did not tie."""
     rows = [row for row in rows if row["score"] is not None]
     if not rows:
         return

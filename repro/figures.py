@@ -1,7 +1,7 @@
 """The paper's figures from the authors' record, and runs of ours in the same panels. No torch.
 
 `PANELS` says what each panel shows; `points` turns it into numbers (the CSV, unrounded, in a fixed order);
-`_draw` draws those numbers and nothing else. `style`, `errorbar` and `save` serve the report of a run too.
+`_draw` draws those numbers and nothing else.
 Error bars are ± SEM over items. Colours: the palette of Okabe and Ito, safe for colour-blind readers.
 """
 
@@ -40,7 +40,7 @@ LABELS = {"mutual_information": "plotted MI, mean of logs (nats)",
 INSTRUCT, WEAK, STRONG = "mistral-7b-instruct", "mistral-7b-instruct", "claude-opus"
 
 
-# ---- what the report of a run uses too
+# ---- one look for all
 
 @contextmanager
 def style():

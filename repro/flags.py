@@ -15,7 +15,7 @@ class Run:
     profile: str = "mini"
     """The setting: mini (minutes on a CPU) or paper (as published)."""
     out: Path = Path("runs")
-    """The run's folder is OUT/<experiment>/<profile>."""
+    """The run's folder is OUT/<experiment>/<profile>, and one in it for each of several variants."""
     name: str | None = None
     """Another name than the experiment's own, so that a variant keeps its own folder."""
     seed: int | None = None
@@ -193,8 +193,8 @@ class Judge:
     """With --admit: the authors' record; by default ../shared/archive, else a pinned download."""
     work: Path = Path("runs/judges")
     """With --admit: where the raw answers go, in a folder of the judge's name."""
-    out: Path = Path("results/judges")
-    """With --admit: where the record goes."""
+    out: Path | None = None
+    """With --admit: where the record goes; by default this project's results/judges, where runs look for it."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from repro.config import JudgeSpec
 from repro.endpoint import HOSTED, PICO, PRICES_OF, Call, Endpoint, Ledger, count_tokens
 from repro.records import UserError, digest, loads
 
-ANSWERS = ("schema", "text", "logprobs")
 EXPECTED_TOKENS = {"schema": 125, "text": 120, "logprobs": 1}  # a comparison of about 80 words and the form around it
 TOP = 20  # log-probs asked for: as many as servers give
 SCORES = {"win": 1.0, "flip": 0.5, "tie": 0.5, "loss": 0.0, "unparsed": None, "failed": None}

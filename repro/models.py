@@ -26,7 +26,7 @@ CONVERSION = "1"  # raise when `convert_gguf` writes something else: caches are 
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("SAMI_CACHE") or Path.home() / ".cache" / "sami-repro")
+    return Path(os.environ.get("SAMI_CACHE") or "~/.cache/sami-repro").expanduser()
 
 
 def embedded_model() -> Path:
@@ -248,20 +248,42 @@ def load_config(place: str):
     return _hub_errors(place, lambda: AutoConfig.from_pretrained(place)).get_text_config()
 
 
+def context_of(config) -> int:
+    """Tokens that the model can take. Raises UserError where its config does not say."""
+    found = getattr(config, "max_position_embeddings", None)
+    if not found:
+        raise UserError(f"{config.name_or_path or config.model_type}: config.json has no max_position_embeddings; models "
+                        "without a limit of their own (such as BLOOM and MPT) are not supported")
+    return found
+
+
+def end_tokens(tokenizer, model) -> set[int]:
+    """Ids that end a response: the tokenizer's end token, and those of the model's generation config (a chat model's end of
+    a turn, where it is another). `model`: a model, or the place of one."""
+    from transformers import GenerationConfig
+
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model)
+        except OSError:  # many models have none
+            config = None
+    else:
+        config = model.generation_config
+    own = getattr(config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return {tokenizer.eos_token_id, *own} - {None}
+
+
 def control_tokens(tokenizer) -> list[str]:
     """The texts that the tokenizer reads as control tokens, longest first."""
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     return sorted(special | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t))
 
 
-def describe(place: str) -> dict:
-    """What identifies a local model in a run's record: the sha256 of each of its files (weights, config, tokenizer,
-    chat template)."""
-    folder = Path(place)
-    if not folder.is_dir():
-        return {"name": place}
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MARKER)
-    return {"name": folder.name, "sha256": {p.name: file_sha256(p) for p in files}}
+def fingerprint(folder: Path) -> dict[str, str]:
+    """What identifies a model on this machine: the sha256 of each of its files (weights, config, tokenizer, chat
+    template)."""
+    return {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MARKER}
 
 
 def save_model(model, tokenizer, folder: Path) -> None:

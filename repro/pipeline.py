@@ -178,9 +178,9 @@ def train_iteration(run: Run, iteration: int) -> None:
 
 
 def report(run: Run, *, again: bool = False) -> None:
-    """figures/ and report.html, from the files of the run alone."""
+    """figures/ and report.html, from the files of the run and what is known of its judges (results/judges)."""
     outputs = [*report_figures(run.folder), "report.html"]
-    if not run.stage("report", outputs, ["metrics"]) and not again:
+    if not run.stage("report", outputs, ["metrics"], again=again):
         return
     write_report(run.folder)
     run.finish("report", outputs, ["metrics"])

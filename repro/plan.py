@@ -27,6 +27,7 @@ from repro.sizes import (
     PUBLISHED,
     Shape,
     Step,
+    activation_bytes,
     matrix_flops,
     peak,
     sampling_flops,
@@ -256,7 +257,6 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
     """Bytes by kind on each of `gpus` GPUs, the weights in the form of training."""
     from kernels.linear_nll import SLAB_ELEMENTS
     from repro.logprobs import BATCH_TOKENS
-    from repro.training import activation_bytes
 
     item = step.item
     rounded = item == 4 and step.precision == "fp32_master"

@@ -29,8 +29,6 @@ from repro.archive import (
 from repro.readers_page import page
 from repro.records import UserError
 
-__all__ = ["archive_root", "verify", "verify_run"]
-
 ARITHMETIC_SLACK = 0.1  # points or units of t; what a listed row (Table 8) may be off by, far above its 0.07
 P_LABELS = ((0.001, "<.001"), (0.01, "<.01"), (0.05, "<.05"))
 

@@ -1,7 +1,7 @@
 """A run's files -> its page; several runs of an experiment in one folder; and the committed copy of both.
 
-No torch, no network, nothing but the files of the run: a report can be made again at any time. Text of users and
-models is escaped. Responses under a private antithesis (not harmless) are never shown.
+No torch, no network: the files of the run, and what is known of its LLM judges (results/judges), make a report again at
+any time. Text of users and models is escaped. Responses under a private antithesis (not harmless) are never shown.
 """
 
 import base64
@@ -144,6 +144,10 @@ def _responses(folder: Path, record: dict) -> str:
             f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}</p>" + "".join(parts))
 
 
+def _short(commit: str | None) -> str:
+    return "unknown" if commit is None else commit[:12] + "-dirty" * commit.endswith("-dirty")
+
+
 def _facts(folders: list[Path], writer_of: str) -> str:
     records = [read_json(folder / "run.json") for folder in folders]
     record = records[0]
@@ -162,7 +166,7 @@ def _facts(folders: list[Path], writer_of: str) -> str:
         f"{train['batches_increment']} more in each later one, {train['precision']}"
         + (f", LoRA adapters of rank {train['lora']['rank']}, all other weights frozen." if train.get("lora") else "."),
         f"Measured on {record['device']}, {record['threads']} threads, torch {record['packages']['torch']}; {seconds}; "
-        f"config {record['config_hash'][:12]}, commit {(record['commit'] or 'unknown')[:12]}.",
+        f"config {record['config_hash'][:12]}, commit {_short(record['commit'])}.",
         "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + ".",
         *(line + "." for line in cut_answers(folders[0]))]
     if config["profile"] == "mini":

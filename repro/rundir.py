@@ -141,7 +141,7 @@ class Run:
         queries = (*self.training, *self.held_out)
         self._bind({"data.source": digest([asdict(q) | {"where": ""} for q in queries]),
                     "constitutions": digest(self.constitutions.to_json()),
-                    **{field: digest(models.describe(place)["sha256"]) if Path(place).is_dir() else place
+                    **{field: digest(models.fingerprint(Path(place))) if Path(place).is_dir() else place
                        for field, place in self._places.items()}})
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
@@ -189,7 +189,7 @@ class Run:
             raise UserError(f"--prompt chat: the tokenizer of {spec.model.name} has no chat template that takes a user "
                             f"turn ({first_line(e)}); use --prompt plain") from e
         frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
-        context = models.load_config(self.place).max_position_embeddings
+        context = models.context_of(models.load_config(self.place))
         if context - frame - self.response_tokens() - 8 < self.longest:
             raise UserError(f"{spec.constitutions}: the principles ({frame} tokens with the frame of the prompt) and "
                             f"{self.response_tokens()} response tokens leave no room in a context of {context}")
@@ -207,7 +207,7 @@ class Run:
             lora.check(config, self.ranks * self.nodes)
         self.longest = 1
         frame = self._frame(self.constitutions)
-        room = config.max_position_embeddings - frame - self.response_tokens() - 8
+        room = models.context_of(config) - frame - self.response_tokens() - 8
         queries = check_queries(queries, self.tokenizer, self.controls(), room=room, truncate=spec.data.truncate,
                                 say=self.say)
         if spec.data.truncate:  # texts that differ only beyond the cut are now the same
@@ -328,10 +328,10 @@ class Run:
 
     # ---- stages
 
-    def stage(self, name: str, outputs: list[str], inputs: list[str]) -> bool:
-        """True if the stage is to be done; otherwise says that it is skipped."""
+    def stage(self, name: str, outputs: list[str], inputs: list[str], *, again: bool = False) -> bool:
+        """True if the stage is to be done (`again`: in any case); otherwise says that it is skipped."""
         done = self.record["stages"].get(name)
-        if done and done["key"] == self.key(inputs) and list(done["outputs"]) == sorted(outputs):
+        if done and not again and done["key"] == self.key(inputs) and list(done["outputs"]) == sorted(outputs):
             wrong = [path for path, fact in done["outputs"].items() if not self._holds(path, fact)]
             if not wrong:
                 self.say(f"{name}: done before, skipped")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from repro import serving
 from repro.asking import Asker
 from repro.endpoint import Call, Ledger
-from repro.models import control_tokens
+from repro.models import control_tokens, end_tokens
 from repro.records import Response, UserError, append_jsonl, digest, read_jsonl, write_jsonl
 from repro.rundir import Run
 
@@ -31,6 +31,7 @@ def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: in
     response, of which it is a part."""
     import torch
 
+    ends = end_tokens(tokenizer, model)
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
@@ -39,14 +40,14 @@ def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: in
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, **how,
-                             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    return [answer_of(tokenizer, ids) for ids in out[:, inputs.input_ids.shape[1]:].tolist()]
+                             pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends))
+    return [answer_of(tokenizer, ids, ends) for ids in out[:, inputs.input_ids.shape[1]:].tolist()]
 
 
-def answer_of(tokenizer, ids: list[int]) -> dict:
-    """{text, tokens, finished} of generated token ids: up to the end token, where there is one."""
-    finished = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
+def answer_of(tokenizer, ids: list[int], ends: Container[int]) -> dict:
+    """{text, tokens, finished} of generated token ids: up to the first of `ends`, where there is one."""
+    length = next((k for k, i in enumerate(ids) if i in ends), len(ids))
+    finished, ids = length < len(ids), ids[:length]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     first = next((i for i in ids if i not in tokenizer.all_special_ids), None)
     if first is not None and tokenizer.convert_ids_to_tokens(first).startswith("\u2581") and not text.startswith(" "):
@@ -94,7 +95,7 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
                 whole = form.opening + answer["text"]
                 text = form.response(whole)
                 if text != whole:  # its length is that of what is left; the format ended it
-                    finished = answer["finished"] or form.kind == "plain"
+                    finished = answer["finished"] or (form.kind == "plain" and not whole.rstrip().endswith(text))
                     answer = answer | {"finished": finished}
                 if text != answer["text"]:
                     answer = answer | {"text": text,
@@ -122,7 +123,8 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     """One request a prompt; each is kept in the partial file with its raw answer as it arrives."""
     spec, most = run.experiment.sampling, run.response_tokens()
     todo = [i for i in range(len(texts)) if i not in done]
-    requests = {i: serving.request(spec.engine, run.tokenizer, texts[i], most, run.form.stops) for i in todo}
+    ends = end_tokens(run.tokenizer, run.place)
+    requests = {i: serving.request(spec.engine, run.tokenizer, texts[i], most, ends, run.form.stops) for i in todo}
     calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
     ledger = Ledger(partial, {"sampler": spec.engine})
     if any(call.key not in ledger.answers for call in calls.values()):
@@ -137,4 +139,4 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
                 why = asker.stopped or ledger.errors.get(missing[0].key, "no answer")
                 raise UserError(f"{name}: {len(missing)} of {len(texts)} responses are missing: {why}{server.last_words()}"
                                 "; what was answered stays: run the same command to go on")
-    yield todo, [serving.read_answer(spec.engine, run.tokenizer, ledger.answers[calls[i].key][0]) for i in todo]
+    yield todo, [serving.read_answer(spec.engine, run.tokenizer, ledger.answers[calls[i].key][0], ends) for i in todo]

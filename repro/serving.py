@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -72,13 +72,16 @@ def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share:
 
 # ---- prompts and answers
 
-def request(engine: str, tokenizer, text: str, max_tokens: int, stops: Sequence[str] = ()) -> dict:
-    """The completion request for a rendered prompt. vLLM takes and gives token ids, so nothing is tokenised twice and
-    nothing is lost in decoding. Other servers take text, and what they make of it must be the same token ids."""
+def request(engine: str, tokenizer, text: str, max_tokens: int, ends: Collection[int], stops: Sequence[str] = ()) -> dict:
+    """The completion request for a rendered prompt, whose answer any of the tokens `ends` ends. vLLM takes and gives token
+    ids, so nothing is tokenised twice and nothing is lost in decoding; it knows the tokenizer's end token alone. Other
+    servers take text, and what they make of it must be the same token ids."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     fixed = {"max_tokens": max_tokens, "temperature": 0.0}
     if engine == "vllm":
-        return {"prompt": ids, **fixed, "extra_body": {"return_token_ids": True}} | ({"stop": list(stops)} if stops else {})
+        more = sorted(set(ends) - {tokenizer.eos_token_id})
+        extra = {"return_token_ids": True} | ({"stop_token_ids": more} if more else {})
+        return {"prompt": ids, **fixed, "extra_body": extra} | ({"stop": list(stops)} if stops else {})
     bos = tokenizer.bos_token or ""
     for candidate in dict.fromkeys((text, text.removeprefix(bos))):
         if tokenizer(candidate).input_ids == ids:
@@ -87,14 +90,14 @@ def request(engine: str, tokenizer, text: str, max_tokens: int, stops: Sequence[
                     "another prompt than the model is trained with; use --sampler vllm, which takes token ids")
 
 
-def read_answer(engine: str, tokenizer, answer: dict) -> dict:
+def read_answer(engine: str, tokenizer, answer: dict, ends: Collection[int]) -> dict:
     """{text, tokens, finished} of a server's answer, as of `sample_batch`."""
     from repro.sampling import answer_of, without_controls
 
     choice = answer["choices"][0]
     finished = choice["finish_reason"] == "stop"
     if engine == "vllm":
-        return answer_of(tokenizer, choice["token_ids"]) | {"finished": finished}
+        return answer_of(tokenizer, choice["token_ids"], ends) | {"finished": finished}
     return {"text": without_controls(tokenizer, choice["text"]), "finished": finished,
             "tokens": answer["usage"]["completion_tokens"] - finished}  # less the end token
 

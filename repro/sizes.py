@@ -218,6 +218,20 @@ class Step:
         return 2 if self.precision == "bf16" else 4
 
 
+def activation_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
+    """What a Llama-like decoder keeps for the backward of `tokens` tokens without activation checkpointing, the head's
+    part not counted: 6 D + 4 I + 2 (H + K) d numbers a token and layer, twice the last where queries and keys are
+    normed, 2 D more for each expert of a mixture, 2 of the D in float32 always (norms); as counted on transformers 5.23
+    (tests/test_training.py)."""
+    attention = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    attention *= 4 if shape.model_type in ("qwen3", "gemma3_text") else 2
+    experts = shape.num_experts_per_tok
+    numbers = 6 * shape.hidden_size + 4 * experts * shape.intermediate_size + attention
+    numbers += 2 * experts * shape.hidden_size if experts > 1 else 0
+    norms = 2 * shape.hidden_size * max(0, 4 - itemsize)
+    return tokens * shape.num_hidden_layers * (numbers * itemsize + norms)
+
+
 def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[str, dict[str, int]]:
     """Bytes per rank by kind at the three moments that may be the peak, gradients of earlier packs and optimizer state in
     place: "head", with all activations kept and the logits made; "layers", in the backward of the last layer, or of one
@@ -228,7 +242,6 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
     """
     from kernels.linear_nll import NARROW, SLAB_ELEMENTS
     from kernels.linear_nll import plan as head_mode
-    from repro.training import activation_bytes
 
     n, cuda, V, D = step.ranks, step.device == "cuda", shape.vocab_size, shape.hidden_size
     item, state = step.item, step.state

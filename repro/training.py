@@ -68,21 +68,6 @@ def matmul_precision(model, precision: str):
             torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def activation_bytes(config, tokens: int, itemsize: int) -> int:
-    """What a Llama-like decoder keeps for the backward of `tokens` tokens without activation checkpointing, the head's
-    part not counted: 6 D + 4 I + 2 (H + K) d numbers a token and layer, twice the last where queries and keys are
-    normed, 2 D more for each expert of a mixture, 2 of the D in float32 always (norms); as counted on transformers 5.23
-    (tests/test_training.py)."""
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = (config.num_attention_heads + config.num_key_value_heads) * d
-    attention *= 4 if config.model_type in ("qwen3", "gemma3_text") else 2
-    experts = getattr(config, "num_experts_per_tok", 1)
-    numbers = 6 * config.hidden_size + 4 * experts * config.intermediate_size + attention
-    numbers += 2 * experts * config.hidden_size if experts > 1 else 0
-    norms = 2 * config.hidden_size * max(0, 4 - itemsize)
-    return tokens * config.num_hidden_layers * (numbers * itemsize + norms)
-
-
 def usable_bytes(device: torch.device) -> int:
     """Memory that training may take in all: of a GPU what is free and what torch holds, of a machine with a CPU half."""
     if device.type == "cuda":
@@ -94,10 +79,13 @@ def usable_bytes(device: torch.device) -> int:
 @contextmanager
 def activation_checkpointing(model, step: Step):
     """On for the block where `step` would not fit with all activations kept, by the byte model of `repro plan` (it costs a
-    third of the step), else off. The same numbers either way."""
+    third of the step), else off, and off where there is no such model. The same numbers either way."""
     usable = usable_bytes(model.device)
-    shape = shape_from(model.config.to_dict(), "config.json")
-    if model.is_activation_checkpointing or peak(training_bytes(shape, step, usable))[1] <= usable:
+    try:
+        shape = shape_from(model.config.to_dict(), "config.json")
+    except UserError:  # no Llama-like decoder (the reference path takes any): there is no byte model of it
+        shape = None
+    if shape is None or model.is_activation_checkpointing or peak(training_bytes(shape, step, usable))[1] <= usable:
         yield
         return
     model.activation_checkpointing_enable()
@@ -123,12 +111,8 @@ class Objective(torch.nn.Module):
         return symmetric_infonce(logprobs) * counted / queries
 
 
-class Scorer(torch.nn.Module):
+class Scorer(Objective):
     """Queries -> their summed log-probs [B, C, R], in one forward of a model whose weights need no gradient."""
-
-    def __init__(self, model, tokenizer, spec: TrainSpec, backend: str):
-        super().__init__()
-        self.model, self.tokenizer, self.spec, self.backend = model, tokenizer, spec, backend
 
     def forward(self, part: Sequence[TrainingPair]) -> Tensor:
         # Not under no_grad: there the matrix is computed in parts, as many as the texts are long, and all ranks must

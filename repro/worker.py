@@ -58,10 +58,6 @@ def train(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int],
     """Do the job in `folder`, which leaves its weights in Hugging Face format; returns the trace of its steps. On each of
     `nodes` machines `ranks` processes train."""
     if ranks * nodes > 1:
-        import torch
-
-        gc.collect()  # the sampling model's memory is the workers' now
-        torch.cuda.empty_cache()
         return launch(folder, job_file(iteration), ranks, on_query=on_query, nodes=nodes)
     from repro.training import OneProcess
 
@@ -88,9 +84,10 @@ def score(folder: Path, name: str, ranks: int, *, model: str, pairs: list, spec:
     """Summed log-probs [C][R] of each of `pairs` under `model`, computed by `ranks` workers."""
     job = folder / f"logprobs/{name}.job.json"
     write_json(job, {"model": model, "train": asdict(spec), "backend": backend, "pairs": [asdict(pair) for pair in pairs]})
-    matrices = launch(folder, str(job.relative_to(folder)), ranks, on_query=on_query)
-    job.unlink()
-    return matrices
+    try:
+        return launch(folder, str(job.relative_to(folder)), ranks, on_query=on_query)
+    finally:
+        job.unlink(missing_ok=True)
 
 
 # ---- in the pipeline
@@ -112,14 +109,18 @@ def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None
     Raises UserError with the workers' reason, or with the rank that was lost. SystemExit and KeyboardInterrupt (a signal)
     are raised on once the workers have saved their step; a second one ends them at once.
     """
+    import torch
+
+    gc.collect()  # the sampling model's memory is the workers' now
+    torch.cuda.empty_cache()
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     folder = folder.absolute()
     for node in range(1, nodes):
         argv = " ".join(torchrun(folder, job, ranks, nodes, node))
         print(f"waiting for node {node}; start there: {sys.executable} -m {argv}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", *torchrun(folder, job, ranks, nodes, 0)], text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", *torchrun(folder, job, ranks, nodes, 0)], text=True, errors="replace",
+        start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {ATTACHED: "1", "OMP_NUM_THREADS": str(max(1, cores // ranks)), "PYTHONUNBUFFERED": "1"})
     heard = {"queries": [], "row": [], "done": [], "error": [], "failed": [], "other": deque(maxlen=200)}
     listener = threading.Thread(target=_listen, args=(process.stdout, heard, on_query), daemon=True)

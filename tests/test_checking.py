@@ -12,7 +12,7 @@ from test_experiments import small
 
 from repro import checking, cli, published
 from repro.config import JudgeSpec
-from repro.endpoint import Endpoint
+from repro.endpoint import HOSTED, Endpoint
 from repro.pipeline import judge_run, run
 from repro.records import CHECK, UserError, checked, file_sha256, read_json, write_json
 from repro.report import publish
@@ -34,6 +34,12 @@ def finished(tiny, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("host, hosted", [("api.openai.com", True), ("api", False), ("openai", False), ("::1", False), ("127.0.0.1", False)])
+def test_a_judges_host_is_the_hosted_one_by_its_whole_name(host, hosted):
+    endpoint = Endpoint(model="m", base_url=checking._address(host))
+    assert (endpoint.url == HOSTED) == hosted and endpoint.host == host
 
 
 def failing(folder: Path) -> list[str]:

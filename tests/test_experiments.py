@@ -269,6 +269,12 @@ def test_two_runs_in_one_directory(finished, tiny):
     owner.stdout.close()
 
 
+def test_the_report_says_that_a_checkout_was_modified():
+    from repro.report import _short
+
+    assert (_short("0123456789abcdef"), _short("0123456789abcdef-dirty"), _short(None)) == ("0123456789ab", "0123456789ab-dirty", "unknown")
+
+
 def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp_path):
     from repro.report import publish, write_report
 
@@ -394,14 +400,44 @@ def save_gpt2(folder: Path) -> Path:
 
 
 def test_a_family_that_the_shared_path_does_not_know_runs_on_the_reference_and_says_so(tmp_path):
-    from repro.rundir import Run
-
-    experiment = small(load_experiment("exp1", "mini")[0], save_gpt2(tmp_path / "gpt2"))
+    """To its end: training too, where no byte model says whether activations fit."""
+    experiment = dataclasses.replace(small(load_experiment("exp1", "mini")[0], save_gpt2(tmp_path / "gpt2"), learning_rate=1e-3),
+                                     iterations=1)
     said = []
-    shared = Run(experiment, tmp_path / "run", said.append)
-    shared.prepare()
-    assert shared.record["backend"] == "reference"
+    folder = run(experiment, tmp_path, say=said.append)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["backend"] == "reference" and all(step["loss"] > 0 for step in record["stages"]["train-1"]["trace"])
     assert any("reference path" in line and "gpt2: not a family" in line for line in said)
+
+
+def test_a_model_that_names_no_context_is_refused_in_one_line(tmp_path):
+    from transformers import BloomConfig
+
+    BloomConfig(vocab_size=259, hidden_size=8, n_layer=1, n_head=1).save_pretrained(tmp_path / "bloom")
+    with pytest.raises(UserError, match="bloom.*no max_position_embeddings"):
+        models.context_of(models.load_config(str(tmp_path / "bloom")))
+
+
+def test_a_response_ends_at_any_end_token_of_the_model(tiny, tmp_path):
+    """Chat models may end a turn with another token than the tokenizer's: the generation config names both."""
+    import shutil
+
+    from conftest import byte_tokenizer
+
+    from repro.sampling import sample_batch
+
+    folder, tokenizer, prompt = Path(shutil.copytree(tiny, tmp_path / "chat")), byte_tokenizer(), "<|im_start|>user\nHow?<|im_end|>\n"
+    whole = sample_batch(models.load_model(str(tiny)), tokenizer, [prompt], max_new_tokens=8)[0]
+    assert (whole["tokens"], whole["finished"]) == (8, False)
+    end = tokenizer(whole["text"], add_special_tokens=False).input_ids[3]
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, end]}))
+    model = models.load_model(str(folder))
+    found = sample_batch(model, tokenizer, [prompt], max_new_tokens=8)[0]
+    assert found["finished"] and whole["text"].startswith(found["text"]) and found["tokens"] <= 3
+    assert models.end_tokens(tokenizer, model) == models.end_tokens(tokenizer, str(folder)) == {2, end}
+    (folder / "generation_config.json").unlink()
+    assert models.end_tokens(tokenizer, str(folder)) == {2}
 
 
 @pytest.mark.parametrize("change, reason", [

@@ -21,7 +21,7 @@ from repro import worker
 from repro.cli import load_experiment
 from repro.config import TrainSpec
 from repro.pipeline import run
-from repro.records import read_jsonl, sealed
+from repro.records import UserError, read_jsonl, sealed
 from repro.rundir import logprob_file
 from repro.training import OneProcess
 
@@ -195,6 +195,25 @@ def test_two_nodes_of_one_fsdp_rank_each(tiny, tmp_path, alone, monkeypatch, cap
     for name, tensor in alone[1].items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=0)
     assert f"start there: {sys.executable} -m {' '.join(worker.torchrun(tmp_path, worker.job_file(1), 1, 2, 1))}\n" in capfd.readouterr().err
+
+
+def test_an_fsdp_worker_may_print_what_is_no_text(tmp_path, monkeypatch):
+    (tmp_path / "loud.py").write_text("import sys\nfor _ in range(9000): sys.stdout.buffer.write(bytes([0xff]) * 40 + b'\\n')\n"
+                                      "print('{\"row\": 7}\\n{\"done\": 1}', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(worker, "torchrun", lambda *args: ["loud"])
+    assert worker.launch(tmp_path, "logprobs/x.job.json", 2, on_query=lambda n: None) == [7]
+
+
+def test_an_fsdp_scoring_job_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    def fails(folder, job, ranks, **more):
+        assert (folder / job).is_file()
+        raise UserError("rank 1 was lost")
+
+    monkeypatch.setattr(worker, "launch", fails)
+    with pytest.raises(UserError, match="rank 1 was lost"):
+        worker.score(tmp_path, "evaluation-0", 2, model="m", pairs=[], spec=TrainSpec(), backend="shared", on_query=lambda n: None)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("ranks", [0, -1])

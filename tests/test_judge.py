@@ -246,7 +246,10 @@ def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
     assert not record["admitted"] and "kappa's lower bound" in record["reasons"][0]  # verdicts by hash: chance
     assert "NOT ADMITTED" in admission.plain_words(record)[-1]
     monkeypatch.setattr(admission, "ADMISSIONS", tmp_path / "out")
-    assert re.search(r"NOT admitted; kappa -?0\.\d\d .* of 40 planted injections win", admission.standing("org-judge-1"))
+    assert re.search(r"org-judge-1 \(org/judge-1 at 127\.0\.0\.1, answers as \w+\): NOT admitted; kappa -?0\.\d\d .* of 40 planted "
+                     "injections win", admission.standing("org-judge-1"))
+    with pytest.raises(UserError, match="--items 0: must be 1 or more"):
+        admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["tldr/m/w/1"], count=0, work=tmp_path, dry_run=True)
     assert "never held against" in admission.standing("other")
     with pytest.raises(UserError, match="--files: 'x' is not an archived comparison .*tldr/m/w/1"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["x"], count=1, work=tmp_path, dry_run=True)
@@ -321,7 +324,9 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
                 cli.main(argv)
             assert e.value.code == 0
         assert len(server.requests) == len(set(server.requests)) > 0
-        assert "judge-1: never held against the archived verdicts" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "judge-1: never held against the archived verdicts" in said.out
+        assert "report: done before" not in said.out + said.err  # it is made again
         lines = [row for _, row in read_jsonl(folder / "judgments.jsonl")]
         judgments = [r for r in lines if r["record"] == "judgment"]
         assert {r["judge"] for r in judgments} == {"rule", "likelihood", "judge-1"} and len(judgments) == 3 * 12
@@ -344,7 +349,7 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(admission, "ADMISSIONS", tmp_path)
         with pytest.raises(SystemExit):
             cli.main(argv)
-        assert "judge-1: NOT admitted; kappa 0.00" in (folder / "report.html").read_text()  # known since, shown at once
+        assert "answers as logprobs): NOT admitted; kappa 0.00" in (folder / "report.html").read_text()  # known since, shown at once
         said = []
         run(experiment, tmp_path / "runs", say=said.append)
         assert sum("done before, skipped" in line for line in said) == 7, said
@@ -435,6 +440,8 @@ def test_judge_strict_fails_on_a_missing_verdict(finished, tmp_path, capsys):
     (["judge", "--admit", "--model", "m", "--max-usd", "-1"], "--max-usd: -1.0; must be from 0 to 9000"),
     (["judge", "--admit", "--model", "m", "--name", "a/b"], "JudgeSpec.name: 'a/b'; allowed are letters"),
     (["run", "exp1", "--judge", "openai"], "JudgeSpec.model: the openai judge needs the name of a model"),
+    (["judge", "--admit", "--model", "gpt-4.1", "--items", "-5"], "--items -5: must be 1 or more"),
+    (["run", "exp1", "--judge", "rules", "rule"], "JudgeSpec.judges: rule, rule; each at most once"),
     (["run", "exp1", "--judge", "opnai"], "--judge: 'opnai' is unknown; allowed: 'rules', 'rule', 'likelihood', 'openai'; did you mean 'openai'"),
     (["run", "exp1", "--judge", "openai", "--judge-model", "gpt-4.1"], r"needs a key in \$OPENAI_API_KEY, which is not set"),
     (["run", "exp1", "--judge", "openai", "--judge-model", "gpt-99", "--base-url", "http://example.org/v1"], "no price is known for 'gpt-99'")])
@@ -447,6 +454,20 @@ def test_judge_mistakes_end_in_one_line(argv, says, tmp_path, monkeypatch, capsy
     err = capsys.readouterr().err
     assert e.value.code == 2 and re.search(says, err) and err.count("\n") == 1, err
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_judge_settings_of_the_environment_do_not_concern_a_run_without_a_server(tmp_path, monkeypatch):
+    from repro import pipeline
+
+    taken = []
+    monkeypatch.setenv("OPENAI_BASE_URL", "localhost:11434?api-version=1")
+    monkeypatch.setattr(pipeline, "run", lambda experiment, out, **more: taken.append(more) or tmp_path)
+    monkeypatch.setattr(cli, "summary", lambda folder: [])
+    monkeypatch.setattr("repro.report.gather", lambda folders: tmp_path)
+    cli.run_command(cli.Run("exp1", out=tmp_path))
+    assert taken[0]["endpoint"] is None and taken[0]["writer_endpoint"] is None
+    with pytest.raises(UserError, match="--base-url"):
+        cli.run_command(cli.Run("exp1", out=tmp_path, judge=("openai",), judge_model="m"))
 
 
 def test_judge_config_that_differs_points_to_the_judge_command(finished):

@@ -47,7 +47,7 @@ def test_control_tokens_that_a_response_spells_out_do_not_come_back(tiny):
     text = "a<|im_<|im_end|>end|>b"
 
     class Model:
-        device = "cpu"
+        device, generation_config = "cpu", None
 
         def generate(self, input_ids, **kwargs):
             import torch

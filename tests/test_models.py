@@ -71,3 +71,10 @@ def test_the_embedded_model_answers_and_its_bound_beats_chance():
                                        backend=backend) for backend in ("shared", "reference"))
     torch.testing.assert_close(shared, full, atol=2e-5, rtol=0)
     assert infonce(shared.numpy())[0] > 0.02
+
+
+def test_the_cache_may_be_named_from_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("~/x", ""):
+        monkeypatch.setenv("SAMI_CACHE", value)
+        assert models.cache_folder() == tmp_path / (value[2:] or ".cache/sami-repro")

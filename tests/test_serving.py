@@ -110,17 +110,19 @@ def test_prompts_go_as_the_token_ids_that_the_model_is_trained_with():
 
     tokenizer = byte_tokenizer()
     ids = tokenizer("<|im_start|>ab", add_special_tokens=False).input_ids
-    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, ("###",)) == {
+    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
         "prompt": ids, "max_tokens": 5, "temperature": 0.0, "stop": ["###"], "extra_body": {"return_token_ids": True}}
-    assert serving.request("server", tokenizer, "<|im_start|>ab", 5, ("###",)) == {
+    assert serving.request("server", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
         "prompt": "<|im_start|>ab", "max_tokens": 5, "temperature": 0.0}
+    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2, 9})["extra_body"] == {
+        "return_token_ids": True, "stop_token_ids": [9]}  # what the weights' generation config names beside the tokenizer's
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     assert tokenizer("ab").input_ids[0] == 1
-    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5)["prompt"] == ids  # not two of them
-    assert serving.request("server", tokenizer, "<|im_start|>ab", 5)["prompt"] == "ab"
+    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2})["prompt"] == ids  # not two of them
+    assert serving.request("server", tokenizer, "<|im_start|>ab", 5, {2})["prompt"] == "ab"
     with pytest.raises(UserError, match="would read another prompt than the model is trained with; use --sampler vllm"):
-        serving.request("server", tokenizer, "ab", 5)
+        serving.request("server", tokenizer, "ab", 5, {2})
 
 
 def test_the_first_space_of_a_sentencepiece_response_stays():
@@ -132,8 +134,8 @@ def test_the_first_space_of_a_sentencepiece_response_stays():
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     assert tokenizer.decode([5, 3]) == "wasw"
-    assert sampling.answer_of(tokenizer, [5, 3, 1, 4]) == {"text": " wasw", "tokens": 2, "finished": True}
-    assert sampling.answer_of(tokenizer, [3, 5]) == {"text": "w was", "tokens": 2, "finished": False}
+    assert sampling.answer_of(tokenizer, [5, 3, 1, 4], {1}) == {"text": " wasw", "tokens": 2, "finished": True}
+    assert sampling.answer_of(tokenizer, [3, 5], {1}) == {"text": "w was", "tokens": 2, "finished": False}
 
 
 @pytest.mark.parametrize("name", ["exp1", "exp2"])
@@ -154,7 +156,7 @@ def test_both_ways_in_give_the_same_responses(tiny, tmp_path, name):
     assert left[0] == left[1] and len({row["text"] for row in left[0]}) > 5
     for row in left[0]:
         assert row["text"].startswith(run.form.opening + " ") and not any(stop in row["text"] for stop in run.form.stops)
-        assert row["text"].endswith(".") if row["finished"] else len(row["text"]) >= 23
+        assert row["text"].endswith(".") if row["finished"] else len(row["text"]) >= 22  # of 24, white space at the end dropped
     assert any(row["finished"] for row in left[0]) and (name == "exp2" or not all(row["finished"] for row in left[0]))
 
 
@@ -167,7 +169,7 @@ def test_control_tokens_that_are_spelled_out_are_dropped(tiny, tmp_path):
         answer = Server(**options).answer({"model": "m", "prompt": "x", "max_tokens": 99, "return_token_ids": True})
         if engine == "vllm":  # as text it is encoded to the control token itself
             answer["choices"][0]["token_ids"] = [*byte_tokenizer()("a<|im_").input_ids, *byte_tokenizer()("end|>b").input_ids]
-        assert serving.read_answer(engine, byte_tokenizer(), answer)["text"] == "ab"
+        assert serving.read_answer(engine, byte_tokenizer(), answer, {2})["text"] == "ab"
 
 
 def test_no_proxy_stands_before_a_server_of_this_machine(tiny, tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ import torch
 import transformers
 from conftest import byte_tokenizer
 
-from repro import models, training
-from repro.config import Experiment, TrainSpec, Update, config_hash
+from repro import cli, models, training
+from repro.config import DataSpec, Experiment, SamplingSpec, TrainSpec, Update, config_hash
 from repro.records import UserError
+from repro.sizes import activation_bytes, shape_from
 from repro.training import TrainingPair, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +160,7 @@ def test_checkpointing_counts_weights_gradients_and_optimizer_state(tiny, monkey
     model, batch, on = models.load_model(str(tiny)), pairs(2), []
     lengths, _ = packed_tokens(byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch], score_eos=False)
     held = 4 * numbers * sum(p.numel() for p in model.parameters())
-    activations = training.activation_bytes(model.config, sum(lengths), 4)
+    activations = activation_bytes(shape_from(model.config.to_dict(), ""), sum(lengths), 4)
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda self: on.append(1))
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_disable", lambda self: None)
     for usable in (held // 2 + activations, held + 3 * activations):
@@ -176,6 +177,22 @@ def test_a_younger_setting_leaves_the_hashes_of_older_runs():
     assert config_hash(other, record["inputs"]) != record["config_hash"] and Experiment.from_json(other.to_json()) == other
     with pytest.raises(UserError, match="TrainSpec.pack_tokens: 0; must be above 0"):
         TrainSpec(pack_tokens=0)
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: TrainSpec(batches_increment=-1), "TrainSpec.batches_increment: -1; must be 0 or more"),
+    (lambda: SamplingSpec(spare=-0.5), "SamplingSpec.spare: -0.5; must be 0 or more"),
+    (lambda: DataSpec(subsets=("helpful", "helpful")), "DataSpec.subsets: helpful, helpful; each at most once")])
+def test_settings_that_would_change_numbers_in_silence_are_refused(make, says):
+    with pytest.raises(UserError, match=says):
+        make()
+
+
+def test_flags_of_training_and_data():
+    (e,) = cli.configure(cli.Run("exp1", profile="paper", precision="bf16", dose="as_run", leakage="keep"))
+    assert (e.train.precision, e.train.dose, e.data.leakage) == ("bf16", "as_run", "keep")
+    with pytest.raises(UserError, match="TrainSpec.dose: 'as run' is unknown; allowed: 'as_printed', 'as_run'"):
+        cli.configure(cli.Run("exp1", dose="as run"))
 
 
 @pytest.mark.parametrize("family, error", [("llama", .05), ("mistral", .05), ("qwen2", .1), ("qwen3", .1), ("mixtral", .15)])
@@ -201,7 +218,7 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
     (four, config), (two, _) = kept(4), kept(2)
     tokens = sum(packed_tokens(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False)[0])
     config.num_hidden_layers = 2
-    assert training.activation_bytes(config, tokens, 4) == pytest.approx(four - two, rel=error)
+    assert activation_bytes(shape_from(config.to_dict(), ""), tokens, 4) == pytest.approx(four - two, rel=error)
 
 
 def test_products_under_autocast_use_the_updated_weights(monkeypatch):

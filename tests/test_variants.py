@@ -1,5 +1,6 @@
 """What experiments 2 and 3 add to a run: principle writers, variants side by side, pools, chain of thought."""
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -291,6 +292,21 @@ def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch):
     assert ask not in shared.prompt(pair[0], query, "train", sample=False)
     assert {r["cot"] for r in json.loads((folder / "metrics.json").read_text())} == {True}
     assert cli.configure(cli.Run("exp3", cot=True))[0].name == "exp3_diverse_cot"
+
+
+@pytest.mark.parametrize("sampled, text, finished", [
+    ("I think. Summary: She was", "She was", False), ("I think. Summary: She was\n\nPost: and", "She was", True),
+    ("I think.", "", False)])
+def test_a_plain_response_is_finished_where_the_format_ended_it(tiny, tmp_path, monkeypatch, sampled, text, finished):
+    """Not where the cap did: with reasoning, the response is never the whole sample."""
+    experiment = small(cli.load_experiment("exp3", "mini")[0], tiny)
+    experiment = dataclasses.replace(experiment, cot=True, model=dataclasses.replace(experiment.model, prompt="plain"))
+    shared = prepared(experiment, tmp_path)
+    monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, **more: [
+        {"text": sampled.removeprefix(shared.form.opening), "tokens": 9, "finished": False}] * len(prompts))
+    monkeypatch.setattr(shared, "model", lambda *args: contextlib.nullcontext())
+    (row,) = sampling.sample_to_file(shared, [(shared.held_out[0], shared.items()[0].constitutions[0])], ["x"], 0, tmp_path / "r.jsonl", "r")
+    assert (row["text"], row["finished"]) == (text, finished)
 
 
 def test_the_response_is_what_follows_the_mark():
