@@ -10,6 +10,7 @@ Axes: H query heads, K key-value heads (H a multiple of K), T tokens, d head siz
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -223,6 +224,19 @@ def varlen_kernel():
         q, k, v, index.cu_q, index.cu_k, index.max_q, index.max_k, softmax_scale=scale, causal=True, deterministic=True)
 
 
+@contextmanager
+def _in_a_fixed_order():
+    """torch's varlen kernel has no option for it: but in torch's deterministic mode it sums dq in any order."""
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 class _Varlen(torch.autograd.Function):
     """Only the packed q, k, v are kept: keys are gathered and the attention (about 1 % of a step) run again in the
     backward. That costs less than the repeated prefixes would hold, and needs the kernels' public functions alone."""
@@ -242,7 +256,8 @@ class _Varlen(torch.autograd.Function):
         inputs = [x.detach().requires_grad_() for x in (query, key[index.gather], value[index.gather])]
         with torch.enable_grad():
             out = ctx.kernel(*inputs, index, ctx.scale)
-        dq, dk, dv = torch.autograd.grad(out, inputs, grad)
+        with _in_a_fixed_order():
+            dq, dk, dv = torch.autograd.grad(out, inputs, grad)
         return dq, index.ungather(dk), index.ungather(dv), None, None, None
 
 

@@ -29,7 +29,7 @@ def infonce_kernel(x_ptr, offsets_ptr, weight_ptr, loss_ptr, N, B, C, R, RAGGED:
             total = new
         m = tl.sum(lost, 2) - tl.sum(total, 2)
         divisor = tl.where(real & MEAN, length, 1).to(tl.float32)
-        m = m / divisor
+        m = tl.div_rn(m, divisor)  # a GPU's own division may be 2 ulp off
     else:
         m = tl.load(x_ptr + cell, mask=real, other=0.0)
     m = tl.where(real, m, float("-inf"))
@@ -43,14 +43,15 @@ def infonce_kernel(x_ptr, offsets_ptr, weight_ptr, loss_ptr, N, B, C, R, RAGGED:
     column_sum = tl.where(r < R, tl.sum(column, 0)[None, :], 1.0)
     rows = tl.where(c < K, tl.log(row_sum) + tl.sum(tl.where(on, row_max - m, 0.0), 1)[:, None], 0.0)
     columns = tl.where(r < K, tl.log(column_sum) + tl.sum(tl.where(on, column_max - m, 0.0), 0)[None, :], 0.0)
-    tl.store(loss_ptr + tl.program_id(0), (tl.sum(rows) + tl.sum(columns)) / (2 * K))
+    tl.store(loss_ptr + tl.program_id(0), tl.div_rn(tl.sum(rows) + tl.sum(columns), (2 * K).to(tl.float32)))
 
     if GRAD:
         one = tl.where(on, 1.0, 0.0)
-        slope = tl.where(c < K, row / row_sum - one, 0.0) + tl.where(r < K, column / column_sum - one, 0.0)
-        slope = slope / (2.0 * K * B)  # d loss / d M
+        p, q = tl.div_rn(row, tl.broadcast_to(row_sum, [CP, RP])), tl.div_rn(column, tl.broadcast_to(column_sum, [CP, RP]))
+        slope = tl.where(c < K, p - one, 0.0) + tl.where(r < K, q - one, 0.0)
+        slope = tl.div_rn(slope, 2.0 * K * B)  # d loss / d M
         if RAGGED:
-            slope = -(slope / divisor)[:, :, None]
+            slope = -tl.div_rn(slope, divisor)[:, :, None]
             for first in range(0, longest, TP):
                 here = first_token + first + t
                 tl.store(weight_ptr + here, tl.broadcast_to(slope, [CP, RP, TP]), mask=(first + t < tokens) & (here < N))

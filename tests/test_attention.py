@@ -133,6 +133,28 @@ def test_torchs_varlen_function_is_called_as_its_version_takes_it(newer, heads, 
     assert seen
 
 
+def test_the_varlen_backward_runs_in_torchs_deterministic_mode_and_leaves_it(monkeypatch):
+    seen = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory))
+            return grad
+
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: lambda q, *rest: plain_varlen(Noted.apply(q), *rest))
+    layout = Layout(((5, (3, 4)),))
+    tensors, upstream = inputs(layout)
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    outcome(layout, tensors, upstream, "varlen")
+    assert seen == [(2, False)]
+    assert before == (torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory) == (0, True)
+
+
 # ---- misuse
 
 

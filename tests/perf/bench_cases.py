@@ -63,8 +63,8 @@ def with_logits_to_keep(model, prompts, responses):
     pairs = [tokenize_pair(Ids(), p, r, score_eos=False) for p in prompts for r in responses]
     longest = max(len(p.ids) for p in pairs)
     keep = longest - min(p.start for p in pairs) + 1
-    ids = torch.tensor([p.ids + [0] * (longest - len(p.ids)) for p in pairs])
-    mask = torch.tensor([[1] * len(p.ids) + [0] * (longest - len(p.ids)) for p in pairs])
+    ids = torch.tensor([p.ids + [0] * (longest - len(p.ids)) for p in pairs], device=model.device)
+    mask = torch.tensor([[1] * len(p.ids) + [0] * (longest - len(p.ids)) for p in pairs], device=model.device)
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits[:, :-1].float()
     first = longest - keep + 1  # the position that the first kept logits predict
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, first:].flatten(), reduction="none").view(len(pairs), -1)

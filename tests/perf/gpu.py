@@ -1,19 +1,24 @@
 """Everything under kernels/ on a GPU, in one run: first that it is right, then how fast it is and how much memory it takes.
 
-    .venv/bin/python tests/perf/gpu.py [--only errors heads losses steps] [--rounds 50] [--out FOLDER] [--tiny]
+    .venv/bin/python tests/perf/gpu.py [--only errors heads losses steps] [--models mistral-7b ...] [--rounds 50] [--minutes M]
+                                       [--anyway] [--out FOLDER] [--tiny]
 
-errors: each operation, forward and backward, against float64 (gpu_errors.py). After a fault nothing is timed: exit 1.
-heads, losses, steps: ours and every alternative that runs, interleaved, the L2 cache flushed before each, by CUDA events;
-20th, 50th and 80th percentile, peak bytes above the inputs, and the share of the floor: the FLOPs that the case needs at
-this GPU's own rate for a large bf16 product. Prints a table last and writes FOLDER/gpu_NAME.json (results/bench);
-bench.py --table puts it into kernels/README.md. `--tiny` is for trying the script: small shapes, on a CPU too, with
-Triton's interpreter and a plain attention where CUDA's kernels would be; it writes nothing, and its times mean nothing.
+errors: each operation, forward and backward, against float64 (gpu_errors.py). After a fault nothing is timed, but with
+`--anyway`; exit 1. heads, losses, steps: ours and every alternative that runs, interleaved, the L2 cache flushed before each,
+by CUDA events; 20th, 50th and 80th percentile, peak bytes above what was there, and the share of the floor: the FLOPs that
+the case needs at this GPU's own rate for a large bf16 product. A step's time holds the packing of its texts by the host
+(`host_ms`). Writes FOLDER/gpu_NAME.json (results/bench) after every case, and rows of an older record of the same commit stay;
+bench.py --table puts it into kernels/README.md. Prints a table last. All of it takes about 20 minutes on an H200, an estimate:
+`--minutes` begins no case after so many. Without the package installed: PYTHONPATH=. before the command.
+`--tiny` is for trying the script: small shapes, on a CPU too, with Triton's interpreter and a plain attention where CUDA's
+kernels would be; it writes nothing, and its times mean nothing.
 """
 
 import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import random
 import re
@@ -26,6 +31,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # cases of many sizes, on a GPU that they fill
 
 import torch
 
@@ -40,12 +46,14 @@ from step import Ids, texts  # noqa: E402
 from kernels import attention, linear_nll, reference  # noqa: E402
 from kernels.infonce import symmetric_infonce  # noqa: E402
 from repro import logprobs  # noqa: E402
-from repro.records import write_json  # noqa: E402
+from repro.records import read_json, write_json  # noqa: E402
 from repro.rundir import commit  # noqa: E402
 from repro.sizes import Shape, Step, training_bytes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAST, SECONDS = 5, 15.0  # rounds of a case, and how long they may take beyond these
+LEAST, SECONDS = 3, 6.0  # rounds of a case, and how long they may take beyond these
+AHEAD = 2_000_000        # cycles that the GPU sleeps before a run, about a millisecond, in which the host gets ahead of it
+SPREAD = 0.05            # nats between the losses of one case's implementations: what is compared is one computation
 PARTS = ("errors", "heads", "losses", "steps")
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "cut-cross-entropy")
 
@@ -73,7 +81,7 @@ class Flush:
 
 
 def timed(run, flush) -> float:
-    """Milliseconds of `run`. The flush keeps the GPU busy while the first launches are queued behind it."""
+    """Milliseconds of `run`."""
     sync()
     flush()
     if not CUDA:
@@ -81,6 +89,7 @@ def timed(run, flush) -> float:
         run()
         return (time.perf_counter() - start) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)
     start.record()
     run()
     end.record()
@@ -88,48 +97,65 @@ def timed(run, flush) -> float:
     return start.elapsed_time(end)
 
 
-def peak_bytes(run) -> int | None:
-    """Bytes allocated at the peak of `run` above what was there before; not known on a CPU."""
+def peak_of(run) -> tuple:
+    """(what `run` returns, the bytes allocated at its peak above what was there before; not known on a CPU)."""
     if not CUDA:
-        return None
+        return run(), None
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
+    value = run()
     sync()
-    return torch.cuda.max_memory_allocated() - before
+    return value, torch.cuda.max_memory_allocated() - before
 
 
-def interleaved(runs: dict, rounds: int, reset) -> dict:
+def why_not(name: str, error: Exception) -> str:
+    """What is said of an implementation that does not run here. Ours may lack memory, nothing else."""
+    if "(ours)" in name and not isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def interleaved(runs: dict, rounds: int, reset, inside=lambda name: nullcontext()) -> dict:
     """`runs`: name -> callable, or why it is not run; the first is ours. Name -> what was measured, in `rounds` rounds, or
-    as many as fit into SECONDS, but at least LEAST."""
+    as many as fit into SECONDS, but at least LEAST, each run `inside` a context of its name."""
     found, ms, flush = {}, {}, Flush()
     for name, run in runs.items():
         if not callable(run):
             found[name] = {"not_run": run}
             continue
         try:
-            for _ in range(2):  # compiles and warms up
+            with inside(name):
                 reset()
-                value = run()
-            reset()
-            found[name] = {"peak_bytes": peak_bytes(run)} | ({} if value is None else {"loss": value.item()})
-            reset()
-            ms[name] = [timed(run, flush)]
-        except torch.OutOfMemoryError as error:
-            found[name] = {"not_run": f"out of memory: {str(error).splitlines()[0]}"}
+                run()  # compiles
+                reset()
+                value, peak = peak_of(run)
+                found[name] = {"peak_bytes": peak} | ({} if value is None else {"loss": value.item()})
+                reset()
+                ms[name] = [timed(run, flush)]
+        except Exception as error:  # whatever a package raises on a machine it was not made for
+            found[name] = {"not_run": why_not(name, error)}
     rounds = max(LEAST, min(rounds, int(SECONDS * 1e3 / sum(sum(values) for values in ms.values()))))
     ms = {name: [] for name in ms}
+    retries = torch.cuda.memory_stats().get("num_alloc_retries", 0) if CUDA else 0
     for _ in range(rounds):
-        for name in ms:
-            reset()
-            ms[name].append(timed(runs[name], flush))
+        for name in [name for name in ms if "not_run" not in found[name]]:
+            try:
+                with inside(name):
+                    reset()
+                    ms[name].append(timed(runs[name], flush))
+            except Exception as error:
+                found[name] = {"not_run": why_not(name, error)}
     reset()
+    ms = {name: values for name, values in ms.items() if "not_run" not in found[name]}
     for name, values in ms.items():
         ratios = [b / a for a, b in zip(next(iter(ms.values())), values)]
         found[name] |= {"ms": quantiles(values), "rounds": rounds, "times_ours": statistics.median(ratios),
                         "times_ours_min_max": [min(ratios), max(ratios)]}
+    if CUDA and (retries := torch.cuda.memory_stats().get("num_alloc_retries", 0) - retries):
+        for name in ms:
+            found[name]["allocator_retries"] = retries  # memory was given back and asked for anew: times of little worth
     return found
 
 
@@ -220,8 +246,10 @@ def mask_of(layout) -> torch.Tensor:
 
 
 def sdpa(q, k, v, layout, *, scale):
-    """The shared layout with torch's attention under a T x T mask."""
-    return reference.attention(q, k, v, mask_of(layout), scale=scale).transpose(0, 1)
+    """The shared layout with torch's attention under a T x T mask, in the form that its fused kernels take."""
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask_of(layout), scale=scale)
+    return out[0].transpose(0, 1)
 
 
 class Case:
@@ -236,10 +264,15 @@ class Case:
         tokens, scored = logprobs.packed_tokens(self.tokenizer, self.prompts, self.responses, score_eos=False)
         self.tokens, self.scored, self.longest = sum(tokens), sum(scored), max(tokens)
 
-    def ours(self, checkpointing: bool, attend=None):
+    def host_ms(self) -> float:
+        """What the host does before the GPU begins: token ids, the packed sequence, the attention's index tensors."""
+        start = time.perf_counter()
+        logprobs.pack(logprobs._groups(self.tokenizer, self.prompts, self.responses, False)).layout.varlen(torch.device("cpu"))
+        return (time.perf_counter() - start) * 1e3
+
+    def ours(self, attend=None):
         def run():
-            with checkpointed(self.model, checkpointing), mock.patch.object(
-                    attention, "shared_prefix_attention", attend or attention.shared_prefix_attention):
+            with mock.patch.object(attention, "shared_prefix_attention", attend or attention.shared_prefix_attention):
                 loss = symmetric_infonce(self.matrix(self.prompts, self.responses, "shared"))
                 loss.backward()
             return loss.detach()
@@ -249,10 +282,10 @@ class Case:
         return logprobs.logprob_matrix(self.model, self.tokenizer, prompts, responses, length_normalize=True, score_eos=False,
                                        backend=backend)
 
-    def by_query(self, checkpointing: bool, matrix):
+    def by_query(self, matrix):
         """C x C sequences in full in one forward, a query after the other, as the authors ran it."""
         def run():
-            with checkpointed(self.model, checkpointing), mock.patch.object(logprobs, "BATCH_TOKENS", 1 << 40):
+            with mock.patch.object(logprobs, "BATCH_TOKENS", 1 << 40):
                 total = 0
                 for prompts, responses in zip(self.prompts, self.responses):
                     loss = symmetric_infonce(matrix(prompts, responses)) / len(self.prompts)
@@ -266,13 +299,18 @@ class Case:
             return self.matrix([prompts], [responses], "reference")
 
         def kept(prompts, responses):
-            with DEVICE:
-                return with_logits_to_keep(self.model, prompts, responses).unsqueeze(0)
+            return with_logits_to_keep(self.model, prompts, responses).unsqueeze(0)
 
-        return {"shared (ours), checkpointing": self.ours(True), "shared (ours)": self.ours(False),
-                "shared (ours), SDPA under a mask": self.ours(False, sdpa),
-                "reference, checkpointing": self.by_query(True, full), "reference": self.by_query(False, full),
-                "transformers, logits_to_keep": self.by_query(False, kept)}
+        runs = {"shared (ours), checkpointing": self.ours(), "shared (ours)": self.ours(),
+                "shared (ours), SDPA under a mask": self.ours(sdpa),
+                "reference, checkpointing": self.by_query(full), "reference": self.by_query(full),
+                "transformers, logits_to_keep": self.by_query(kept)}
+        if len(self.prompts) > 1:
+            runs["shared (ours), SDPA under a mask"] = "for one query alone: the mask is T x T"
+        if len(self.prompts) * len(self.prompts[0]) > 8:
+            again = f"goes query by query: {len(self.prompts)} times the case of one"
+            runs |= {name: again for name in runs if "(ours)" not in name}
+        return runs
 
     def flops(self) -> int:
         """That the case needs: each prompt once, only response tokens scored, nothing computed twice."""
@@ -297,35 +335,42 @@ class Case:
 def checkpointed(model, on: bool):
     if on:
         model.activation_checkpointing_enable()
-    yield
-    if on:
-        model.activation_checkpointing_disable()
+    try:
+        yield
+    finally:
+        if on:
+            model.activation_checkpointing_disable()
+            model.disable_input_require_grads()
 
 
-def steps(tiny: bool, rounds: int, rate: float):
+def steps(tiny: bool, rounds: int, rate: float, models=None):
     """A whole step: log-probs, loss, backward."""
-    slices = {"tiny": replace(SMOLLM2, **TINY)} if tiny else {
+    shapes = {"tiny": replace(SMOLLM2, **TINY)} if tiny else {
         "mistral-7b": MISTRAL, "llama3-70b, 8 layers": replace(LLAMA_70B, num_hidden_layers=8), "smollm2-135m": SMOLLM2}
-    for name, shape in slices.items():
+    for name, shape in shapes.items():
+        if models and not any(name.startswith(each) for each in models):
+            continue
         model = build(shape)
         for lengths in ("equal", "ragged"):
             for C in (2, 4):
                 for queries in (1, 4):
                     if queries == 4 and (tiny or (lengths == "ragged" and name != "mistral-7b")):
                         continue
-                    case = Case(model, shape, C, queries, lengths, *((12, 4) if tiny else (600, 80)))
-                    runs = case.implementations()
-                    if queries > 1:
-                        runs["shared (ours), SDPA under a mask"] = "only for one query: the mask is T x T"
-                    found = row("step", f"{name}, {lengths} lengths, C=R={C}, queries a pack: {queries}",
-                                interleaved(runs, rounds, lambda: None), dict.fromkeys(runs, case.flops()), rate)
-                    values = [x["loss"] for x in found["implementations"].values() if "loss" in x]
-                    if not max(values) - min(values) < 0.05:  # what is compared must be one computation, but for rounding
-                        raise SystemExit(f"gpu: {found['case']}: losses {values}")
-                    yield found | {"predicted_bytes": {"shared (ours), checkpointing": case.predicted(True),
-                                                       "shared (ours)": case.predicted(False)}}
-                    model.zero_grad(set_to_none=True)
-        del model, case
+                    yield step(name, shape, model, C, queries, lengths, tiny, rounds, rate)
+        del model
+        gc.collect()
+
+
+def step(name: str, shape: Shape, model, C: int, queries: int, lengths: str, tiny: bool, rounds: int, rate: float) -> dict:
+    case = Case(model, shape, C, queries, lengths, *((12, 4) if tiny else (600, 80)))
+    runs = case.implementations()
+    found = interleaved(runs, rounds, lambda: None, lambda each: checkpointed(model, "checkpointing" in each))
+    model.zero_grad(set_to_none=True)
+    losses = [x["loss"] for x in found.values() if "loss" in x]
+    return row("step", f"{name}, {lengths} lengths, C=R={C}, queries a pack: {queries}", found,
+               dict.fromkeys(runs, case.flops()), rate) | {
+        "host_ms": case.host_ms(), "spread": max(losses) - min(losses), "predicted_bytes": {
+            "shared (ours), checkpointing": case.predicted(True), "shared (ours)": case.predicted(False)}}
 
 
 def row(what: str, case: str, found: dict, flops: dict, rate: float) -> dict:
@@ -339,7 +384,10 @@ def row(what: str, case: str, found: dict, flops: dict, rate: float) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", help="of the steps: mistral-7b, llama3-70b, smollm2-135m")
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--minutes", type=float, default=600.0)
+    parser.add_argument("--anyway", action="store_true", help="time after a fault too")
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -349,30 +397,51 @@ def main() -> int:
     started = time.time()
     properties = torch.cuda.get_device_properties(DEVICE) if CUDA else None
     name = properties.name if CUDA else "no GPU"
+    path = args.out / f"gpu_{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
     record = {"benchmark": "gpu", "device": name, "capability": [properties.major, properties.minor] if CUDA else None,
-              "memory_bytes": properties.total_memory if CUDA else None, "cuda": torch.version.cuda, "tiny": args.tiny,
-              "versions": {p: installed(p) for p in PACKAGES}, "commit": commit(), "errors": [], "rows": []}
-    faults = 0
+              "memory_bytes": properties.total_memory if CUDA else None, "cuda": torch.version.cuda,
+              "cudnn": torch.backends.cudnn.version(), "versions": {p: installed(p) for p in PACKAGES}, "commit": commit(),
+              "errors": [], "rows": []}
+    old = {}
+    if path.is_file() and not args.tiny:
+        old = read_json(path)
+        if any(old[k] != record[k] for k in ("commit", "versions", "cuda")):
+            old = {}
+
+    def keep() -> None:
+        """The record so far, with what an earlier call of the same commit and versions has beyond it."""
+        if args.tiny:
+            return
+        made = {(r["what"], r["case"]) for r in record["rows"]}
+        whole = record | {"errors": record["errors"] or old.get("errors", []),
+                          "rows": [r for r in old.get("rows", []) if (r["what"], r["case"]) not in made] + record["rows"]}
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, whole)
+
     with nullcontext() if CUDA else mock.patch.object(attention, "varlen_kernel", lambda: plain_varlen):
         if "errors" in args.only:
             record["errors"] = errors(args.tiny)
-            faults = sum(not row["right"] for row in record["errors"])
-        if not faults:
+        faults = sum(not each["right"] for each in record["errors"])
+        if not faults or args.anyway:
             record |= ceilings(args.tiny)
-            for part, cases in (("heads", heads), ("losses", losses), ("steps", steps)):
-                for found in cases(args.tiny, args.rounds, record["tflops"]) if part in args.only else ():
-                    record["rows"].append(found)
-                    print(*gpu_table({"rows": [found]})[2:], sep="\n", file=sys.stderr, flush=True)
-    record["seconds"] = time.time() - started
-    if not args.tiny:
-        path = args.out / f"gpu_{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+            parts = {"heads": heads, "losses": losses, "steps": functools.partial(steps, models=args.models)}
+            for found in itertools.chain.from_iterable(  # one case after the other
+                    cases(args.tiny, args.rounds, record["tflops"]) for part, cases in parts.items() if part in args.only):
+                record["rows"].append(found)
+                print(*gpu_table({"rows": [found]})[2:], sep="\n", file=sys.stderr, flush=True)
+                keep()
+                if time.time() - started > 60 * args.minutes:
+                    print(f"gpu: {args.minutes:g} minutes are over; what is left is not begun", file=sys.stderr)
+                    break
+        keep()
+    spreads = [r["case"] for r in record["rows"] if not r.get("spread", 0) < SPREAD]
     print(*gpu_table(record), sep="\n")
-    print(f"{name}: {len(record['errors']) - faults} of {len(record['errors'])} right" +
-          (f"; {record['tflops']:.0f} TFLOP/s, {record['tbytes']:.2f} TB/s" if not faults else "; nothing timed") +
+    for case in spreads:
+        print(f"FAULT {case}: the implementations' losses are more than {SPREAD} nats apart")
+    print(f"{name}: {len(record['errors']) - faults} of {len(record['errors'])} right; " +
+          (f"{record['tflops']:.0f} TFLOP/s, {record['tbytes']:.2f} TB/s" if "tflops" in record else "nothing timed") +
           (f"; {path}" if not args.tiny else ""))
-    return int(faults > 0)
+    return int(faults > 0 or bool(spreads))
 
 
 if __name__ == "__main__":
