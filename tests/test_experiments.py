@@ -424,17 +424,18 @@ def test_a_response_ends_at_any_end_token_of_the_model(tiny, tmp_path):
 
     from conftest import byte_tokenizer
 
-    from repro.sampling import sample_batch
+    from repro.sampling import answer_of, sample_batch
 
     folder, tokenizer, prompt = Path(shutil.copytree(tiny, tmp_path / "chat")), byte_tokenizer(), "<|im_start|>user\nHow?<|im_end|>\n"
-    whole = sample_batch(models.load_model(str(tiny)), tokenizer, [prompt], max_new_tokens=8)[0]
-    assert (whole["tokens"], whole["finished"]) == (8, False)
-    end = tokenizer(whole["text"], add_special_tokens=False).input_ids[3]
+    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    ids = models.load_model(str(tiny)).generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1]:].tolist()
+    assert len(ids) == 8 and 2 not in ids
+    end = ids[3]
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, end]}))
     model = models.load_model(str(folder))
     found = sample_batch(model, tokenizer, [prompt], max_new_tokens=8)[0]
-    assert found["finished"] and whole["text"].startswith(found["text"]) and found["tokens"] <= 3
+    assert found == answer_of(tokenizer, ids, {2, end}) and found["finished"] and found["tokens"] == ids.index(end) <= 3
     assert models.end_tokens(tokenizer, model) == models.end_tokens(tokenizer, str(folder)) == {2, end}
     (folder / "generation_config.json").unlink()
     assert models.end_tokens(tokenizer, str(folder)) == {2}
