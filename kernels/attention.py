@@ -226,7 +226,7 @@ def varlen_kernel():
 
 @contextmanager
 def _in_a_fixed_order():
-    """torch's varlen kernel has no option for it: but in torch's deterministic mode it sums dq in any order."""
+    """torch's varlen kernel sums dq in a fixed order in torch's deterministic mode alone, and has no option of its own."""
     mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -118,7 +118,8 @@ def gpu_records() -> list[str]:
         right = sum(row["right"] for row in record["errors"])
         versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
         lines += [f"{record['device']}: {versions}; commit {record['commit']}; {right} of {len(record['errors'])} cases right; "
-                  f"bf16 products at {record['tflops']:.0f} TFLOP/s, copies at {record['tbytes']:.2f} TB/s.", "", *gpu_table(record), ""]
+                  + (f"bf16 products at {record['tflops']:.0f} TFLOP/s, copies at {record['tbytes']:.2f} TB/s."
+                     if "tflops" in record else "nothing timed."), "", *gpu_table(record), ""]
     return lines[:-1] or ["No record yet: not measured on a GPU."]
 
 

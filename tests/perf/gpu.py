@@ -40,7 +40,7 @@ if not torch.cuda.is_available():
 
 from bench import gpu_table, installed  # noqa: E402
 from bench_cases import alternatives, with_logits_to_keep  # noqa: E402
-from gpu_errors import CUDA, DEVICE, LLAMA_70B, MISTRAL, SMOLLM2, TINY, build, errors, leaf, plain_varlen, seeded  # noqa: E402
+from gpu_errors import CUDA, DEVICE, LLAMA_70B, MISTRAL, SMOLLM2, TINY, build, errors, leaf, seeded  # noqa: E402
 from step import Ids, texts  # noqa: E402
 
 from kernels import attention, linear_nll, reference  # noqa: E402
@@ -70,14 +70,9 @@ def quantiles(values: list[float]) -> list[float]:
     return torch.tensor(values).double().quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
 
 
-class Flush:
-    """Writes more bytes than an L2 cache holds."""
-
-    def __init__(self):
-        self.buffer = torch.empty(2**28 if CUDA else 0, dtype=torch.uint8, device=DEVICE)
-
-    def __call__(self) -> None:
-        self.buffer.zero_()
+def flushing():
+    """What writes more bytes than an L2 cache holds."""
+    return torch.empty(2**28 if CUDA else 0, dtype=torch.uint8, device=DEVICE).zero_
 
 
 def timed(run, flush) -> float:
@@ -120,7 +115,7 @@ def why_not(name: str, error: Exception) -> str:
 def interleaved(runs: dict, rounds: int, reset, inside=lambda name: nullcontext()) -> dict:
     """`runs`: name -> callable, or why it is not run; the first is ours. Name -> what was measured, in `rounds` rounds, or
     as many as fit into SECONDS, but at least LEAST, each run `inside` a context of its name."""
-    found, ms, flush = {}, {}, Flush()
+    found, ms, flush = {}, {}, flushing()
     for name, run in runs.items():
         if not callable(run):
             found[name] = {"not_run": run}
@@ -136,7 +131,7 @@ def interleaved(runs: dict, rounds: int, reset, inside=lambda name: nullcontext(
                 ms[name] = [timed(run, flush)]
         except Exception as error:  # whatever a package raises on a machine it was not made for
             found[name] = {"not_run": why_not(name, error)}
-    rounds = max(LEAST, min(rounds, int(SECONDS * 1e3 / sum(sum(values) for values in ms.values()))))
+    rounds = max(LEAST, min(rounds, int(SECONDS * 1e3 / max(1e-3, sum(sum(values) for values in ms.values())))))
     ms = {name: [] for name in ms}
     retries = torch.cuda.memory_stats().get("num_alloc_retries", 0) if CUDA else 0
     for _ in range(rounds):
@@ -164,7 +159,7 @@ def ceilings(tiny: bool) -> dict:
     n, size = (256, 2**20) if tiny else (8192, 2**32)
     a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     x = torch.randint(255, (size,), device=DEVICE, dtype=torch.uint8)
-    y, flush = torch.empty_like(x), Flush()
+    y, flush = torch.empty_like(x), flushing()
     product, copy = (min(timed(run, flush) for _ in range(12)) for run in (lambda: a @ b, lambda: y.copy_(x)))
     return {"tflops": 2 * n**3 / product / 1e9, "tbytes": 2 * size / copy / 1e9}
 
@@ -369,7 +364,7 @@ def step(name: str, shape: Shape, model, C: int, queries: int, lengths: str, tin
     losses = [x["loss"] for x in found.values() if "loss" in x]
     return row("step", f"{name}, {lengths} lengths, C=R={C}, queries a pack: {queries}", found,
                dict.fromkeys(runs, case.flops()), rate) | {
-        "host_ms": case.host_ms(), "spread": max(losses) - min(losses), "predicted_bytes": {
+        "host_ms": case.host_ms(), "spread": max(losses, default=0) - min(losses, default=0), "predicted_bytes": {
             "shared (ours), checkpointing": case.predicted(True), "shared (ours)": case.predicted(False)}}
 
 
@@ -379,6 +374,14 @@ def row(what: str, case: str, found: dict, flops: dict, rate: float) -> dict:
         if "ms" in measured and name in flops:
             measured |= {"flops": flops[name], "share_of_floor": flops[name] / rate / 1e9 / measured["ms"][1]}
     return {"what": what, "case": case, "implementations": found}
+
+
+def without_cuda():
+    """The tests' varlen kernel in the place of CUDA's."""
+    sys.path.append(str(ROOT / "tests"))
+    from test_attention import plain_varlen
+
+    return mock.patch.object(attention, "varlen_kernel", lambda: plain_varlen)
 
 
 def main() -> int:
@@ -418,7 +421,7 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(path, whole)
 
-    with nullcontext() if CUDA else mock.patch.object(attention, "varlen_kernel", lambda: plain_varlen):
+    with nullcontext() if CUDA else without_cuda():
         if "errors" in args.only:
             record["errors"] = errors(args.tiny)
         faults = sum(not each["right"] for each in record["errors"])

@@ -124,17 +124,6 @@ def loss_errors(tiny: bool):
                          torch.tensor(-0.7, device=DEVICE))
 
 
-def plain_varlen(q, k, v, index, scale):
-    """In the place of CUDA's varlen kernels, for --tiny on a CPU."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out = []
-    for a, b, c, d in zip(index.cu_q[:-1], index.cu_q[1:], index.cu_k[:-1], index.cu_k[1:]):
-        later = torch.ones(b - a, d - c, dtype=torch.bool).triu(int((d - c) - (b - a)) + 1)
-        scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[c:d].float()) * scale
-        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(2), v[c:d].float()))
-    return torch.cat(out).to(q.dtype)
-
-
 def attention_errors(tiny: bool):
     layouts = {"ragged": ((7, (1, 6, 2)), (1, (3, 1, 1)), (12, (9, 2, 5))), "no prefix": ((0, (5, 3)), (3, (1, 1)))}
     if not tiny:
