@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 exp2 exp3 verify figures test faults bench bench-gpu bench-check lint clean
+.PHONY: help setup exp1 exp2 exp3 verify figures test families faults bench bench-gpu bench-check lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ figures: $(STAMP)  ## The paper's figures redrawn from it -> results/figures
 
 test: $(STAMP)  ## The test suite, two files at a time, a core each
 	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
+
+families: $(STAMP)  ## Every causal LM class of transformers: which way of computing log-probs is right -> results/families.md
+	@exec $(BIN)/python tests/families.py $(ARGS)
 
 faults: $(STAMP)  ## The ten figures of reliability -> results/reliability.json; ARGS=--quick for a small version
 	@exec $(BIN)/python tests/faults/scoreboard.py $(ARGS)

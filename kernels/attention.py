@@ -5,12 +5,16 @@ queries and keys of different lengths and causality aligned at the end (bottom r
     1: queries and keys [prefix, tail 1];    j = 2 .. R: queries tail j, keys [prefix, tail j].
 So the queries are the packed tokens in their order, and only keys and values are repeated, (R - 1) prefixes a group.
 
-Axes: H query heads, K key-value heads (H a multiple of K), T tokens, d head size.
+A layer may see less than that (a sliding window, chunks): its mask is then a tensor. Scores may be capped (Gemma 2), and a
+head may have a sink (gpt-oss): one more logit in the softmax's normaliser, without a value.
+
+Axes: H query heads, K key-value heads (H a multiple of K), T tokens, d head size, e size of a value.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,26 +99,34 @@ class Varlen:
 
 
 def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float,
+                            mask: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
                             impl: str | None = None) -> Tensor:
-    """softmax(scale q k^T) v over the layout's segments: query [H, T, d], key and value [K, T, d] -> [T, H, d].
+    """softmax(scale q k^T) v over the layout's segments: query [H, T, d], key [K, T, d], value [K, T, e] -> [T, H, e].
 
-    `impl`: "blocks" (any device and float dtype, products in float32 at least), "varlen" (CUDA, 16-bit), "reference"
-    (SDPA under the T x T mask), None: "varlen" where it runs, else "blocks". Deterministic; differentiable once.
-    Raises ValueError on shapes that do not fit the layout.
+    `mask`: bool [T, T], what a query may see of what the layout lets it see, itself at least. `softcap` c replaces scores
+    s by c tanh(s / c). `sinks` [H]: a logit more in each head's normaliser. `impl`: "blocks" (any device and float dtype,
+    products in float32 at least), "varlen" (CUDA, 16-bit, none of the three, e = d), "reference" (eager, under the T x T
+    mask), None: "varlen" where it runs, else "blocks". Deterministic; differentiable once.
+    Raises ValueError on shapes that do not fit the layout, and on what "varlen" cannot do.
     """
     H, T, d = query.shape
-    if key.shape != value.shape or key.shape[1:] != (T, d) or H % len(key) or T != layout.tokens:
+    plain = mask is None and softcap is None and sinks is None and value.shape[-1] == d
+    if key.shape[:2] != value.shape[:2] or key.shape[1:] != (T, d) or H % len(key) or T != layout.tokens or (
+            mask is not None and mask.shape != (T, T)) or (sinks is not None and sinks.shape != (H,)):
         raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit each "
-                         f"other, or the layout of {layout.tokens} tokens")
+                         f"other, their mask or sinks, or the layout of {layout.tokens} tokens")
     if impl not in (None, *IMPLS):
         raise ValueError(f"impl: allowed are None, {', '.join(map(repr, IMPLS))}, found {impl!r}")
+    if impl == "varlen" and not plain:
+        raise ValueError("impl 'varlen': takes no mask, soft-cap or sinks, and values of the keys' size alone")
     if impl == "reference":
-        return reference.attention(query, key, value, layout.mask(query.device), scale=scale).transpose(0, 1)
+        seen = layout.mask(query.device) if mask is None else layout.mask(query.device) & mask
+        return reference.attention(query, key, value, seen, scale=scale, softcap=softcap, sinks=sinks).transpose(0, 1)
     if impl is None:
-        impl = "varlen" if query.is_cuda and query.element_size() == 2 else "blocks"
+        impl = "varlen" if plain and query.is_cuda and query.element_size() == 2 else "blocks"
     if impl == "varlen":
         return _Varlen.apply(*(x.transpose(0, 1) for x in (query, key, value)), layout, scale, varlen_kernel())
-    return _Blocks.apply(query, key, value, layout, scale)
+    return _Blocks.apply(query, key, value, sinks, mask, layout, scale, softcap)
 
 
 # ---- blocks: matrix products and a softmax for one block of queries at a time
@@ -135,37 +147,45 @@ class _Blocks(torch.autograd.Function):
     that q, k, v and the output are all that is kept."""
 
     @staticmethod
-    def forward(ctx, query, key, value, layout, scale):
-        ctx.layout, ctx.scale = layout, scale
-        q, k, v = _wide(query) * scale, _wide(key), _wide(value)
-        K, T, d = k.shape
-        out = q.new_empty(T, len(q), d)
+    def forward(ctx, query, key, value, sinks, mask, layout, scale, softcap):
+        ctx.layout, ctx.scale, ctx.softcap, ctx.hidden = layout, scale, softcap, None if mask is None else ~mask
+        q, k, v, sink = _wide(query) * scale, _wide(key), _wide(value), None if sinks is None else _wide(sinks)
+        K, T, _ = k.shape
+        out = q.new_empty(T, len(q), v.shape[2])
         later = _later(q)
         for a, b, keys in _blocks(layout):
-            p = _probabilities(_rows(q, K, a, b), _keys(k, keys), later[: b - a, : b - a])
+            p, _, _ = _probabilities(_rows(q, K, a, b), _keys(k, keys), _hidden(ctx.hidden, later, a, b, keys), softcap,
+                                     sink)
             out[a:b] = _unrows(torch.bmm(p, _keys(v, keys)), b - a)
         out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out)
+        ctx.save_for_backward(query, key, value, sinks, out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, out = ctx.saved_tensors
+        query, key, value, sinks, out = ctx.saved_tensors
         q, k, v, grad = _wide(query) * ctx.scale, _wide(key), _wide(value), _wide(grad)
+        sink = None if sinks is None else _wide(sinks)
         K, later = len(k), _later(q)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dsink = None if sink is None else torch.zeros_like(sink)
         delta = (grad * out).sum(2).T.unsqueeze(2)  # [H, T, 1]: what the softmax's normaliser takes back
         grad = grad.transpose(0, 1)
         for a, b, keys in _blocks(ctx.layout):
-            qs, gs, ks = _rows(q, K, a, b), _rows(grad, K, a, b), _keys(k, keys)
-            p = _probabilities(qs, ks, later[: b - a, : b - a])
+            qs, gs, ks, taken = _rows(q, K, a, b), _rows(grad, K, a, b), _keys(k, keys), _rows(delta, K, a, b)
+            p, slope, drained = _probabilities(qs, ks, _hidden(ctx.hidden, later, a, b, keys), ctx.softcap, sink)
             _add_keys(dv, torch.bmm(p.transpose(1, 2), gs), keys)
             ds = torch.bmm(gs, _keys(v, keys).transpose(1, 2))
-            ds.sub_(_rows(delta, K, a, b)).mul_(p)
+            ds.sub_(taken).mul_(p)
+            if slope is not None:
+                ds.mul_(slope)
+            if dsink is not None:  # whose value is 0
+                dsink -= (drained * taken).view(len(q), b - a).sum(1)
             dq[:, a:b] = torch.bmm(ds, ks).view(len(q), b - a, -1)
             _add_keys(dk, torch.bmm(ds.transpose(1, 2), qs), keys)
-        return dq.mul_(ctx.scale).to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
+        return (dq.mul_(ctx.scale).to(query.dtype), dk.to(key.dtype), dv.to(value.dtype),
+                None if dsink is None else dsink.to(sinks.dtype), None, None, None, None)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -198,11 +218,32 @@ def _later(like: Tensor) -> Tensor:
     return torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=like.device).triu_(1)
 
 
-def _probabilities(q: Tensor, k: Tensor, later: Tensor) -> Tensor:
-    """softmax of q k^T [K, H / K * n, keys], causal in the last n keys: those of the n queries themselves."""
-    n, scores = len(later), torch.bmm(q, k.transpose(1, 2))
-    scores.view(-1, n, scores.shape[2])[..., -n:].masked_fill_(later, -torch.inf)
-    return scores.softmax(2)
+def _hidden(hidden: Tensor | None, later: Tensor, a: int, b: int, keys: tuple[int, int, int, int]) -> Tensor:
+    """bool [b - a, n], True where queries a..b do not see the last n keys: their own tokens, or, of a mask, all keys."""
+    if hidden is None:
+        return later[: b - a, : b - a]
+    first, last, begin, end = keys
+    seen = torch.cat((hidden[a:b, first:last], hidden[a:b, begin:end]), 1)
+    seen[:, -(b - a):] |= later[: b - a, : b - a]
+    return seen
+
+
+def _probabilities(q: Tensor, k: Tensor, hidden: Tensor, softcap: float | None,
+                   sinks: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax of q k^T [K, H / K * n, keys] where the last keys are not `hidden` [n, keys]; the slope of capped scores; and
+    what goes to the sinks [H], [K, H / K * n, 1]."""
+    n, scores = len(hidden), torch.bmm(q, k.transpose(1, 2))
+    slope = None
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_()
+        slope = 1 - scores * scores
+        scores = scores.mul_(softcap)
+    scores.view(-1, n, scores.shape[2])[..., -hidden.shape[1]:].masked_fill_(hidden, -torch.inf)
+    if sinks is None:
+        return scores.softmax(2), slope, None
+    sink = sinks.view(len(k), -1, 1).expand(-1, -1, n).reshape(len(k), -1, 1)
+    p = torch.cat((scores, sink), 2).softmax(2)
+    return p[..., :-1], slope, p[..., -1:]
 
 
 # ---- varlen: one launch over all segments
@@ -261,18 +302,72 @@ class _Varlen(torch.autograd.Function):
         return dq, index.ungather(dk), index.ungather(dv), None, None, None
 
 
-def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, shared_prefix=None, **options):
-    """transformers' attention interface: this attention where `shared_prefix` gives a Layout, else SDPA.
+# ---- transformers' interfaces: who calls the model says for which layout
 
-    query [1, H, T, d] -> ([1, T, H, d], None). What the layout cannot have is refused: a batch, dropout, a soft-cap.
+
+@dataclass(frozen=True)
+class Packing:
+    """The layout of a packed sequence and each token's position in its own text."""
+
+    layout: Layout
+    positions: Tensor  # [T] int64, on the CPU
+
+
+_PACKING: ContextVar[Packing | None] = ContextVar("packing", default=None)
+
+
+@contextmanager
+def packed(layout: Layout, positions: Tensor):
+    """Within the block a model with this attention computes a packed sequence; elsewhere SDPA, as before."""
+    token = _PACKING.set(Packing(layout, positions))
+    try:
+        yield
+    finally:
+        _PACKING.reset(token)
+
+
+def mask_interface(fallback: Callable):
+    """transformers' mask interface; `fallback`: its own, for a model that is called without `packed`.
+
+    What a layer sees is given as a function of two places in a text (causal, a sliding window, chunks); it is asked about
+    the tokens' positions, so that every layer's own mask holds within each text. The mask carries the layout to the
+    attention, through activation checkpointing too: bool [1, 1, T, T], or NaN [1, 1, 1, 1] where a layer sees all that
+    the layout lets it (were another attention called, the result would be NaN, not wrong).
     """
-    if shared_prefix is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    def attention_mask(*, mask_function, device=None, **options) -> Tensor | None:
+        packing = _PACKING.get()
+        if packing is None:
+            return fallback(mask_function=mask_function, device=device, **options)
+        at, zero = packing.positions, torch.tensor(0)
+        P = int(at.max()) + 1
+        places = torch.arange(P)
+        sees = mask_function(zero, zero, places[:, None], places[None, :]).expand(P, P).cpu()
+        if sees[torch.ones(P, P).tril_() > 0].all():
+            mask = torch.full((1, 1, 1, 1), torch.nan, device=device)
+        else:
+            mask = (sees[at][:, at] & packing.layout.mask())[None, None].to(device)
+        mask.packing = packing
+        return mask
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
-                                      **options)
-    if len(query) != 1 or dropout or options.get("softcap") is not None:
-        raise ValueError("shared-prefix attention takes a batch of one, no dropout and no soft-cap")
-    out = shared_prefix_attention(query[0], key[0], value[0], shared_prefix,
-                                  scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return out.unsqueeze(0), None
+    return attention_mask
+
+
+def attention_interface(fallback: Callable):
+    """transformers' attention interface: this attention where the mask carries a layout (`mask_interface`) or the model is
+    called for one (`packed`); else `fallback`, the model's own.
+
+    query [1, H, T, d] -> ([1, T, H, e], None). What the layout cannot have is refused: a batch, dropout.
+    """
+    def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+        packing = getattr(attention_mask, "packing", None) or _PACKING.get()
+        if packing is None:
+            return fallback(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+        if len(query) != 1 or dropout:
+            raise ValueError("shared-prefix attention takes a batch of one and no dropout")
+        mask = attention_mask[0, 0] if attention_mask is not None and attention_mask.dtype == torch.bool else None
+        out = shared_prefix_attention(query[0], key[0], value[0], packing.layout, mask=mask,
+                                      softcap=options.get("softcap"), sinks=options.get("s_aux"),
+                                      scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return out.unsqueeze(0), None
+
+    return attention_forward

@@ -47,7 +47,17 @@ def linear_nll(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor |
     return -token_logprobs(logits, target)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float) -> Tensor:
-    """softmax(scale q k^T) v where mask [T, T] is True: query [H, T, d], key and value [K, T, d] -> [H, T, d]."""
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None,
+              sinks: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T) v where mask [T, T] is True: query [H, T, d], key [K, T, d], value [K, T, e] -> [H, T, e].
+    `softcap` c: scores s become c tanh(s / c). `sinks` [H]: a logit more in each head's normaliser, without a value."""
     key, value = (x.repeat_interleave(len(query) // len(key), 0) for x in (key, value))
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if softcap is None and sinks is None:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scores = scale * query @ key.transpose(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(mask), 1).to(scores.dtype)), 2)
+    return scores.softmax(2)[..., : len(mask)] @ value

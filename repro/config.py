@@ -144,6 +144,8 @@ class TrainSpec:
     `max_grad_norm` None means no clipping. `pack_tokens`: tokens between two backward passes, by default the device's
     (repro/training.py); another number gives the same step up to rounding.
     `lora`: train adapters instead of all weights.
+    `dropout`: "off" (what is trained is what is scored; the paper's models have none), or "drawn": at the rates of the
+    model's config, a function of iteration, step and pass.
     """
 
     dose: str = "as_printed"
@@ -158,6 +160,7 @@ class TrainSpec:
     length_normalize: bool = True
     pack_tokens: int | None = None
     lora: LoraSpec | None = None
+    dropout: str = "off"
 
     def updates(self, iteration: int) -> list["Update"]:
         """The optimizer steps of an iteration (1, 2, ...).
@@ -182,6 +185,7 @@ class TrainSpec:
         _not_negative(self, "batches_increment")
         if isinstance(self.lora, dict):  # of a record
             object.__setattr__(self, "lora", LoraSpec(**self.lora))
+        choose("TrainSpec.dropout", self.dropout, ("off", "drawn"))
         choose("TrainSpec.dose", self.dose, ("as_printed", "as_run"))
         choose("TrainSpec.optimizer", self.optimizer, ("rmsprop", "adamw"))
         choose("TrainSpec.precision", self.precision, ("fp32", "fp32_master", "bf16"))
@@ -337,8 +341,9 @@ def config_hash(experiment: Experiment, inputs: dict) -> str:
     """Names a configuration: its fields, with files replaced by what they hold (`inputs`: field -> content hash),
     so that the same files elsewhere give the same hash."""
     fields = flatten(experiment.to_json())
-    if fields["sampling.engine"] == "transformers":  # the only one there was: what it left keeps its hash
-        del fields["sampling.engine"]
+    for name, first in (("sampling.engine", "transformers"), ("train.dropout", "off")):
+        if fields[name] == first:  # the only one there was: what it left keeps its hash
+            del fields[name]
     fields.update(inputs)
     return digest(fields)
 

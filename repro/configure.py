@@ -127,7 +127,7 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
               cot=args.cot or None, data=data, judge=judge, iterations=args.iterations,
               sampling=over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens),
               train=over(base.train, batch_size=args.batch_size, learning_rate=rate, precision=args.precision,
-                          dose=args.dose, pack_tokens=args.pack_tokens, lora=lora),
+                          dose=args.dose, dropout=args.dropout, pack_tokens=args.pack_tokens, lora=lora),
               model=over(base.model, name=args.model, label=label, prompt=args.prompt)),
         writer=_writer(base.writer, args))
 

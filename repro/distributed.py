@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from repro import models
 from repro.logprobs import slices
 from repro.records import UserError, first_line
-from repro.training import Objective, usable_bytes
+from repro.training import Objective, settle, usable_bytes
 
 STEP_TIMEOUT = timedelta(seconds=60)   # of a step's collectives: how far ranks are apart is less than one pass
 OTHER_TIMEOUT = timedelta(minutes=60)  # while rank 0 reads or writes a whole model, the others wait
@@ -89,6 +89,10 @@ class Sharded:
         return found[0]
 
     # ---- what repro.training calls
+
+    def settle(self, model, backend: str) -> str:
+        """Tried by rank 0, which has the weights, before they are dealt out."""
+        return self.together(lambda: None if self.rank else settle(model, backend))[0]
 
     def prepare(self, objective: Objective) -> Objective:
         """Shard the objective in place and give every rank its weights, which are rank 0's."""

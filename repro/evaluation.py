@@ -50,9 +50,9 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
     any reasoning."""
     import torch
 
-    from repro.logprobs import logprob_matrix
+    from repro.logprobs import matrix_by
     from repro.prefix import tokenize_pair
-    from repro.training import TrainingPair, matmul_precision, weights_dtype
+    from repro.training import TrainingPair, matmul_precision, settle, weights_dtype
 
     spec, items, start = run.experiment, [], 0
     dtype, eos = weights_dtype(spec.train), spec.train.score_eos
@@ -71,14 +71,15 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
             with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:
                 return worker.score(run.folder, name, run.ranks, model=run.weights(which), pairs=pairs, spec=spec.train,
                                     backend=run.record["backend"], on_query=bar.update)
-        with run.model(which, dtype) as model, torch.inference_mode(), matmul_precision(model, spec.train.precision):
-            matrices = []
-            with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:
+        with run.model(which, dtype) as model, torch.inference_mode():
+            matrices, way = [], settle(model, run.record["backend"])
+            with matmul_precision(model, spec.train.precision), tqdm(
+                    total=len(items), desc=f"{name} {label}", unit="query") as bar:
                 for k in range(0, len(items), SCORED_AT_ONCE):
                     part = items[k: k + SCORED_AT_ONCE]
-                    matrices += logprob_matrix(
-                        model, run.tokenizer, [p for _, p, _, _ in part], [r[select] for _, _, r, _ in part],
-                        length_normalize=False, score_eos=eos, backend=run.record["backend"]).tolist()
+                    matrices += matrix_by(
+                        way, model, run.tokenizer, [p for _, p, _, _ in part], [r[select] for _, _, r, _ in part],
+                        length_normalize=False, score_eos=eos).tolist()
                     bar.update(len(part))
             return matrices
 

@@ -77,6 +77,8 @@ class Run:
     """remove takes training queries that are also held out out of training; keep leaves them, as the paper's runs did."""
     pack_tokens: int | None = None
     """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
+    dropout: str | None = None
+    """In training: off, or drawn (at the rates of the model's config)."""
     lora: int | None = None
     """Train adapters of this rank instead of all weights (needs the extra `lora`), for one GPU of 24 GB. The run is named
     <experiment>_lora."""

@@ -3,28 +3,33 @@
 1. prompts[b][c] and responses[b][r] (text) -> token ids of prompt + response, tokenised jointly (repro/prefix.py).
 2. "shared": each prompt is computed once for its R responses, many queries in one packed sequence without padding
    (kernels/attention.py); the head runs only where a response token is predicted (kernels/linear_nll.py).
-   "reference": C x R sequences in full, logits for every token, the oracle.
+   "reference": C x R sequences in full, one at a time, logits for every token, the oracle.
 3. log-softmax in float32, summed or averaged over each response's tokens -> [B, C, R] float32.
+
+Which of them is right for a model is tried on it, not read off its name (repro/probe.py).
 
 Axes: B queries, C constitutions, R responses, T tokens, V vocabulary.
 """
 
+import sys
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kernels import reference
-from kernels.attention import attention_forward
+from kernels.attention import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
+from repro import probe
+from repro.models import steady_length
 from repro.prefix import Scored, pack, packed_length, tokenize_pair
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
-ATTENTION = "shared_prefix"  # the name under which transformers finds kernels/attention.py
-SHARED_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text")
+ATTENTION = "shared_prefix"  # begins the names under which transformers finds kernels/attention.py
+WAYS = ("shared", "shared, model's head", "reference")
 
 
 def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
@@ -34,27 +39,46 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
     prompts: B lists of C rendered prompts; responses: B lists of R texts. `length_normalize` takes the mean over
     the scored tokens (what SAMI trains), else the sum (log p, Eq. 1). Computes in the model's dtype, log-softmax
     in float32 (float64 for a float64 model, whose matrix is float64). `backend`: "shared" or "reference".
-    Raises ValueError for ragged C or R, an empty response, an unknown backend, or a model that "shared" does not
-    know to be exact on (see `shared_refusal`).
+    Raises ValueError for ragged C or R, an empty response, an unknown backend, a model that is not causal, one that
+    "shared" is seen to be wrong on (repro/probe.py), and pairs so long that the model's RoPE would look at the batch.
     """
+    return matrix_by(settled(model, backend), model, tokenizer, prompts, responses, length_normalize=length_normalize,
+                     score_eos=score_eos)
+
+
+def settled(model, backend: str) -> str:
+    """The way (of WAYS) to compute `backend` for this model. Raises ValueError where there is none that is right."""
     if backend not in ("shared", "reference"):
         raise ValueError(f"backend {backend!r}: allowed are 'shared' and 'reference'")
+    found = probe.of_model(model, score)
+    if found.way is None or (backend == "shared" and found.way == "reference"):
+        raise ValueError(found.refusal if found.way is None else f"{found.refusal}; use backend='reference'")
+    if backend == "shared" and model.training and probe.dropouts(model.config):  # `train` takes it out of training
+        raise ValueError(f"dropout ({', '.join(probe.dropouts(model.config))}) would draw one mask for all responses of a "
+                         "shared prompt; call model.eval()")
+    return found.way if backend == "shared" else backend
+
+
+def way_for(config, longest: int) -> probe.Found:
+    """As `settled`, before there are weights: tried on a tiny model of the same class and config, up to texts of `longest`
+    tokens. Raises ValueError where no such model can be made."""
+    return probe.of_config(config, score, longest)
+
+
+def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
+              length_normalize: bool, score_eos: bool) -> Tensor:
+    """`logprob_matrix` in one of WAYS, whose being right for the model is settled."""
     B, C, R = len(prompts), len(prompts[0]), len(responses[0])
     if len(responses) != B or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
         raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
     groups = _groups(tokenizer, prompts, responses, score_eos)
-    if backend == "shared":
-        refusal = shared_refusal(model.config, max(len(p.ids) for g in groups for p in g), dropout=model.training)
-        if refusal:
-            raise ValueError(f"{refusal}; use backend='reference'")
-        attach(model)
-        score = _score_shared
-    else:
-        groups = [[pair] for group in groups for pair in group]
-        score = partial(_score_reference, pad=tokenizer.pad_token_id)
-    whole = backend == "shared" and torch.is_grad_enabled()
+    steady, longest = steady_length(model.config), max(len(p.ids) for g in groups for p in g)
+    if steady is not None and longest > steady:
+        raise ValueError(f"a pair of {longest} tokens: RoPE of this model's kind looks at the longest text of a batch from "
+                         f"{steady + 1} tokens on")
+    whole = way != "reference" and torch.is_grad_enabled()
     parts = [slice(None)] if whole else slices([packed_length(group) for group in groups], BATCH_TOKENS)
-    totals = torch.cat([score(model, groups[part]) for part in parts]).view(B, C, R)
+    totals = torch.cat([score(way, model, groups[part]) for part in parts]).view(B, C, R)
     if not length_normalize:
         return totals
     counts = [len(p.ids) - p.start for g in groups for p in g]
@@ -89,61 +113,52 @@ def slices(lengths: list[int], budget: int) -> list[slice]:
 
 def attach(model) -> None:
     """Let `model` find the shared-prefix attention. It stays attached, so that activation checkpointing finds it again
-    in the backward; where no layout is given it is SDPA, as before."""
-    if model.config._attn_implementation != ATTENTION:
-        AttentionInterface.register(ATTENTION, attention_forward)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        model.set_attn_implementation(ATTENTION)
+    in the backward; where no layout is given, what was there before attends (sdpa knows neither Gemma 2's soft-cap nor
+    gpt-oss' sinks: such families have an eager attention of their own). Raises ValueError where the model's attention is
+    its own code."""
+    before = model.config._attn_implementation
+    if before.startswith(ATTENTION):
+        return
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{model.config.model_type}: its attention cannot be replaced")
+    name = f"{ATTENTION}_{before}"  # one a predecessor, since transformers knows functions by name alone
+    attend = _eager if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
+    AttentionInterface.register(name, attention_interface(attend))
+    AttentionMaskInterface.register(name, mask_interface(ALL_MASK_ATTENTION_FUNCTIONS[before]))
+    model.set_attn_implementation(name)
 
 
-def shared_refusal(config, longest: int, *, dropout: bool = False) -> str | None:
-    """Why the shared layout would not be exact for a model of this config, or None; `longest` is a pair's tokens."""
-    family = config.model_type
-    if family not in SHARED_FAMILIES:
-        return f"{family}: not a family that the shared path is tested on ({', '.join(SHARED_FAMILIES)})"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{family}: soft-capped attention"
-    if getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", 1) not in (None, 1):
-        return f"{family}: scaled logits"
-    if dropout and getattr(config, "attention_dropout", 0):
-        return (f"{family}: attention_dropout {config.attention_dropout} would draw one mask for all responses of a shared "
-                "prompt")
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and window < longest:
-        return f"{family}: sliding window {window} is shorter than a pair ({longest} tokens)"
-    if config._attn_implementation not in ("sdpa", ATTENTION, None):  # None: a config no model was made of yet
-        return f"{family}: attention {config._attn_implementation!r} would be replaced by ours; load with 'sdpa'"
-    return None
+def _eager(module, *inputs, **options):
+    """The attention that a family's file calls where no other is asked for; it stands in no registry."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *inputs, **options)
 
 
-def _score_shared(model, groups: list[list[Scored]]) -> Tensor:
+def score(way: str, model, groups: list[list[Scored]]) -> Tensor:
     """Sum of log-probs per pair [n], pairs counted group by group."""
-    packed = pack(groups)
+    if way == "reference":
+        return torch.stack([_score_alone(model, pair) for group in groups for pair in group])
+    attach(model)
+    pack_ = pack(groups)
     ids, positions, source, target, offsets = (t.to(model.device) for t in (
-        packed.ids, packed.positions, packed.source, packed.target, packed.offsets))
-    # A 4-D mask stops transformers from making its own. Ours does not read it: were another attention called, with the
-    # responses in sight of each other, the result would be NaN, not wrong.
-    nowhere = torch.full((1, 1, 1, 1), torch.nan, dtype=model.dtype, device=model.device)
-    hidden = model.base_model(input_ids=ids[None], position_ids=positions[None], attention_mask=nowhere, use_cache=False,
-                              shared_prefix=packed.layout)[0]
-    head = model.get_output_embeddings()
-    nll = linear_nll(hidden[0, source].to(head.weight.dtype), head.weight, target, bias=head.bias,
-                     softcap=getattr(model.config, "final_logit_softcapping", None))
+        pack_.ids, pack_.positions, pack_.source, pack_.target, pack_.offsets))
+    # transformers takes a batch of one without a mask for several texts, split where positions start again; a mask of ones
+    # leaves it to our own (kernels/attention.py), which knows that texts share their beginnings.
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": torch.ones_like(ids[None]),
+              "use_cache": False}
+    with packed(pack_.layout, pack_.positions):
+        if way == "shared":
+            hidden, head = model.base_model(**inputs)[0], model.get_output_embeddings()
+            nll = linear_nll(hidden[0, source].to(head.weight.dtype), head.weight, target, bias=head.bias,
+                             softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+        else:  # a head with more in it than its matrix
+            nll = -reference.token_logprobs(model(**inputs, logits_to_keep=source).logits[0], target)
     return torch.segment_reduce(-nll, "sum", offsets=offsets)  # in a fixed order, on a GPU too, where index_add has none
 
 
-def _score_reference(model, groups: list[list[Scored]], *, pad: int) -> Tensor:
-    """Sum of log-probs per pair [n]: each pair a row of its own, full logits."""
-    pairs = [pair for group in groups for pair in group]
-    width = max(len(p.ids) for p in pairs)
-    ids = torch.full((len(pairs), width), pad)
-    attend = torch.zeros(len(pairs), width, dtype=torch.long)
-    scored = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for row, pair in enumerate(pairs):  # padded on the right: no token ever sees a pad
-        ids[row, : len(pair.ids)] = torch.tensor(pair.ids)
-        attend[row, : len(pair.ids)] = 1
-        scored[row, pair.start: len(pair.ids)] = True
-    ids, attend, scored = (t.to(model.device) for t in (ids, attend, scored))
-    logits = model(input_ids=ids, attention_mask=attend, use_cache=False).logits
-    logprobs = reference.token_logprobs(logits[:, :-1], ids[:, 1:])
-    return (logprobs * scored[:, 1:]).sum(1)
+def _score_alone(model, pair: Scored) -> Tensor:
+    """Sum of log-probs []: a row of its own, without padding (sparse attention would choose from it) and without a mask."""
+    ids = torch.tensor([pair.ids], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    if len(logits) != len(pair.ids):
+        raise ValueError(f"{type(model).__name__}: {len(logits)} logits for {len(pair.ids)} tokens (a prompt of its own?)")
+    return reference.token_logprobs(logits[pair.start - 1: -1], ids[0, pair.start:]).sum()

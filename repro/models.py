@@ -249,12 +249,28 @@ def load_config(place: str):
 
 
 def context_of(config) -> int:
-    """Tokens that the model can take. Raises UserError where its config does not say."""
+    """Tokens that the model can take, all texts alike. Raises UserError where its config does not say."""
     found = getattr(config, "max_position_embeddings", None)
     if not found:
         raise UserError(f"{config.name_or_path or config.model_type}: config.json has no max_position_embeddings; models "
                         "without a limit of their own (such as BLOOM and MPT) are not supported")
-    return found
+    return min(found, steady_length(config) or found)
+
+
+def steady_length(config) -> int | None:
+    """Tokens of a text up to which RoPE is a function of the position alone; None where it always is.
+
+    As of transformers 5.23 the kinds "dynamic" and "longrope" take other frequencies once the longest text of a *batch* is
+    beyond the original context: all texts beside it change, and with "dynamic" also later batches, up to the longest that
+    was ever seen. Within that context nothing does.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
+    if not any(str(p.get("rope_type", p.get("type"))).endswith(("dynamic", "longrope")) for p in kinds):
+        return None
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "original_max_position_embeddings")]
+    return min(filter(None, (*limits, *(p.get("original_max_position_embeddings") for p in kinds))), default=None)
 
 
 def end_tokens(tokenizer, model) -> set[int]:

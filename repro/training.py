@@ -13,15 +13,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from repro import models
 from repro.config import TrainSpec
-from repro.logprobs import logprob_matrix, packed_tokens, slices
+from repro.logprobs import matrix_by, packed_tokens, settled, slices
 from repro.losses import symmetric_infonce
-from repro.records import UserError
+from repro.records import UserError, digest
 from repro.sizes import Step, peak, shape_from, training_bytes
 
 # The authors clipped at norm 1 after dividing each micro-batch's loss by its 16 accumulation steps, of which only the
@@ -89,25 +91,59 @@ def activation_checkpointing(model, step: Step):
         yield
         return
     model.activation_checkpointing_enable()
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(_as_it_is, layer, layer.training, layer._gradient_checkpointing_func)
+        layer.training = True
     try:
         yield
     finally:
         model.activation_checkpointing_disable()
+        for layer, training in zip(layers, before):
+            layer.training = training
+
+
+def _as_it_is(layer, training: bool, checkpoint: Callable, forward: Callable, *inputs):
+    """transformers (5.23) checkpoints layers in training alone, where they would also drop out: the mark is for its check,
+    the layer's own forward sees it `training` or not as it was."""
+    def forward_as_it_is(*inputs):
+        layer.training = training
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(forward_as_it_is, *inputs)
+
+
+@contextmanager
+def dropout(spec: TrainSpec, model, *position: int):
+    """What the model drops is drawn by its position (iteration, step, pass) alone, or nothing is dropped: there is no
+    random state that a resumed run would have to know."""
+    if spec.dropout == "off":
+        yield
+        return
+    model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(int(digest(position)[:15], 16))
+        yield
+    model.eval()
 
 
 class Objective(torch.nn.Module):
     """Queries -> their part of a batch's mean loss. Trunk, head and loss are one forward: whoever gathers weights around a
     forward (FSDP) has then gathered the head's too."""
 
-    def __init__(self, model, tokenizer, spec: TrainSpec, backend: str):
+    def __init__(self, model, tokenizer, spec: TrainSpec, way: str):
+        """`way`: of repro/logprobs.py's WAYS, settled for the model."""
         super().__init__()
-        self.model, self.tokenizer, self.spec, self.backend = model, tokenizer, spec, backend
+        self.model, self.tokenizer, self.spec, self.way = model, tokenizer, spec, way
 
     def forward(self, part: Sequence[TrainingPair], counted: int, queries: int) -> Tensor:
         """Mean loss of `part`, weighted as `counted` of the batch's `queries` (0: work that leaves no trace)."""
-        logprobs = logprob_matrix(self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
-                                  backend=self.backend, length_normalize=self.spec.length_normalize,
-                                  score_eos=self.spec.score_eos)
+        logprobs = matrix_by(self.way, self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
+                             length_normalize=self.spec.length_normalize, score_eos=self.spec.score_eos)
         return symmetric_infonce(logprobs) * counted / queries
 
 
@@ -117,8 +153,16 @@ class Scorer(Objective):
     def forward(self, part: Sequence[TrainingPair]) -> Tensor:
         # Not under no_grad: there the matrix is computed in parts, as many as the texts are long, and all ranks must
         # gather the weights equally often. Nothing is kept for a backward, since nothing needs a gradient.
-        return logprob_matrix(self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
-                              backend=self.backend, length_normalize=False, score_eos=self.spec.score_eos)
+        return matrix_by(self.way, self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
+                         length_normalize=False, score_eos=self.spec.score_eos)
+
+
+def settle(model, backend: str) -> str:
+    """As `repro.logprobs.settled`, for a run: what was found before the weights were loaded must hold for them."""
+    try:
+        return settled(model, backend)
+    except ValueError as e:
+        raise UserError(f"the loaded model: {e}") from e
 
 
 class OneProcess:
@@ -129,6 +173,10 @@ class OneProcess:
     def load_model(self, name: str, *, dtype: str):
         """The model that `train` takes."""
         return models.load_model(name, dtype=dtype)
+
+    def settle(self, model, backend: str) -> str:
+        """The way of computing `backend` that is right for the loaded model. Raises UserError where none is."""
+        return settle(model, backend)
 
     def prepare(self, objective: Objective) -> Objective:
         """The module to train, its weights where they belong."""
@@ -209,7 +257,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
         raise UserError(f"iteration {iteration}: {len(pairs)} training pairs left of {need} needed; give more queries, "
                         "a smaller batch_size, or fewer batches")
     engine, asked = engine or OneProcess(), [] if asked is None else asked
-    module = engine.prepare(Objective(model, tokenizer, spec, backend))
+    model.eval()  # what is trained is what is scored (`dropout`)
+    module = engine.prepare(Objective(model, tokenizer, spec, engine.settle(model, backend)))
     optimizer = _optimizer(module, spec)
     clip = AS_RUN_CLIP if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
     device = "cuda" if model.device.type == "cuda" else "cpu"
@@ -218,7 +267,6 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
     start = sum(update.queries for update in plan[: len(trace)])
     if start:
         on_query(start)
-    model.train()
     with matmul_precision(model, spec.precision), stop_after_step(asked) if steps else nullcontext():
         for step, update in list(enumerate(plan, start=1))[len(trace):]:
             batch = pairs[start: start + update.queries]
@@ -231,7 +279,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
             for k, (chosen, counted) in enumerate(passes, start=1):
                 engine.before_backward(module, last=k == len(passes))
                 tokens, rows = (sum(counts[q] for q in chosen) for counts in (lengths, scored))
-                with activation_checkpointing(model, Step(
+                with dropout(spec, model, iteration, step, k), activation_checkpointing(model, Step(
                         ranks=engine.ranks, precision=spec.precision, optimizer=spec.optimizer, pack_tokens=tokens,
                         scored=rows, longest=tokens, device=device, lora=spec.lora.rank if spec.lora else 0)):
                     loss = module([batch[q] for q in chosen], counted, len(batch))
@@ -260,5 +308,4 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                 steps.save(engine, module, optimizer, trace, now=max(stops) > 0)
                 if max(stops):
                     raise KeyboardInterrupt if max(stops) == signal.SIGINT else SystemExit(128 + int(max(stops)))
-    model.eval()
     return trace

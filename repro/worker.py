@@ -228,7 +228,7 @@ def work_scores(folder: Path, name: str, engine, on_query: Callable[[int], None]
     job, spec, pairs = _job(folder, name)
     tokenizer = models.load_tokenizer(job["model"])
     model = engine.load_model(job["model"], dtype=training.weights_dtype(spec)).requires_grad_(False)
-    module = engine.prepare(training.Scorer(model, tokenizer, spec, job["backend"]))
+    module = engine.prepare(training.Scorer(model, tokenizer, spec, engine.settle(model, job["backend"])))
     lengths, _ = packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs],
                                score_eos=spec.score_eos)
     budget = spec.pack_tokens or training.PACK_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]

@@ -54,6 +54,47 @@ def test_blocks_in_float32_err_at_most_twice_as_much_as_the_reference(size):
         assert (a - t).norm() <= 2 * (b - t).norm() + 1e-7 * t.norm()
 
 
+def window(layout: Layout, width: int) -> torch.Tensor:
+    """bool [T, T]: keys fewer than `width` places before the query, in the text that both are of."""
+    places = torch.cat([torch.cat([torch.arange(p), *(torch.arange(p, p + t) for t in tails)]) for p, tails in layout.groups])
+    return places[:, None] - places[None] < width
+
+
+@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("block", [1, 13, 128])
+@pytest.mark.parametrize("width, softcap, sink, e", [(3, None, False, 8), (None, 1.5, False, 8), (None, None, True, 8),
+                                                     (None, None, False, 5), (4, 0.7, True, 11)])
+def test_windows_caps_sinks_and_values_of_another_size(groups, heads, block, width, softcap, sink, e, monkeypatch):
+    """Outputs and gradients, the sinks' too, against autograd through the eager truth."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    layout, (H, K) = Layout(groups), heads
+    (q, k, _), _ = inputs(layout, H, K)
+    generator = torch.Generator().manual_seed(layout.tokens + e)
+    v = torch.randn(K, layout.tokens, e, generator=generator, dtype=torch.float64).requires_grad_()
+    sinks = torch.randn(H, generator=generator, dtype=torch.float64).requires_grad_()
+    upstream = torch.randn(layout.tokens, H, e, generator=generator, dtype=torch.float64)
+    wanted = (q, k, v, sinks) if sink else (q, k, v)
+
+    def outcome(impl):
+        out = shared_prefix_attention(q, k, v, layout, scale=0.4, softcap=softcap, sinks=sinks if sink else None, impl=impl,
+                                      mask=None if width is None else window(layout, width))
+        return [out.detach(), *torch.autograd.grad(out, wanted, upstream)]
+
+    for ours, truth in zip(outcome("blocks"), outcome("reference")):
+        torch.testing.assert_close(ours, truth, atol=1e-12, rtol=1e-10)
+
+
+def test_the_eager_truth_of_caps_and_sinks_by_hand():
+    """One head, two tokens: scores 0 and 2 capped at 1 are 0 and tanh 2; a sink of log 3 takes 3 of the weight."""
+    q, k = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [2.0]]])
+    v = torch.tensor([[[1.0], [5.0]]])
+    out = shared_prefix_attention(q, k, v, Layout(((1, (1,)),)), scale=1.0, softcap=1.0, sinks=torch.tensor([3.0]).log(),
+                                  impl="reference")
+    second = torch.tensor(2.0).tanh().exp()
+    assert out.flatten().tolist() == pytest.approx([1 / 4, ((1 + 5 * second) / (4 + second)).item()])
+
+
 def test_blocks_are_the_same_twice_and_keep_only_the_inputs_and_the_output():
     layout = Layout(LAYOUTS["longer than a block"])
     tensors, upstream = inputs(layout, dtype=torch.float32)
@@ -167,6 +208,14 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="impl: allowed are"):
         shared_prefix_attention(q, k, v, Layout(((5, (3, 4)),)), scale=1.0, impl="flash")
     layout = Layout(((5, (3, 4)),))
-    for batch, options in ((2, {}), (1, {"dropout": 0.1}), (1, {"softcap": 30.0})):
-        with pytest.raises(ValueError, match="batch of one, no dropout and no soft-cap"):
-            attention.attention_forward(None, *(x.expand(batch, *x.shape) for x in (q, k, v)), None, shared_prefix=layout, **options)
+    attend = attention.attention_interface(None)
+    with attention.packed(layout, torch.arange(12)):
+        for batch, options in ((2, {}), (1, {"dropout": 0.1})):
+            with pytest.raises(ValueError, match="batch of one and no dropout"):
+                attend(None, *(x.expand(batch, *x.shape) for x in (q, k, v)), None, **options)
+    for kind in ({"softcap": 2.0}, {"sinks": torch.zeros(4)}, {"mask": layout.mask()}):
+        with pytest.raises(ValueError, match="'varlen': takes no mask"):
+            shared_prefix_attention(q, k, v, layout, scale=1.0, impl="varlen", **kind)
+    for kind in ({"sinks": torch.zeros(3)}, {"mask": layout.mask()[1:]}):
+        with pytest.raises(ValueError, match="do not fit"):
+            shared_prefix_attention(q, k, v, layout, scale=1.0, **kind)

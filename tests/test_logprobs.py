@@ -36,7 +36,11 @@ def test_golden_numbers(backend, case):
 
 # ---- the shared path against the reference, both judged by the reference in float64
 
-FAMILIES = ["llama", "llama_tied", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text"]
+FAMILIES = ["llama", "llama_tied", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text", "mistral_window", "gemma2",
+            "gemma3_windows", "gpt_oss", "cohere2", "deepseek_v3", "gpt2"]
+
+
+ALTERNATING = ["sliding_attention", "full_attention"]
 
 
 def tiny_family(family: str, **change):
@@ -53,11 +57,23 @@ def tiny_family(family: str, **change):
         "gemma": ("Gemma", {"head_dim": 8}),
         # window above the pairs' length; final_logit_softcapping as Gemma 2 has it
         "gemma3_text": ("Gemma3", {"head_dim": 8, "sliding_window": 512, "final_logit_softcapping": 5.0}),
+        "gemma3_windows": ("Gemma3", {"head_dim": 8, "sliding_window": 7, "layer_types": ALTERNATING}),
+        "mistral_window": ("Mistral", {"sliding_window": 9}),
+        "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 7, "layer_types": ALTERNATING, "attn_logit_softcapping": 3.0,
+                              "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}),
+        "gpt_oss": ("GptOss", {"head_dim": 8, "sliding_window": 7, "layer_types": ALTERNATING, "num_local_experts": 3,
+                               "num_experts_per_tok": 2, "experts_implementation": "eager"}),  # sinks
+        "cohere2": ("Cohere2", {"sliding_window": 7, "layer_types": ALTERNATING, "logit_scale": 0.3}),
+        "deepseek_v3": ("DeepseekV3", {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                                       "v_head_dim": 12, "moe_intermediate_size": 16,
+                                       "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+                                       "first_k_dense_replace": 1, "experts_implementation": "eager"}),
+        "gpt2": ("GPT2", {"n_positions": 512}),
     }[family]
-    size |= change
-    name = "Gemma3Text" if family == "gemma3_text" else prefix
-    config = getattr(transformers, f"{name}Config")(**size, **special)
-    return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    size |= special | change
+    name = "Gemma3Text" if prefix == "Gemma3" else prefix
+    config = getattr(transformers, f"{name}Config")(**size)
+    return getattr(transformers, "GPT2LMHeadModel" if family == "gpt2" else f"{prefix}ForCausalLM")(config).eval()
 
 
 PROMPTS = [["Follow: be brief. Query: why is the sky blue?\n", "Follow: be long. Query: why is the sky blue?\n",
@@ -127,17 +143,142 @@ def test_identical_responses_give_equal_columns(tiny):
     torch.testing.assert_close(values[..., 0], values[..., 1])
 
 
-@pytest.mark.parametrize("change, name", [
-    ({"attn_logit_softcapping": 30.0}, "soft-capped attention"), ({"logit_scale": 0.1}, "scaled logits"),
-    ({"sliding_window": 5}, "sliding window 5 is shorter"), ({"_attn_implementation": "flex_attention"}, "load with 'sdpa'"),
-    ({"model_type": "gpt2"}, "gpt2: not a family"), ({"attention_dropout": 0.1}, "attention_dropout 0.1")])
-def test_what_the_shared_path_would_get_wrong_is_refused_by_name(tiny, change, name):
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+def equal_to_the_reference(model):
+    """On 'shared', to float64's rounding."""
+    from conftest import byte_tokenizer
+
+    with torch.no_grad():
+        ours, truth = (matrix(model, byte_tokenizer(), backend) for backend in ("shared", "reference"))
+    return (ours - truth).abs().max() < 1e-9 * truth.abs().max()
+
+
+@pytest.mark.parametrize("change", [{"attn_logit_softcapping": 2.0}, {"logit_scale": 0.1}, {"final_logit_softcapping": 2.0},
+                                    {"sliding_window": 5}, {"model_type": "gpt2"}])
+def test_a_config_that_says_what_the_model_does_not_do_misleads_nobody(change):
+    """Llama knows none of these: what counts is what the model does."""
+    model = tiny_family("llama").double()
     for key, value in change.items():
         setattr(model.config, key, value)
-    model.train()
-    with pytest.raises(ValueError, match=name):
-        matrix(model, tokenizer, "shared")
+    assert equal_to_the_reference(model)
+
+
+def test_a_window_that_is_changed_after_building_holds_as_in_the_model():
+    model = tiny_family("mistral").double()
+    wide = matrix(model, byte(), "shared").detach()
+    model.config.sliding_window = 5
+    assert equal_to_the_reference(model) and (matrix(model, byte(), "shared") - wide).abs().max() > 0.01
+
+
+def byte():
+    from conftest import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+def test_a_head_with_more_in_it_than_its_matrix_is_called_itself():
+    """A hook, found although the model was tried without it before; an adapter; a module around it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = tiny_family("llama").double()
+    assert equal_to_the_reference(model)
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, out: 1.7 * out)
+    assert equal_to_the_reference(model)
+    hook.remove()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False), model)
+    model.double()
+    assert equal_to_the_reference(model)
+
+    class Around(torch.nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.head = head
+
+        @property
+        def weight(self):
+            return self.head.weight
+
+        bias = None
+
+        def forward(self, hidden):
+            return self.head(hidden.tanh())
+
+    model = tiny_family("llama").double()
+    model.lm_head = Around(model.lm_head)
+    assert equal_to_the_reference(model)
+
+
+@pytest.mark.parametrize("backend", ["reference", "shared"])
+def test_what_looks_ahead_is_refused(backend):
+    import transformers
+
+    both_ways = tiny_family("gemma3_text", use_bidirectional_attention=True)
+    encoder = transformers.BertLMHeadModel(transformers.BertConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.3)).eval()
+    for model in (both_ways, encoder):
+        with pytest.raises(ValueError, match="not a causal language model: later tokens change"):
+            matrix(model, byte(), backend)
+    encoder.config.is_decoder = True
+    with torch.no_grad():
+        assert matrix(transformers.BertLMHeadModel(encoder.config).eval(), byte(), "reference").isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft reads
+@pytest.mark.parametrize("backend", ["reference", "shared"])
+def test_a_prompt_that_adapters_add_is_refused(backend):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_family("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    with pytest.raises(ValueError, match="15 logits for 12 tokens"):
+        matrix(model, byte(), backend)
+
+
+def test_recurrent_layers_need_the_reference():
+    import transformers
+
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=259, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.3)).eval()
+    with pytest.raises(ValueError, match="mamba: packed texts with shared beginnings .*use backend='reference'"):
+        matrix(model, byte(), "shared")
+    with torch.no_grad():
+        assert matrix(model, byte(), "reference").isfinite().all()
+
+
+def test_dropout_is_refused_where_a_prompt_is_shared():
+    model = tiny_family("llama", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match="attention_dropout 0.1.* call model.eval"):
+        matrix(model, byte(), "shared")
+    assert matrix(model.eval(), byte(), "shared").isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "shared"])
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+     "original_max_position_embeddings": 100}])
+def test_rope_that_looks_at_the_batch_is_refused_beyond_its_first_context(backend, rope):
+    """A query's numbers are the same alone, beside the others, and after them; 40 tokens more and they would not be."""
+    longest = 100
+    model = tiny_family("llama", rope_parameters=rope, max_position_embeddings=100 if rope["rope_type"] == "dynamic" else 400)
+    options = dict(length_normalize=True, score_eos=False, backend=backend)
+    with torch.no_grad():
+        alone, beside = logprob_matrix(model, byte(), PROMPTS[:1], RESPONSES[:1], **options), matrix(model, byte(), backend)
+        torch.testing.assert_close(beside[:1], alone, atol=1e-5, rtol=0)
+        fits = [["x" * (longest - 1)] * 2]
+        logprob_matrix(model, byte(), fits, [["y", "z"]], **options)
+        torch.testing.assert_close(logprob_matrix(model, byte(), PROMPTS[:1], RESPONSES[:1], **options), alone)
+        with pytest.raises(ValueError, match="a pair of 140 tokens: RoPE of this model's kind .* from 101 tokens on"):
+            logprob_matrix(model, byte(), [["x" * 139] * 2], [["y", "z"]], **options)
+
+
+def test_without_a_pad_token_and_with_weights_that_are_not_finite_where_nobody_reads():
+    """The reference pads nothing, and selects what it scores: a NaN elsewhere is none of its business."""
+    model, tokenizer = tiny_family("llama"), byte()
+    truth = matrix(model, tokenizer, "reference")
+    tokenizer.pad_token = None
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = torch.nan
+    assert torch.equal(matrix(model, tokenizer, "reference"), truth)
 
 
 def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
@@ -149,6 +290,7 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
 
     model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
     config = model.config
+    matrix(model, tokenizer, "shared")  # which tries the model, once
     with Largest(config.vocab_size) as guard:
         matrix(model, tokenizer, "shared")
     groups = [[tokenize_pair(tokenizer, p, r, score_eos=False) for r in RESPONSES[b]] for b in range(2) for p in PROMPTS[b]]
@@ -156,7 +298,7 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
     assert guard.rows == scored
     with Largest(config.vocab_size) as guard:
         matrix(model, tokenizer, "reference")
-    assert guard.rows > 3 * scored  # the guard sees what it must forbid
+    assert guard.rows == max(len(pair.ids) for g in groups for pair in g)  # the guard sees what it must forbid
 
     one = groups[0]
 
@@ -268,11 +410,18 @@ def test_an_attached_model_still_generates_and_forwards_as_before(tiny):
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
-def test_an_attention_that_does_not_know_the_layout_gives_nan_not_a_wrong_number(tiny, monkeypatch):
+def test_an_attention_that_does_not_know_the_layout_gives_nan_and_is_refused(tiny, monkeypatch):
+    from kernels import attention
+    from repro import logprobs
+
     model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
-    monkeypatch.setattr("repro.logprobs.attach", lambda model: None)
+    monkeypatch.setattr(logprobs, "attention_interface", lambda fallback: fallback)
     with torch.no_grad():
-        assert matrix(model, tokenizer, "shared").isnan().all()
+        assert logprobs.matrix_by("shared", model, tokenizer, PROMPTS, RESPONSES, length_normalize=True,
+                                  score_eos=False).isnan().all()
+    with pytest.raises(ValueError, match="have other log-probs than each alone .by nan"):
+        matrix(model, tokenizer, "shared")
+    assert attention.attention_interface is not logprobs.attention_interface
 
 
 def test_many_queries_in_one_pack_equal_one_at_a_time(tiny, monkeypatch):

@@ -109,7 +109,7 @@ def test_the_products_setting_is_put_back(tiny):
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny):
     model = models.load_model(str(tiny))
     with torch.no_grad():
-        model.model.embed_tokens.weight[ord("y")] = float("nan")
+        model.model.embed_tokens.weight[ord("y")] = float("nan")  # no token that repro/probe.py tries
     before = copy.deepcopy(model.state_dict())
     saved = []
     with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite"):
