@@ -26,6 +26,7 @@ from kernels.linear_nll import linear_nll
 from repro import probe
 from repro.models import steady_length
 from repro.prefix import Scored, pack, packed_length, tokenize_pair
+from repro.records import first_line
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
 ATTENTION = "shared_prefix"  # begins the names under which transformers finds kernels/attention.py
@@ -59,10 +60,15 @@ def settled(model, backend: str) -> str:
     return found.way if backend == "shared" else backend
 
 
-def way_for(config, longest: int) -> probe.Found:
+def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
     """As `settled`, before there are weights: tried on a tiny model of the same class and config, up to texts of `longest`
-    tokens. Raises ValueError where no such model can be made."""
-    return probe.of_config(config, score, longest)
+    tokens. The reference path where no such model can be made: the loaded one is tried too. `dropout`: of TrainSpec."""
+    if dropout == "drawn" and (rates := ", ".join(probe.dropouts(config))):
+        return probe.Found("reference", f"dropout ({rates}) would draw one mask for all responses of a shared prompt")
+    try:
+        return probe.of_config(config, score, longest)
+    except ValueError as e:
+        return probe.Found("reference", first_line(e))
 
 
 def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,

@@ -248,6 +248,21 @@ def load_config(place: str):
     return _hub_errors(place, lambda: AutoConfig.from_pretrained(place)).get_text_config()
 
 
+def quantised(config) -> str | None:
+    """Why weights of this config (a transformers config, or the content of a config.json) cannot be trained here: they are
+    quantised; None where they are not. In a multimodal model the entry may stand in the text part's config."""
+    data = config if isinstance(config, dict) else config.to_dict()
+    for part in (data, data.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if found is not None:  # transformers reads null as none
+            found = found if isinstance(found, dict) else {}
+            method, bits = (found.get(key) for key in ("quant_method", "bits"))
+            how = ", ".join([str(method)] * bool(method) + [f"{bits} bits"] * bool(bits))
+            return (f"quantization_config{f' ({how})' if how else ''}: quantised weights cannot be trained here; give the "
+                    "model with its weights as they were before")
+    return None
+
+
 def context_of(config) -> int:
     """Tokens that the model can take, all texts alike. Raises UserError where its config does not say."""
     found = getattr(config, "max_position_embeddings", None)

@@ -27,7 +27,7 @@ from repro.sizes import (
     PUBLISHED,
     Shape,
     Step,
-    activation_bytes,
+    largest_activations,
     matrix_flops,
     peak,
     sampling_flops,
@@ -109,15 +109,18 @@ def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
                  items=items, C=C)
 
 
-def first_step(spec: Experiment, texts: Texts, gpus: int, lora: int = 0) -> Step:
-    """The training step of the paper's loop on `gpus` GPUs, before it is known whether it fits."""
+def first_step(spec: Experiment, texts: Texts, gpus: int, lora: int = 0, way: str = "shared") -> Step:
+    """The training step of the paper's loop on `gpus` GPUs, before it is known whether it fits. A pack holds a GPU's share
+    of a step's queries at most."""
     from repro.training import PACK_TOKENS
 
     (_, P), (_, L) = texts.prompt, texts.response
     longest = 2 * (P + 2 * L)
+    queries = max(u.queries for k in range(1, spec.iterations + 1) for u in spec.train.updates(k))
     tokens = max(spec.train.pack_tokens or PACK_TOKENS["cuda"], longest)
     return Step(ranks=gpus, precision=spec.train.precision, optimizer=spec.train.optimizer, pack_tokens=tokens,
-                scored=round(tokens * 4 * L / longest), longest=longest, lora=lora)
+                scored=round(tokens * 4 * L / longest), longest=longest, lora=lora, queries=queries,
+                way=way).on(gpus)
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,9 @@ class Server:
 class Plan:
     """What `repro plan` says of one run. Bytes are per GPU. `step`: the training step as it would run; `ways`: what makes
     it fit where it does not (repro/sizes.py), and `trained` the first of them, which the rest of the plan is for (None
-    where there is none). `scoring`: bytes of held-out log-probs on `scoring_gpus`, all that there are (or that training
-    needs); `enough_for_scoring`: the fewest that would do, 0 where none would."""
+    where there is none). `refusal`: why log-probs go by the reference path, which works on one GPU alone. `scoring`: bytes
+    of held-out log-probs on `scoring_gpus`, all that there are (or that training needs); `enough_for_scoring`: the fewest
+    that would do, 0 where none would."""
 
     run: str
     model: str
@@ -157,6 +161,7 @@ class Plan:
     gpus: int
     fraction: float
     texts: Texts
+    refusal: str | None
     step: Step
     phases: dict[str, dict[str, int]]
     ways: list[tuple[tuple[str, ...], Step, int]]
@@ -192,6 +197,8 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
 
     Raises UserError for a model whose shape is not known, and for settings out of range.
     """
+    from repro.logprobs import way_for
+
     for name, value, least in (("--gpus", gpus, 1), ("--lora", lora, 0)):
         if value < least:
             raise UserError(f"{name} {value}: must be {least} or more")
@@ -202,24 +209,30 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
     if response_tokens is not None and not response_tokens > 0:
         raise UserError(f"--response-tokens {response_tokens:g}: must be above 0")
     shape, texts, memory = shape_of(spec.model.name, config), texts_of(spec, response_tokens), gpu.gb * GB
-    if lora and shape.num_local_experts > 1:
+    if lora and shape.mixture:
         raise UserError(f"--lora: {spec.model.label} is a mixture, whose experts are no linear layers; train all weights")
-    step, total = settle(shape, first_step(spec, texts, gpus, lora), memory)
+    found = way_for(shape.config, max(texts.prompt[1], texts.asking[1]) + texts.response[1], spec.train.dropout)
+    if found.way is None:
+        raise UserError(f"--model {spec.model.name}: {found.refusal}")
+    refusal = found.refusal if found.way == "reference" else None
+    step, total = settle(shape, first_step(spec, texts, 1 if refusal else gpus, lora, found.way), memory)
     found = [] if total <= memory else ways(shape, step, memory)
     trained = step if total <= memory else found[0][1] if found else None
     faster = next((s for s in smaller_pack(replace(step, checkpointing=False))
                    if peak(training_bytes(shape, s, memory))[1] <= memory), None) if step.checkpointing else None
     usable, like = max(gpus, (trained or step).ranks), trained or step
-    scoring = {n: scoring_bytes(shape, spec, texts, like, n) for n in range(1, max(usable, MOST_GPUS) + 1)}
+    scorers, most = (1, 1) if refusal else (usable, max(usable, MOST_GPUS))
+    scoring = {n: scoring_bytes(shape, spec, texts, like, n) for n in range(1, most + 1)}
     server, sampled = sampling(shape, spec, texts, gpu, usable, fraction)
     return Plan(run=spec.path, model=spec.model.label, shape=shape, gpu=gpu, gpus=gpus, fraction=fraction, texts=texts,
-                step=step, phases=training_bytes(shape, step, memory), ways=found, trained=trained, faster=faster,
-                server=server, scoring=scoring[usable], scoring_gpus=usable, disk=disk_of(shape, spec, like),
+                refusal=refusal, step=step, phases=training_bytes(shape, step, memory), ways=found, trained=trained,
+                faster=faster, server=server, scoring=scoring[scorers], scoring_gpus=scorers,
+                disk=disk_of(shape, spec, like),
                 enough_for_scoring=next((n for n in scoring if sum(scoring[n].values()) <= memory), 0),
                 judge=judge_of(spec, texts, judge_model, price),
-                stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, usable,
-                                        fits=sum(scoring[usable].values()) <= memory),
-                        training(shape, spec, texts, gpu, fraction, trained)])
+                stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, scorers,
+                                        fits=sum(scoring[scorers].values()) <= memory),
+                        training(shape, spec, texts, gpu, fraction, like, fits=trained is not None)])
 
 
 # ---- sampling
@@ -262,25 +275,28 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
     rounded = item == 4 and step.precision == "fp32_master"
     tokens = max(step.pack_tokens, texts.C * (texts.prompt[1] + texts.C * texts.response[1])) if gpus > 1 else max(
         BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
+    if step.reference:
+        tokens = texts.prompt[1] + texts.response[1]
+    rows = tokens if step.reference else texts.C * texts.response[1]
     copies = 2 * shape.largest if rounded else 0
     if gpus > 1:
         copies = item * shape.root + 3 * (2 if rounded else item) * shape.layer
     return {"weights": item * shape.parameters // gpus, "gathered or rounded weights": copies,
-            "activations": activation_bytes(shape, tokens, item) // shape.num_hidden_layers,
-            "head: scratch": 4 * max(SLAB_ELEMENTS, shape.vocab_size)}
+            "activations": largest_activations(shape, tokens, item, step.pair if step.reference else 0),
+            "head: scratch": 12 * rows * shape.vocab_size if step.logits else 4 * max(SLAB_ELEMENTS, shape.vocab_size)}
 
 
 def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, gpus: int,
            fits: bool) -> Stage:
     """On many GPUs each pack gathers all layers once, beside the products: the slower of the two counts."""
     C, n, P, L = texts.C, spec.iterations, texts.prompt[0], texts.response[0]
-    own = matrix_flops(shape, C, C, P, L, shared=True, training=False)
-    first = matrix_flops(shape, C, 1, P, L, shared=True, training=False)
+    own = matrix_flops(shape, C, C, P, L, shared=not step.reference, training=False)
+    first = matrix_flops(shape, C, 1, P, L, shared=not step.reference, training=False)
     again = n if "likelihood" in spec.judge.judges else 0  # under the initial model
     layers, head = (texts.items * ((n + 1) * a + again * b) for a, b in zip(own, first))
-    tokens = texts.items * ((n + 1) * C * (P + C * L) + again * C * (P + L))
+    tokens = texts.items * ((n + 1) * C * (C * (P + L) if step.reference else P + C * L) + again * C * (P + L))
     took = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, gpus, layers, head)
-    gathered = (4 if step.precision == "fp32" else 2) * shape.num_hidden_layers * shape.layer * (gpus - 1) / gpus
+    gathered = (4 if step.precision == "fp32" else 2) * (shape.parameters - shape.root) * (gpus - 1) / gpus
     took = max(took, math.ceil(tokens / gpus / step.pack_tokens) * gathered / (gpu.link * 1e9))
     return Stage("log-probs of held-out responses", tokens, layers + head, took / 3600 if fits else None,
                  f"sharded over {gpus} GPUs" if gpus > 1 else "on one GPU")
@@ -294,16 +310,17 @@ def seconds(gpu: GPU, precision: str, fraction: float, gpus: int, layers: float,
 
 # ---- training
 
-def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step | None) -> Stage:
+def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, fits: bool) -> Stage:
     """C = R = 2. Checkpointing computes the layers a third time; on many GPUs a pack gathers all layers twice and sends
     gradients at most once, beside the products: the slower of the two counts."""
     P, L = texts.prompt[0], texts.response[0]
     queries = sum(spec.train.queries_needed(k) for k in range(1, spec.iterations + 1))
-    layers, head = (queries * f for f in matrix_flops(shape, 2, 2, P, L, shared=True, training=True))
+    layers, head = (queries * f for f in matrix_flops(shape, 2, 2, P, L, shared=not step.reference, training=True))
     reference = queries * sum(matrix_flops(shape, 2, 2, P, L, shared=False, training=True))
-    tokens = queries * 2 * (P + 2 * L)
-    note = f"{queries:,} queries; by the reference path {reference / (layers + head):.2f} times the FLOPs"
-    if step is None:
+    tokens = queries * (4 * (P + L) if step.reference else 2 * (P + 2 * L))
+    note = f"{queries:,} queries; by the reference path" + (
+        "" if step.reference else f" {reference / (layers + head):.2f} times the FLOPs")
+    if not fits:
         return Stage("training", tokens, layers + head, None, note)
     if step.lora:  # no gradients of weights, and none of the head's
         layers, head = layers * 2 / 3, head * 2 / 3
@@ -313,7 +330,7 @@ def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: f
     computing = seconds(gpu, precision, fraction, step.ranks, layers, head)
     packs = sum(math.ceil(u.queries / step.ranks / max(1, step.pack_tokens // (2 * (P + 2 * L))))
                 for k in range(1, spec.iterations + 1) for u in spec.train.updates(k))
-    moved = packs * (2 * (4 if precision == "fp32" else 2) + 4) * shape.num_hidden_layers * shape.layer
+    moved = packs * (2 * (4 if precision == "fp32" else 2) + 4) * (shape.parameters - shape.root)
     sending = moved * (step.ranks - 1) / step.ranks / (gpu.link * 1e9)
     return Stage("training", tokens, layers + head, max(computing, sending) / 3600,
                  note + (f"; sending weights takes {sending / computing:.0%} of the products' time, beside them"
@@ -370,7 +387,7 @@ def disk_of(shape: Shape, spec: Experiment, step: Step) -> dict[str, int]:
     states = {"adamw": 2, "rmsprop": 1}[step.optimizer]
     others = {other.name for other in [spec.baseline] if other} | {
         writer.model for writer in [spec.writer] if writer and writer.kind == "local"}
-    others = (PUBLISHED[name].parameters for name in others - {spec.model.name} if name in PUBLISHED)
+    others = (shape_of(name).parameters for name in others - {spec.model.name} if name in PUBLISHED)
     published = shape.parameters + sum(others)
     return {"download": 2 * published, "iterations": spec.iterations * own, "steps": (KEEP + 1) * (1 + states) * trained,
             "machine memory": own}

@@ -62,6 +62,7 @@ def verdict(p: Plan) -> list[str]:
     """What fits, and what makes the rest fit: one line for training, for sampling, for held-out log-probs."""
     moment, total = peak(p.phases)
     of = f"{gb(total)} of {p.gpu.gb:g} GB per GPU"
+    alone = f"**Log-probs by the reference path**, which works on one GPU alone and makes all logits: {p.refusal}."
     if not p.ways and p.trained:
         text = f"**Training fits**: {of}"
         if p.step.lora:
@@ -80,7 +81,8 @@ def verdict(p: Plan) -> list[str]:
             lines += [f"  - {means(names, step)}: {gb(need)} GB, checkpointing {'on' if step.checkpointing else 'off'}"
                       for names, step, need in p.ways]
         else:
-            lines[0] += f" Neither up to {MOST_GPUS} such GPUs nor any change that is planned for makes it fit."
+            more = "No" if p.refusal else f"Neither up to {MOST_GPUS} such GPUs nor any"
+            lines[0] += f" {more} change that is planned for makes it fit."
     server, tokens = p.server, p.texts.asking[1] + p.texts.response[1] + p.texts.reasoning
     need = f"{gb(server.weights)} GB of bf16 weights and {gb(server.cache)} GB of cache"
     where = f"on {server.gpus} GPUs{{each}} (tensor parallel {server.gpus})" if server.gpus > 1 else "on one GPU{each}"
@@ -101,7 +103,7 @@ def verdict(p: Plan) -> list[str]:
     where = f"sharded over {p.scoring_gpus} GPUs as in training" if p.scoring_gpus > 1 else "one GPU holds the whole model"
     lines.append(f"**Held-out log-probs {'fit' if fits else 'do not fit'}**: {where}, {gb(whole)} of {p.gpu.gb:g} GB "
                  f"per GPU{more}.")
-    return lines
+    return [alone] * bool(p.refusal) + lines
 
 
 def bytes_table(p: Plan) -> list[str]:
@@ -178,7 +180,8 @@ def overview(plans: Sequence[Plan]) -> list[str]:
 
 def _cell(p: Plan) -> str:
     if p.trained is None:
-        return f"no: training takes {gb(peak(p.phases)[1])} GB, and up to {MOST_GPUS} GPUs do not make it fit"
+        more = "the reference path works on one GPU" if p.refusal else f"up to {MOST_GPUS} GPUs do not make it fit"
+        return f"no: training takes {gb(peak(p.phases)[1])} GB, and {more}"
     parts = []
     for names, step, need in p.ways:
         words = {"bf16": "bf16 weights", "lora": "LoRA", "pack": f"{step.pack_tokens} tokens a pack",

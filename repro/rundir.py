@@ -34,7 +34,7 @@ from repro.constitutions import (
 )
 from repro.datasets import check_queries, disjoint, load_queries
 from repro.endpoint import Endpoint
-from repro.probe import Found, dropouts
+from repro.probe import dropouts
 from repro.prompts import Form
 from repro.records import (
     MARKER,
@@ -216,17 +216,11 @@ class Run:
         self.longest = max(len(self.tokenizer(q.text, add_special_tokens=False).input_ids) for q in queries)
         from repro.logprobs import way_for
 
-        try:
-            found = way_for(config, frame + self.longest + spec.sampling.max_new_tokens)
-        except ValueError as e:  # a config that only its own sizes fit: the loaded model is tried (repro/training.py)
-            found = Found("reference", first_line(e))
+        found = way_for(config, frame + self.longest + spec.sampling.max_new_tokens, spec.train.dropout)
         if found.way is None:
             raise UserError(f"--model {spec.model.name}: {found.refusal}")
-        rates = ", ".join(dropouts(config))
-        if spec.train.dropout == "drawn" and rates:
-            found = Found("reference", f"dropout ({rates}), which would draw one mask for all responses of a shared prompt")
         self.backend, refusal = ("reference", found.refusal) if found.way == "reference" else ("shared", None)
-        if spec.train.dropout == "off" and rates:
+        if spec.train.dropout == "off" and (rates := ", ".join(dropouts(config))):
             self.say(f"dropout is off in training (of the model's config: {rates}); --dropout drawn switches it on")
         if refusal and self.ranks * self.nodes > 1:  # its forwards are as many as a text is long, and ranks need equal ones
             raise UserError(f"--ranks {self.ranks * self.nodes}: the reference path works on one rank alone, and this "

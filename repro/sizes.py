@@ -11,90 +11,22 @@ Axes: B queries, C constitutions, R responses, T tokens of a pack, N scored toke
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repro import models
 from repro.config import choose
 from repro.records import UserError, read_json
+from repro.shapes import Layer, Shape, counted
 
 GB = 10**9
 
 
 # ---- model shapes
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A Llama-like decoder, with the field names of its config.json (`num_local_experts` 1: no mixture)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    head_dim: int
-    tie_word_embeddings: bool = False
-    num_local_experts: int = 1
-    num_experts_per_tok: int = 1
-    model_type: str = "llama"
-
-    @property
-    def attention(self) -> int:
-        """Parameters of a layer's four projections."""
-        return 2 * self.hidden_size * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
-
-    @property
-    def expert(self) -> int:
-        """Parameters of one feed-forward network."""
-        return 3 * self.hidden_size * self.intermediate_size
-
-    @property
-    def router(self) -> int:
-        return self.hidden_size * self.num_local_experts if self.num_local_experts > 1 else 0
-
-    @property
-    def layer(self) -> int:
-        """Parameters of a layer."""
-        return self.attention + self.router + self.num_local_experts * self.expert + 2 * self.hidden_size
-
-    @property
-    def largest(self) -> int:
-        """Numbers in the largest tensor of a layer: a mixture's experts are one, gate and up projection together."""
-        if self.num_local_experts > 1:
-            return self.num_local_experts * 2 * self.hidden_size * self.intermediate_size
-        return self.hidden_size * max(self.intermediate_size, self.num_attention_heads * self.head_dim)
-
-    @property
-    def root(self) -> int:
-        """Parameters outside the layers: embedding, final norm and, where it is not the embedding, head."""
-        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size + self.hidden_size
-
-    @property
-    def parameters(self) -> int:
-        return self.num_hidden_layers * self.layer + self.root
-
-    @property
-    def active(self) -> int:
-        """Parameters of all layers that multiply a token."""
-        return self.num_hidden_layers * (self.attention + self.router + self.num_experts_per_tok * self.expert)
-
-    @property
-    def cache(self) -> int:
-        """Numbers that generation keeps of a token."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-
-    def adapters(self, rank: int) -> int:
-        """Parameters of LoRA adapters of this rank on every projection of the attention and of each expert."""
-        D, d = self.hidden_size, self.head_dim
-        sides = 2 * (D + self.num_attention_heads * d) + 2 * (D + self.num_key_value_heads * d)
-        sides += 3 * self.num_local_experts * (D + self.intermediate_size)
-        return self.num_hidden_layers * rank * sides
-
-
-def _mistral(**change) -> Shape:
-    return Shape(**{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000, "model_type": "mistral"} | change)
+def _mistral(**change) -> dict:
+    return {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000} | change
 
 
 PUBLISHED = {  # of the models' public config.json
@@ -115,7 +47,7 @@ def shape_of(name: str, config: Path | None = None) -> Shape:
     if config is None and (Path(name).expanduser() / "config.json").is_file():
         config = Path(name).expanduser() / "config.json"
     if config is None and name in PUBLISHED:
-        return PUBLISHED[name]
+        return shape_from(PUBLISHED[name], f"--model {name}")
     if config is None and name.count("/") == 1:
         from huggingface_hub import try_to_load_from_cache
 
@@ -130,27 +62,39 @@ def shape_of(name: str, config: Path | None = None) -> Shape:
 
 
 def read_shape(path: Path) -> Shape:
-    """The shape in a config.json. Raises UserError for a field that is missing or no number."""
+    """The shape of the model of a config.json; raises UserError as `shape_from` does."""
     return shape_from(read_json(path), str(path))
 
 
 def shape_from(data, where: str) -> Shape:
-    data = data.get("text_config") or data if isinstance(data, dict) else {}
-    heads = data.get("num_attention_heads")
-    defaults = {"num_key_value_heads": heads, "num_local_experts": data.get("num_experts")}
-    if all(isinstance(x, int) and x > 0 for x in (data.get("hidden_size"), heads)):
-        defaults["head_dim"] = data["hidden_size"] // heads
-    found = {}
-    for field in fields(Shape):
-        value = data.get(field.name)
-        value = defaults.get(field.name) if value is None else value
-        if value is None and field.default is not MISSING:
-            continue
-        if not isinstance(value, field.type) or (field.type is int and (isinstance(value, bool) or value < 1)):
-            raise UserError(f"{where}: {field.name}: found {value!r}; a Llama-like decoder's config.json has a "
-                            f"{field.type.__name__} there")
-        found[field.name] = value
-    return Shape(**found)
+    """The shape of the model that transformers makes of a config.json's content, its own values in place of what is left
+    out: built as `models.load_model` does, without weights. Raises UserError, with `where` first, for a family that
+    transformers does not know, values of which no model can be made, quantised weights, and what is no Llama-like decoder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UserError(f"{where}: model_type: found {kind!r}, no model that this transformers knows")
+    if reason := models.quantised(data):
+        raise UserError(f"{where}: {reason}")
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(dict(data)), dtype=torch.bfloat16)
+    except Exception as e:  # what a value of another form leads to is of many kinds
+        reason = " ".join(str(e).split())
+        raise UserError(f"{where}: no causal LM can be made of it ({type(e).__name__}: {reason[:200]})") from e
+    finally:
+        logging.set_verbosity(before)
+    try:
+        return counted(model)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
 
 
 # ---- GPUs
@@ -193,8 +137,10 @@ def gpu_of(name: str | None, gb: float | None) -> GPU:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What decides a training step's bytes. `pack_tokens` are computed at once, `scored` of them get a log-prob;
-    `longest`: tokens of the longest query, which is never cut. `lora`: the adapters' rank, 0 for all weights."""
+    """What decides a training step's bytes. `pack_tokens` go together, `scored` of them get a log-prob; `longest`: tokens
+    of the longest query, which is never cut. `lora`: the adapters' rank, 0 for all weights. `queries`: of a step, on all
+    ranks together (0: not known), more than which no pack holds. `way`: of computing log-probs (repro/logprobs.py): by the
+    reference path, which is for one rank, each of a query's 2 x 2 pairs in full, and logits for all tokens."""
 
     ranks: int
     precision: str
@@ -205,6 +151,17 @@ class Step:
     checkpointing: bool = False
     lora: int = 0
     device: str = "cuda"
+    queries: int = 0
+    way: str = "shared"
+
+    @property
+    def reference(self) -> bool:
+        return self.way == "reference"
+
+    @property
+    def logits(self) -> bool:
+        """Whether whole rows of logits are kept."""
+        return self.way != "shared"
 
     @property
     def item(self) -> int:
@@ -217,19 +174,49 @@ class Step:
         """Bytes of a trained number, of its gradient, and of each number that the optimizer keeps of it."""
         return 2 if self.precision == "bf16" else 4
 
+    @property
+    def computed(self) -> int:
+        """Tokens that go through the layers: by the reference path each prompt twice."""
+        return 2 * (self.pack_tokens - self.scored) + self.scored if self.reference else self.pack_tokens
 
-def activation_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
+    @property
+    def pair(self) -> int:
+        """Tokens of the longest prompt with one response."""
+        return math.ceil(self.longest * (1 / 2 - self.scored / self.pack_tokens / 4))
+
+    def on(self, ranks: int) -> "Step":
+        """On so many ranks: a pack holds at most a rank's share of a step's queries."""
+        most = math.ceil(self.queries / ranks) * self.longest or self.pack_tokens
+        return replace(self, ranks=ranks).packed(min(self.pack_tokens, most))
+
+    def packed(self, tokens: int) -> "Step":
+        """With so many tokens a pack."""
+        return replace(self, pack_tokens=tokens, scored=round(self.scored * tokens / self.pack_tokens))
+
+
+def activation_bytes(shape: Shape, tokens: int, itemsize: int, pair: int = 0) -> int:
     """What a Llama-like decoder keeps for the backward of `tokens` tokens without activation checkpointing, the head's
-    part not counted: 6 D + 4 I + 2 (H + K) d numbers a token and layer, twice the last where queries and keys are
-    normed, 2 D more for each expert of a mixture, 2 of the D in float32 always (norms); as counted on transformers 5.23
-    (tests/test_training.py)."""
-    attention = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
-    attention *= 4 if shape.model_type in ("qwen3", "gemma3_text") else 2
-    experts = shape.num_experts_per_tok
-    numbers = 6 * shape.hidden_size + 4 * experts * shape.intermediate_size + attention
-    numbers += 2 * experts * shape.hidden_size if experts > 1 else 0
-    norms = 2 * shape.hidden_size * max(0, 4 - itemsize)
-    return tokens * shape.num_hidden_layers * (numbers * itemsize + norms)
+    part not counted: of a token and layer, with two norms of 2 D each, 6 D + 4 I + 2 (H + K) d numbers, 2 (H + K) d more
+    where queries and keys are normed, 4 I + 2 D for each expert that it goes to, the norms' inputs in float32 always; as
+    counted on transformers 5.23 (tests/test_training.py). `pair`: tokens of a sequence, where the model's own attention may
+    keep its scores (by the reference path).
+    """
+    return sum(layer_bytes(shape, layer, tokens, itemsize, pair) for layer in shape.layers)
+
+
+def layer_bytes(shape: Shape, layer: Layer, tokens: int, itemsize: int, pair: int = 0) -> int:
+    """What one layer keeps. Attention that makes whole matrices of scores keeps them after the softmax in float32, in the
+    type in which they are multiplied, and where they are capped; and keys and values as often as there are heads."""
+    numbers = layer.kept * itemsize + layer.wide * max(0, 4 - itemsize)
+    if shape.scores and pair:
+        numbers += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * shape.head_dim * itemsize
+        numbers += pair * shape.num_attention_heads * (4 + (itemsize if itemsize < 4 else 0) + itemsize * shape.softcap)
+    return tokens * numbers
+
+
+def largest_activations(shape: Shape, tokens: int, itemsize: int, pair: int = 0) -> int:
+    """Of the layer that keeps the most."""
+    return max(layer_bytes(shape, layer, tokens, itemsize, pair) for layer in set(shape.layers))
 
 
 def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[str, dict[str, int]]:
@@ -257,19 +244,21 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
     if n > 1:  # the root's weights stay gathered; a layer's while it is computed, the next one's in flight, and its buffer
         gathered = item * shape.root + 3 * travels * shape.layer
     else:      # for the backward autograd keeps the 16-bit copy of a matrix that autocast has made
-        layers = 1 if step.checkpointing else shape.num_hidden_layers
-        gathered = 2 * layers * shape.layer if master and cuda else 0
+        rounded = shape.layer if step.checkpointing else shape.parameters - shape.root
+        gathered = 2 * rounded if master and cuda else 0
     sums = 0
     if n > 1:  # one layer's in float32 and on its way; of all, where half of what is free holds them (repro/distributed.py)
         free = memory - item * shape.parameters // n  # at that moment there are weights alone
-        layer = trained // shape.num_hidden_layers
+        layer = max(trained // shape.num_hidden_layers, shape.layer)
         sums = 4 * trained if 4 * trained <= free / 2 else 8 * layer
 
-    activations = activation_bytes(shape, step.pack_tokens, item)
-    one_layer = activations // shape.num_hidden_layers
+    tokens, rows_scored = step.computed, step.computed if step.reference else step.scored
+    pair = step.pair if step.reference else 0
+    activations = activation_bytes(shape, tokens, item, pair)
+    one_layer = largest_activations(shape, pair or tokens, item, pair)
     if step.checkpointing:  # each layer's input
-        activations = step.pack_tokens * shape.num_hidden_layers * D * item
-    activations += 2 * step.pack_tokens * D * item + step.scored * D * item  # the final norm's, and its scored rows
+        activations = tokens * shape.num_hidden_layers * D * item
+    activations += 2 * tokens * D * item + rows_scored * D * item  # the final norm's, and its scored rows
     again = (one_layer if step.checkpointing else 0) + one_layer // 2  # the half: gradients on their way through it
 
     triton = cuda and item == 2
@@ -280,6 +269,8 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
     head = 0 if step.lora else V * D * 4                       # its gradient, before it is added to the others
     wide = V * D * 4 if item == 2 and not cuda else 0          # a float32 copy of a 16-bit head
     scratch = max(slab + wide, head + wide + 3 * step.scored * D * 4 + (0 if mode == "store" else slab))
+    if step.logits:  # log-softmax of the scored ones in float32; in the backward of one forward's logits three times that
+        rows, scratch = 4 * step.scored * V, head + 12 * (pair or step.scored) * V
 
     # torch's optimizers make the square roots of all state at once on a GPU, of one matrix after the other on a CPU
     update = state * (trained // n if cuda else max(V * D, shape.largest))
@@ -307,7 +298,7 @@ def smaller_pack(step: Step) -> Iterator[Step]:
     tokens = step.pack_tokens
     while tokens > step.longest:
         tokens = max(tokens // 2, step.longest)
-        yield replace(step, pack_tokens=tokens, scored=round(step.scored * tokens / step.pack_tokens))
+        yield step.packed(tokens)
 
 
 MOST_GPUS = 128  # beyond that no plan is offered
@@ -320,9 +311,9 @@ def ways(shape: Shape, step: Step, memory: float) -> list[tuple[tuple[str, ...],
     holds another is left out, unless it takes half the GPUs."""
     changes = {  # in the order in which they are laid on; each: the steps to try, the mildest first
         "bf16": lambda s: [replace(s, precision="bf16")] if s.precision != "bf16" else [],
-        "lora": lambda s: [replace(s, lora=LORA_RANK)] if not s.lora and s.ranks == shape.num_local_experts == 1 else [],
+        "lora": lambda s: [replace(s, lora=LORA_RANK)] if not s.lora and s.ranks == 1 and not shape.mixture else [],
         "pack": smaller_pack,
-        "gpus": lambda s: (replace(s, ranks=k) for k in range(s.ranks + 1, MOST_GPUS + 1))}
+        "gpus": lambda s: (s.on(k) for k in range(s.ranks + 1, MOST_GPUS + 1)) if not s.reference else []}
 
     def first(s: Step, names: tuple[str, ...]) -> tuple[Step, int] | None:
         if not names:

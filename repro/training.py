@@ -24,7 +24,8 @@ from repro.config import TrainSpec
 from repro.logprobs import matrix_by, packed_tokens, settled, slices
 from repro.losses import symmetric_infonce
 from repro.records import UserError, digest
-from repro.sizes import Step, peak, shape_from, training_bytes
+from repro.shapes import Shape, counted
+from repro.sizes import Step, peak, training_bytes
 
 # The authors clipped at norm 1 after dividing each micro-batch's loss by its 16 accumulation steps, of which only the
 # last counted: in units of the mean over its queries, the limit is 16.
@@ -78,15 +79,20 @@ def usable_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks_here
 
 
+def known_shape(model) -> Shape | None:
+    """What the byte model of `repro plan` needs of a model (before it is sharded); None for one that it does not know (the
+    reference path takes any)."""
+    try:
+        return counted(model)
+    except UserError:
+        return None
+
+
 @contextmanager
-def activation_checkpointing(model, step: Step):
+def activation_checkpointing(model, shape: Shape | None, step: Step):
     """On for the block where `step` would not fit with all activations kept, by the byte model of `repro plan` (it costs a
     third of the step), else off, and off where there is no such model. The same numbers either way."""
     usable = usable_bytes(model.device)
-    try:
-        shape = shape_from(model.config.to_dict(), "config.json")
-    except UserError:  # no Llama-like decoder (the reference path takes any): there is no byte model of it
-        shape = None
     if shape is None or model.is_activation_checkpointing or peak(training_bytes(shape, step, usable))[1] <= usable:
         yield
         return
@@ -257,8 +263,10 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
         raise UserError(f"iteration {iteration}: {len(pairs)} training pairs left of {need} needed; give more queries, "
                         "a smaller batch_size, or fewer batches")
     engine, asked = engine or OneProcess(), [] if asked is None else asked
+    shape = known_shape(model)
     model.eval()  # what is trained is what is scored (`dropout`)
-    module = engine.prepare(Objective(model, tokenizer, spec, engine.settle(model, backend)))
+    way = engine.settle(model, backend)
+    module = engine.prepare(Objective(model, tokenizer, spec, way))
     optimizer = _optimizer(module, spec)
     clip = AS_RUN_CLIP if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
     device = "cuda" if model.device.type == "cuda" else "cpu"
@@ -279,9 +287,10 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
             for k, (chosen, counted) in enumerate(passes, start=1):
                 engine.before_backward(module, last=k == len(passes))
                 tokens, rows = (sum(counts[q] for q in chosen) for counts in (lengths, scored))
-                with dropout(spec, model, iteration, step, k), activation_checkpointing(model, Step(
+                with dropout(spec, model, iteration, step, k), activation_checkpointing(model, shape, Step(
                         ranks=engine.ranks, precision=spec.precision, optimizer=spec.optimizer, pack_tokens=tokens,
-                        scored=rows, longest=tokens, device=device, lora=spec.lora.rank if spec.lora else 0)):
+                        scored=rows, longest=max(lengths[q] for q in chosen), device=device,
+                        lora=spec.lora.rank if spec.lora else 0, way=way)):
                     loss = module([batch[q] for q in chosen], counted, len(batch))
                     loss.backward()
                 own += loss.item()

@@ -24,7 +24,7 @@ from repro.logprobs import logprob_matrix
 from repro.losses import symmetric_infonce
 from repro.pipeline import run
 from repro.records import UserError, sealed
-from repro.sizes import PUBLISHED, shape_from
+from repro.sizes import PUBLISHED, shape_from, shape_of
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed: nothing of LoRA is tested")
 SPEC = LoraSpec(rank=3, alpha=6)
@@ -233,14 +233,14 @@ def test_a_run_with_adapters(tiny, tmp_path):
 
 def test_the_share_that_trains():
     """Rank 8 on the embedded model: at most 2 % of its parameters, as counted and as the plan has it."""
-    config = transformers.LlamaConfig(**{k: getattr(PUBLISHED[models.EMBEDDED], k) for k in (
+    config = transformers.LlamaConfig(**{k: PUBLISHED[models.EMBEDDED][k] for k in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
         "tie_word_embeddings")})
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     whole = sum(p.numel() for p in model.parameters())
     adapters = sum(p.numel() for p in lora.put_into(model, LoraSpec(rank=8, alpha=16), half=False, seed="0"))
-    assert adapters == PUBLISHED[models.EMBEDDED].adapters(8) == 2_442_240 and adapters / whole < .02
+    assert adapters == shape_of(models.EMBEDDED).adapters(8) == 2_442_240 and adapters / whole < .02
 
 
 def test_refusals(tiny, monkeypatch, tmp_path):

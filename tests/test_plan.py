@@ -10,15 +10,15 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from repro import cli, training
-from repro.plan import plan, texts_of
+from repro import cli, models, training
+from repro.plan import first_step, plan, texts_of
 from repro.records import UserError
+from repro.shapes import counted
 from repro.sizes import (
     GB,
     GPUS,
-    PUBLISHED,
-    Shape,
     Step,
+    activation_bytes,
     gpu_of,
     matrix_flops,
     peak,
@@ -32,21 +32,150 @@ from repro.sizes import (
 
 sys.path.insert(0, str(Path(__file__).parent / "perf"))
 
-MISTRAL, MIXTRAL, LLAMA = (PUBLISHED[name] for name in (
+MISTRAL, MIXTRAL, LLAMA = (shape_of(name) for name in (
     "mistralai/Mistral-7B-v0.1", "mistralai/Mixtral-8x7B-v0.1", "meta-llama/Meta-Llama-3-70B"))
 SIZE = {"vocab_size": 500, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6,
         "num_key_value_heads": 2, "max_position_embeddings": 2048}
 STEP = Step(ranks=1, precision="fp32_master", optimizer="adamw", pack_tokens=8192, scored=4000, longest=2600)
 
 
-@pytest.mark.parametrize("family, change", [
-    ("Llama", {"tie_word_embeddings": True}), ("Llama", {"head_dim": 24}), ("Mistral", {}),
-    ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2})])
-def test_parameters_are_the_models(family, change):
-    config = getattr(transformers, f"{family}Config")(**SIZE, **change)
+def config(family, **change):
+    """The content of a config.json, as published: what is the family's own default is left out."""
+    return {"model_type": family, **change}
+
+
+def size(D, I, layers, H, K, V, **more):
+    """The fields of every family, in the order: hidden and intermediate size, layers, heads, heads of keys, vocabulary."""
+    return {"hidden_size": D, "intermediate_size": I, "num_hidden_layers": layers, "num_attention_heads": H,
+            "num_key_value_heads": K, "vocab_size": V} | more
+
+
+MODELS = {  # public config.json files, and billions of parameters: all, and of all layers those that multiply a token
+    "Qwen2-0.5B": (config("qwen2", **size(896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True)), .494, .358),
+    "Qwen3-8B": (config("qwen3", **size(4096, 12288, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=False)), 8.191, 6.946),
+    "Qwen3-30B-A3B": (config("qwen3_moe", **size(2048, 6144, 48, 32, 4, 151936, head_dim=128, moe_intermediate_size=768,
+                                                 num_experts=128, num_experts_per_tok=8)), 30.532, 2.731),
+    "Gemma 2B": (config("gemma", **size(2048, 16384, 18, 8, 1, 256000, head_dim=256)), 2.506, 1.982),
+    "Gemma 2 2B": (config("gemma2", **size(2304, 9216, 26, 8, 4, 256000, head_dim=256)), 2.614, 2.024),
+    "Gemma 3 1B": (config("gemma3_text", **size(1152, 6912, 26, 4, 1, 262144, head_dim=256, sliding_window=512)), 1.000, .698),
+    "Phi-3-mini": (config("phi3", **size(3072, 8192, 32, 32, 32, 32064)), 3.821, 3.624),
+    "OLMo-2-7B": (config("olmo2", **size(4096, 11008, 32, 32, 32, 100352)), 7.299, 6.476),
+    "OLMoE-1B-7B": (config("olmoe", **size(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)), 6.919, 1.076),
+    "Granite-3.1-2B": (config("granite", **size(2048, 8192, 40, 32, 8, 49155, tie_word_embeddings=True)), 2.534, 2.433),
+    "GLM-4-9B": (config("glm4", **size(4096, 13696, 40, 32, 2, 151552, head_dim=128, attention_bias=True)), 9.400, 8.158),
+    "Command-R7B": (config("cohere2", **size(4096, 14336, 32, 32, 8, 256000)), 8.028, 6.979),
+    "Llama-3.2-1B": (config("llama", **size(2048, 8192, 16, 32, 8, 128256, head_dim=64, tie_word_embeddings=True)), 1.236, .973),
+    "Mixtral-8x22B": (config("mixtral", **size(6144, 16384, 56, 48, 8, 32768)), 140.630, 38.758)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_the_model_that_is_trained(name):
+    """As its page says, and as the model has them that transformers builds, tied weights once; none left out of the layers."""
+    data, billions, active = MODELS[name]
+    shape = shape_from(data, name)
     with torch.device("meta"):
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-    assert shape_from(config.to_dict(), "here").parameters == sum(p.numel() for p in model.parameters())
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**data))
+    assert shape.parameters == sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, abs=1e6)
+    assert shape.parameters - shape.root == sum(p.numel() for p in model.model.layers.parameters())
+    assert shape.active == pytest.approx(active * 1e9, abs=1e6)
+    assert shape.largest == max(p.numel() for p in model.model.layers.parameters())
+    assert shape == counted(model) and shape.num_hidden_layers == data["num_hidden_layers"]
+
+
+def test_layers_that_differ():
+    """The first layer dense, the others mixtures with a network that all tokens go to: 8 of 128 experts multiply a token."""
+    D, I, J, E, heads = 256, 512, 64, 128, 2 * 256 * (4 + 2) * 64
+    shape = shape_from(config("glm4_moe", **size(D, I, 4, 4, 2, 1000, head_dim=64, moe_intermediate_size=J, n_routed_experts=E,
+                                                 num_experts_per_tok=8, n_shared_experts=1, first_k_dense_replace=1)), "here")
+    dense, *mixed = shape.layers
+    assert dense.active == heads + 3 * D * I and {m.active for m in mixed} == {heads + D * E + 9 * 3 * D * J}
+    assert shape.layer == mixed[0].parameters == heads + D * E + (E + 1) * 3 * D * J + 2 * D and shape.mixture
+    assert mixed[0].largest == E * 2 * D * J and shape.root == 2 * 1000 * D + D
+    sparse = config("qwen3_moe", **size(D, I, 4, 4, 2, 1000, head_dim=64, moe_intermediate_size=J, num_experts=E, num_experts_per_tok=8))
+    for change, mixtures in (({"decoder_sparse_step": 2}, 2), ({"mlp_only_layers": [0, 1, 3]}, 1), ({}, 4)):
+        layers = shape_from(sparse | change, "here").layers
+        assert [layer.largest for layer in layers].count(E * 2 * D * J) == mixtures, change
+
+
+def test_a_field_left_out_has_the_familys_default():
+    """Gemma's head is its embedding, Llama's is not; a config.json from before a field was thought of says nothing of it."""
+    for family, tied in (("gemma2", True), ("gemma3_text", True), ("gemma", True), ("cohere2", True), ("llama", False)):
+        shape = shape_from(config(family, **SIZE, head_dim=16), "here")
+        assert shape.root == (1 if tied else 2) * 500 * 96 + 96, family
+        assert shape == shape_from(config(family, **SIZE, head_dim=16, tie_word_embeddings=tied), "here")
+
+
+MLA = {"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize("data, reason", [
+    (config("deepseek_v3", **SIZE | MLA, n_routed_experts=8, n_group=2, topk_group=1), "deepseek_v3: self_attn: no attention of 6"),
+    (config("deepseek_v2", **SIZE | MLA, n_routed_experts=8), "deepseek_v2: self_attn: no attention of 6 heads"),
+    (config("jamba", **SIZE), "jamba: mamba: no attention"), (config("mamba", hidden_size=96), "no num_attention_heads"),
+    (config("qwen3_next", **SIZE), "qwen3_next: linear_attn: no attention"),
+    (config("gpt_oss", **SIZE, head_dim=16), "gpt_oss: self_attn: no attention"),  # sinks
+    (config("llama4_text", **SIZE, head_dim=16), "feed_forward.experts: tensors of 16 x 96 x "),
+    (config("starcoder2", **SIZE), "starcoder2: mlp: matrices of 160 x 96, 96 x 160, not a gated network"),
+    (config("lfm2", **SIZE, layer_types=["full_attention"] * 3), "lfm2: feed_forward: a feed-forward network without an activation"),
+    (config("gpt2", n_embd=96, n_head=6, n_layer=2), "gpt2: attn: no attention"), (config("bloom", hidden_size=96), "bloom: "),
+    (config("opt", hidden_size=96, ffn_dim=160, num_attention_heads=6, num_hidden_layers=2), "opt: "),
+    (config("bert", **SIZE), "bert: "), (config("t5"), "t5.json: no causal LM can be made of it (ValueError"),
+    (config("bart", d_model=96, decoder_layers=2), "bart: "),
+    (config("gemma3", text_config=config("gemma3_text", **SIZE, head_dim=16)), "gemma3: Gemma3ForConditionalGeneration has parts"),
+    (config("made_up", **SIZE), "model_type: found 'made_up', no model that this transformers knows"),
+    (SIZE, "model_type: found None"), (config(["llama"]), "model_type: found ['llama']"), ([], "model_type: found None"),
+    (config("llama", **SIZE | {"hidden_size": "many"}), "no causal LM can be made of it"),
+    (config("llama", **SIZE | {"hidden_size": None}), "no causal LM can be made of it"),
+    (config("llama", **SIZE | {"num_hidden_layers": 0}), "llama: no decoder layers"),
+    (config("qwen2", **SIZE, quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config (awq, 4 bits): quantised"),
+    (config("llama", **SIZE, quantization_config={"quant_method": "fp8"}), "quantization_config (fp8): quantised weights"),
+    (config("gemma3", text_config=config("gemma3_text", quantization_config={"quant_method": "gptq"})), "(gptq)")])
+def test_what_is_no_llama_like_decoder_is_refused(data, reason, tmp_path, capsys):
+    """In one line and before anything is printed: its step is not known."""
+    family = data.get("model_type") if isinstance(data, dict) else ""
+    path = tmp_path / f"{family if isinstance(family, str) else 'x'}.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "exp1", "--gpus", "8", "--model", "me/x", "--config", str(path)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"repro: {path}: ") and reason in captured.err
+
+
+def test_null_is_no_quantisation():
+    assert shape_from(config("llama", **SIZE, quantization_config=None), "here").parameters > 0
+    assert models.quantised(transformers.LlamaConfig(**SIZE)) is None
+    assert "awq" in models.quantised(transformers.LlamaConfig(**SIZE, quantization_config={"quant_method": "awq"}))
+
+
+SMALL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family, change, error", [
+    ("gemma", {}, .05), ("gemma3_text", {}, .05), ("gemma2", {}, .05), ("olmo", {}, .05), ("olmo2", {}, .05), ("phi3", {}, .1),
+    ("cohere2", {}, .1), ("glm4", {}, .1), ("granite", {}, .05), ("stablelm", {}, .1), ("qwen2", {}, .05), ("qwen3", {}, .05),
+    ("qwen3_moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 56}, .05),
+    ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}, .05)])
+def test_what_autograd_keeps_of_two_layers(family, change, error, dtype):
+    """Of each family that is planned: other norms, and how many; fused projections; scores kept; experts of another size."""
+    def kept(layers):
+        torch.manual_seed(0)
+        made = transformers.AutoConfig.for_model(family, **SIZE | change | SMALL | {"num_hidden_layers": layers, "head_dim": 16})
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=dtype).train()
+        weights, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def note(tensor):
+            if tensor.untyped_storage().data_ptr() not in weights:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model.model(torch.randint(3, 400, (3, 50)), use_cache=False)
+        return sum(storages.values()), activation_bytes(counted(model), 150, dtype.itemsize, 50)
+
+    (four, expected), (two, less) = kept(4), kept(2)
+    assert (expected - less) == pytest.approx(four - two, rel=error)
 
 
 def test_published_shapes():
@@ -81,7 +210,7 @@ def test_flops_are_those_counted(family, backend):
     responses = [[" " + " ".join(str(100 + 9 * k + r) for k in range(L)) for r in range(2)]]
     with FlopCounterMode(display=False) as counter:
         logprob_matrix(model, Ids(), prompts, responses, length_normalize=True, score_eos=False, backend=backend).sum().backward()
-    expected = matrix_flops(shape_from(config.to_dict(), "here"), 3, 2, P, L, shared=backend == "shared", training=True)
+    expected = matrix_flops(counted(model), 3, 2, P, L, shared=backend == "shared", training=True)
     assert sum(expected) == pytest.approx(counter.get_total_flops(), rel=.04)
 
 
@@ -128,7 +257,7 @@ def test_the_heads_bytes():
     assert head(LLAMA, scored=8000, precision="bf16") == {  # computed again, a slab at a time
         "head: scored rows": 0, "head: scratch": 4 * 128256 * 8192 + 3 * 4 * 8000 * 8192 + 4 * 2**25}
     assert head(MISTRAL, scored=1000, lora=16)["head: scored rows"] == 4 * 1000 * 4096  # the head is frozen
-    small = dataclasses.replace(MISTRAL, vocab_size=8192, hidden_size=256)
+    small = shape_from(SIZE | {"model_type": "llama", "vocab_size": 8192, "hidden_size": 256, "num_attention_heads": 8}, "here")
     assert head(small, scored=800)["head: scratch"] == 4 * 800 * 8192  # the slab is the larger
 
 
@@ -215,16 +344,11 @@ def test_embedded_queries_are_counted(monkeypatch):
 
 
 def test_another_models_shape(tmp_path):
-    data = dict(SIZE, model_type="llama")
+    data = config("llama", **SIZE)
     (tmp_path / "config.json").write_text(json.dumps(data))
     shape = shape_of(str(tmp_path))
-    assert (shape.head_dim, shape.num_local_experts) == (16, 1)
+    assert shape.head_dim == 16 and not shape.mixture
     assert shape_of("lab/unknown", tmp_path / "config.json") == shape
-    for change, reason in (({"hidden_size": None}, "hidden_size: found None"), ({"vocab_size": "many"}, "found 'many'"),
-                           ({"num_hidden_layers": 0}, "num_hidden_layers: found 0")):
-        (tmp_path / "config.json").write_text(json.dumps(data | change))
-        with pytest.raises(UserError, match=reason):
-            shape_of(str(tmp_path))
     with pytest.raises(UserError, match="its shape is not known on this machine; give its config.json with --config"):
         shape_of("lab/unknown")
 
@@ -260,7 +384,65 @@ def test_the_committed_page_is_what_the_command_says(capsys, tmp_path):
     assert committed.read_text() == text, "run: .venv/bin/repro plan all --out results/plan.md"
 
 
-def test_a_shape_of_none():
-    with pytest.raises(UserError, match="hidden_size: found None"):
-        shape_from([], "x.json")
-    assert isinstance(shape_from(dict(SIZE), "x.json"), Shape)
+# ---- packs, and the reference path
+
+def test_a_pack_holds_a_step_at_most():
+    """exp1's first profile trains on few queries: their tokens are what goes together, not what a pack could hold."""
+    (mini,), (paper,) = (cli.load_experiment("exp1", profile) for profile in ("mini", "paper"))
+    small = dataclasses.replace(mini, train=dataclasses.replace(mini.train, pack_tokens=None, batch_size=4))
+    for gpus in (1, 2, 3, 8):
+        texts = texts_of(small)
+        longest, step = 2 * (texts.prompt[1] + 2 * texts.response[1]), first_step(small, texts, gpus)
+        assert 4 * longest < training.PACK_TOKENS["cuda"] and step.pack_tokens == -(-4 // gpus) * longest
+        assert step.scored == -(-4 // gpus) * 4 * texts.response[1] and step.longest == longest
+    assert first_step(paper, texts_of(paper), 8).pack_tokens == training.PACK_TOKENS["cuda"]  # 128 queries a step
+    step = first_step(small, texts_of(small), 1)
+    assert step.on(4).pack_tokens == step.longest == step.on(100).pack_tokens  # more GPUs, fewer queries on each
+    less, more = (plan(e, GPUS["a100"], 1) for e in (small, dataclasses.replace(small, train=dataclasses.replace(
+        small.train, batch_size=64))))
+    assert less.phases["head"]["activations"] < .5 * more.phases["head"]["activations"]
+
+
+def test_a_family_on_the_reference_path_is_planned_as_it_runs(tmp_path, capsys):
+    """On one GPU alone whatever --gpus says, all pairs in full and all logits made; sampling may use the others."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["Qwen3-30B-A3B"][0]))
+    spec = dataclasses.replace(cli.load_experiment("exp1", "paper")[0])
+    one, eight = (plan(spec, GPUS["a100"], n, config=path) for n in (1, 8))
+    assert one.refusal == eight.refusal and "qwen3_moe: not a family" in one.refusal
+    assert eight.step == one.step and eight.step.ranks == 1 and eight.scoring == one.scoring and eight.scoring_gpus == 1
+    assert eight.server.gpus * eight.server.copies == 8 and not any("gpus" in names for names, _, _ in eight.ways)
+    queries = sum(spec.train.queries_needed(k) for k in range(1, spec.iterations + 1))
+    P, L = one.texts.prompt[0], one.texts.response[0]
+    assert one.stages[2].tokens == queries * 4 * (P + L) and "times" not in one.stages[2].note
+    shared = dataclasses.replace(one.step, way="shared")
+    assert one.step.computed > shared.computed
+    logits = training_bytes(one.shape, one.step)["head"]["head: scored rows"]
+    assert logits == 4 * one.step.computed * 151936
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "exp1", "--gpus", "8", "--model", "me/x", "--config", str(path)])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "30.5 billion" in text and "by the reference path**, which works on one GPU alone" in text
+
+
+def test_bytes_of_the_reference_path_are_those_measured(monkeypatch):
+    import plan_check
+
+    for name in ("_optimizer", "usable_bytes"):
+        monkeypatch.setattr(training, name, getattr(training, name))
+    kinds = plan_check.measure("tiny-llama", "fp32", "rmsprop", False, 300, 80, backend="reference")["kinds"]
+    for kind in ("activations kept", "head: scored rows"):
+        assert kinds[kind]["ratio"] == pytest.approx(1, abs=.05), kind
+    assert .95 < kinds["peak of live tensors"]["ratio"] < 1.3
+
+
+def test_a_run_counts_the_model_that_it_has(monkeypatch, tiny):
+    """No model is built for it; of one that the byte model does not know nothing is said."""
+    shape = training.known_shape(models.load_model(str(tiny)))
+    assert shape == shape_of(str(tiny))
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=50))
+    assert training.known_shape(gpt2) is None
+    step = dataclasses.replace(STEP, device="cpu")
+    monkeypatch.setattr(training, "usable_bytes", lambda device: 0)
+    with training.activation_checkpointing(gpt2, None, step):
+        assert not gpt2.is_activation_checkpointing

@@ -26,7 +26,6 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -48,7 +47,8 @@ from kernels.infonce import symmetric_infonce  # noqa: E402
 from repro import logprobs  # noqa: E402
 from repro.records import read_json, write_json  # noqa: E402
 from repro.rundir import commit  # noqa: E402
-from repro.sizes import Shape, Step, training_bytes  # noqa: E402
+from repro.shapes import Shape, counted  # noqa: E402
+from repro.sizes import Step, training_bytes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST, SECONDS = 3, 6.0  # rounds of a case, and how long they may take beyond these
@@ -340,12 +340,13 @@ def checkpointed(model, on: bool):
 
 def steps(tiny: bool, rounds: int, rate: float, models=None):
     """A whole step: log-probs, loss, backward."""
-    shapes = {"tiny": replace(SMOLLM2, **TINY)} if tiny else {
-        "mistral-7b": MISTRAL, "llama3-70b, 8 layers": replace(LLAMA_70B, num_hidden_layers=8), "smollm2-135m": SMOLLM2}
-    for name, shape in shapes.items():
+    configs = {"tiny": SMOLLM2 | TINY} if tiny else {
+        "mistral-7b": MISTRAL, "llama3-70b, 8 layers": LLAMA_70B | {"num_hidden_layers": 8}, "smollm2-135m": SMOLLM2}
+    for name, config in configs.items():
         if models and not any(name.startswith(each) for each in models):
             continue
-        model = build(shape)
+        model = build(config)
+        shape = counted(model)
         for lengths in ("equal", "ragged"):
             for C in (2, 4):
                 for queries in (1, 4):

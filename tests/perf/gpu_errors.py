@@ -8,7 +8,6 @@ lengths ragged.
 import json
 import random
 import sys
-from dataclasses import replace
 
 import torch
 from step import Ids, texts
@@ -17,7 +16,7 @@ from kernels import attention, linear_nll, reference
 from kernels.infonce import symmetric_infonce
 from repro.logprobs import logprob_matrix
 from repro.models import EMBEDDED
-from repro.sizes import PUBLISHED, Shape
+from repro.sizes import PUBLISHED
 
 LOSS = 5e-3  # nats that a bfloat16 step's loss may be off: one number, whose ratio to another's error would say nothing
 CUDA = torch.cuda.is_available()
@@ -28,15 +27,13 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num
         "head_dim": 16, "vocab_size": 512}
 
 
-def build(shape: Shape):
-    """A model of this shape on the device, bfloat16, random weights."""
+def build(config: dict):
+    """A model of this config.json on the device, bfloat16, random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {k: getattr(shape, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-                                             "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")}
     torch.manual_seed(0)
     with DEVICE:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.model_type, **fields), dtype=torch.bfloat16).train()
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16).train()
 
 
 def share(a, b, x, times: float) -> float:
@@ -145,11 +142,10 @@ def attention_errors(tiny: bool):
 
 def step_errors(tiny: bool):
     """A whole step of two layers at real widths: the loss and every gradient, shared against the reference path."""
-    for name, shape in ({"smollm2": SMOLLM2} | ({} if tiny else {"mistral-7b": MISTRAL})).items():
-        shape = replace(shape, **(TINY if tiny else {"num_hidden_layers": 2}))
-        model = build(shape)
+    for name, config in ({"smollm2": SMOLLM2} | ({} if tiny else {"mistral-7b": MISTRAL})).items():
+        model = build(config | (TINY if tiny else {"num_hidden_layers": 2}))
         rng = random.Random(0)
-        prompts, responses = ([texts(rng, 2, n, True, shape.vocab_size) for _ in range(2)] for n in ((9, 4) if tiny else (300, 40)))
+        prompts, responses = ([texts(rng, 2, n, True, model.config.vocab_size) for _ in range(2)] for n in ((9, 4) if tiny else (300, 40)))
 
         def gradients(model, backend, prompts=prompts, responses=responses):
             loss = symmetric_infonce(logprob_matrix(model, Ids(), prompts, responses, length_normalize=True, score_eos=False,

@@ -30,7 +30,8 @@ from repro.config import LoraSpec, TrainSpec
 from repro.logprobs import packed_tokens
 from repro.records import write_json
 from repro.rundir import commit
-from repro.sizes import Step, peak, shape_from, training_bytes
+from repro.shapes import counted
+from repro.sizes import Step, peak, training_bytes
 
 TINY = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "max_position_embeddings": 4096}
@@ -76,7 +77,8 @@ def prepared(model, spec: TrainSpec):
     return model
 
 
-def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prompt: int, response: int, rank: int = 0) -> dict:
+def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prompt: int, response: int, rank: int = 0,
+            backend: str = "shared") -> dict:
     torch.manual_seed(0)
     rng, tokenizer = random.Random(0), Ids()
     spec = TrainSpec(precision=precision, optimizer=optimizer, batch_size=2, batches=2,
@@ -84,6 +86,7 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     warm_up(name, spec)
     before = resident("VmRSS")
     model = prepared(MODELS[name](), spec)
+    shape = counted(model)
     vocabulary = model.config.vocab_size
 
     def ids(n, length):
@@ -97,10 +100,10 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     tokens = max(packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=False)[0])
     spec = replace(spec, pack_tokens=tokens)  # a query a pass, as the step below says
     step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
-                device="cpu", lora=rank)
+                device="cpu", lora=rank, way=backend)
 
     with Watch(vocabulary) as watch:
-        training.train(model, tokenizer, pairs, spec, 1)
+        training.train(model, tokenizer, pairs, spec, 1, backend=backend)
     process = resident("VmHWM") - before
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     state = sum(t.nbytes for s in optimizers[0].state.values() for t in s.values() if torch.is_tensor(t))
@@ -110,15 +113,15 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     saved = Saved(set(weights))
     rows = {}
     keep = saved.pack_hook
-    saved.pack_hook = lambda t: rows.update({t.untyped_storage().data_ptr(): t.nbytes} if t.ndim == 2 and
-                                            t.shape[1] == vocabulary and t.shape[0] > 1 else {}) or keep(t)
-    with training.matmul_precision(model, precision), training.activation_checkpointing(model, step), saved:
+    saved.pack_hook = lambda t: rows.update({t.untyped_storage().data_ptr(): t.nbytes} if
+                                            t.shape[-1:] == (vocabulary,) and t.untyped_storage().data_ptr() not in weights
+                                            and t.numel() > vocabulary else {}) or keep(t)
+    with training.matmul_precision(model, precision), training.activation_checkpointing(model, shape, step), saved:
         model.train()
         training.logprob_matrix(model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
-                                score_eos=False)
+                                score_eos=False, backend=backend)
     kept = {k: v for k, v in saved.storages.items() if k not in rows}
 
-    shape = shape_from(model.config.to_dict(), name)
     phases = training_bytes(shape, replace(step, checkpointing=checkpointing))
     moment, predicted = peak(phases)
     backward = phases["head"]
