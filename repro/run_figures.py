@@ -56,7 +56,7 @@ def principles(metrics: list[dict]) -> list[str]:
 
 
 def _bar(record: dict) -> tuple[float, float]:
-    """(value, half of its bar); without a SEM not a number, for which matplotlib (3.10) draws a point and no bar."""
+    """(value, half of its bar); without a SEM not a number, for which matplotlib (3.11) draws a point and no bar."""
     return record["value"], math.nan if record["sem"] is None else record["sem"]
 
 
