@@ -6,7 +6,7 @@ our two orders. Agreement and kappa are over items with an archived win or loss 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +113,17 @@ def cohen_kappa(verdicts: np.ndarray) -> float:
     return float((agree - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
+def _kappa(table: np.ndarray, agree: Estimate) -> Estimate:
+    """Kappa with a bootstrap interval over items, widened to that of the agreement at the chance seen: verdicts that are
+    all alike leave the bootstrap no width."""
+    boot, ours = metrics.item_bootstrap(table, cohen_kappa), table[:, 1:].mean()
+    chance = table[:, 0].mean() * ours + (1 - table[:, 0].mean()) * (1 - ours)
+    if chance == 1:  # one verdict throughout: kappa says nothing, and could be anything
+        return replace(boot, ci95=(-1.0, 1.0))
+    low, high = ((end - chance) / (1 - chance) for end in agree.ci95)
+    return replace(boot, ci95=(max(-1.0, min(low, boot.ci95[0])), max(high, boot.ci95[1])))
+
+
 def agreement(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict:
     """How far the verdicts agree with the archived ones, and what the judge prefers by itself."""
     rows = [{"orders": v.orders, "outcome": v.outcome, "score": v.score} for v in verdicts]
@@ -124,7 +135,7 @@ def agreement(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict:
     if not decided:
         raise UserError("no item with an archived win or loss has a verdict in both orders: nothing to admit")
     table = np.array([[i.archived, v.orders["AB"] == "A", v.orders["BA"] == "B"] for i, v in decided], dtype=float)
-    kappa = metrics.item_bootstrap(table, cohen_kappa)
+    agree = metrics.share((table[:, 1:] == table[:, :1]).mean(axis=1))
     steady = [float(v.score == i.archived) for i, v in decided if v.outcome != "flip"]
 
     def longer(scored):
@@ -132,8 +143,8 @@ def agreement(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict:
                   if len(i.pair.ours) != len(i.pair.theirs)]
         return _json(metrics.share(values))
 
-    return {"agreement": _json(metrics.share((table[:, 1:] == table[:, :1]).mean(axis=1))),
-            "kappa": _json(kappa), "agreement_without_flips": _json(metrics.share(steady)) if steady else None,
+    return {"agreement": _json(agree), "kappa": _json(_kappa(table, agree)),
+            "agreement_without_flips": _json(metrics.share(steady)) if steady else None,
             "flip_rate": _json(metrics.share(shares["flip_rate"])), "p_a": _json(metrics.share(shares["position_rate"])),
             "length_preference": longer((i, v.score) for i, v in both),
             "archived_length_preference": longer((i, i.archived) for i, _ in decided),

@@ -262,12 +262,12 @@ def feed(cell: dict, archive: Archive) -> dict | None:
 
 
 def estimate(verdicts: np.ndarray, length: str, ties: str) -> Estimate:
-    """Win rate in percent of `[N, 3]` verdicts under one of the three length controls."""
+    """Win rate in percent of `[N, 3]` verdicts under one of the three length controls, with the paper's interval."""
     scores, base, own = verdicts.T
     if length == "logistic":
-        return metrics.win_rate_logistic(scores, own - base, ties)
-    return metrics.win_rate_stratified(scores, own > base, ties) if length == "stratified" else \
-        metrics.win_rate(scores, ties)
+        return metrics.as_published(metrics.win_rate_logistic(scores, own - base, ties), logit=bool(np.ptp(own - base)))
+    return metrics.as_published(metrics.win_rate_stratified(scores, own > base, ties) if length == "stratified" else
+                                metrics.win_rate(scores, ties))
 
 
 def series(archive: Archive, metric: str, **keys) -> dict[int, Estimate]:

@@ -130,7 +130,7 @@ def _paired(fed) -> list[dict]:
 def _power(fed) -> dict:
     n = min((len(v) for _, _, v in fed), default=250)
     rate = metrics.detectable_rate(n)
-    intervals = [metrics.win_rate(v[:, 0]).ci95 for _, _, v in fed]
+    intervals = [estimate(v, "raw", "half").ci95 for _, _, v in fed]
     return {"n": n, "detectable_rate_80": rate, "detectable_difference_80": (rate - 50) * float(np.sqrt(2)),
             "cells_whose_interval_holds_50": sum(low <= 50 <= high for low, high in intervals)}
 

@@ -40,7 +40,8 @@ def summary(folder: Path) -> list[str]:
             if row["iteration"] in (first, last) and row["model"] in models:  # not a baseline's
                 found.setdefault(tell(row), {})[row["iteration"]] = row
         parts = [f"{key} {a[first]['value']:.{digits}f} -> {a[last]['value']:.{digits}f} "
-                 f"(±{a[last]['sem'] or 0:.{digits}f})" for key, a in found.items() if {first, last} <= a.keys()]
+                 + (f"(n {a[last]['n']})" if a[last]["sem"] is None else f"(±{a[last]['sem']:.{digits}f})")
+                 for key, a in found.items() if {first, last} <= a.keys()]
         return f"{label}: " + ", ".join(parts) if parts else f"{label}: NOT RUN"
 
     lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce", principle=None),

@@ -1,6 +1,7 @@
 """The held-out side of a run: responses under every constitution, their log-probs, judgments, metrics.json."""
 
 from collections.abc import Iterator
+from math import log
 
 from tqdm import tqdm
 
@@ -228,29 +229,33 @@ def records(run: Run) -> Iterator[dict]:
             means = sums / np.array([scored[k]["tokens"] for k in at])[:, None, :]
             fixed = constants | {"subset": subset, "iteration": iteration}
 
-            def mean(values, queries=tuple(item.query.id for item in here)) -> metrics.Estimate:
+            def by_query(values, queries=tuple(item.query.id for item in here)) -> list[float]:
                 found: dict[str, list[float]] = {}
                 for query, value in zip(queries, values):
                     if value is not None:
                         found.setdefault(query, []).append(value)
-                return metrics.mean([sum(each) / len(each) for each in found.values()])
+                return [sum(each) / len(each) for each in found.values()]
 
-            for estimator, logprobs in (("infonce", means), ("symmetric_infonce", means), ("mean_of_logs", sums)):
-                yield _record("mi", mean(getattr(metrics, estimator)(logprobs)), fixed, estimator=estimator)
-            yield _record("accuracy_row", mean(metrics.accuracy_row(means)), fixed)
-            yield _record("accuracy_col", mean(metrics.accuracy_col(means)), fixed)
-            yield _record("length_tokens", mean([g[0]["tokens"] for g in groups]), fixed)
+            ceiling = float(np.log(C))
+            for estimator, logprobs, most in (("infonce", means, ceiling), ("symmetric_infonce", means, ceiling),
+                                              ("mean_of_logs", sums, np.inf)):
+                yield _record("mi", metrics.mean(by_query(getattr(metrics, estimator)(logprobs)), most), fixed,
+                              estimator=estimator)
+            yield _record("accuracy_row", metrics.share(by_query(metrics.accuracy_row(means))), fixed)
+            yield _record("accuracy_col", metrics.share(by_query(metrics.accuracy_col(means))), fixed)
+            yield _length(run, by_query([g[0]["tokens"] for g in groups]), fixed)
             followed = [c and judging.follows(g[0]["text"], c) for g, c in
                         ((g, run.ruled(item.constitutions[0])) for g, item in zip(groups, here))]
             if any(followed):
-                yield _record("following", mean([f and sum(f.values()) / len(f) for f in followed]), fixed)
+                sides = by_query([f and sum(f.values()) / len(f) for f in followed])
+                yield _record("following", metrics.share(sides), fixed)
             yield from _following(run, here, groups, fixed)
             if isinstance(run.constitutions, Pool):
                 yield from _by_principle(here, metrics.infonce(means), fixed)
             watch = [[judging.hack_watch(r["text"], " ".join(c.statements()), item.query.text)
                       for r, c in zip(g, item.constitutions)] for g, item in zip(groups, here)]
             for metric in watch[0][0]:
-                yield _record(metric, mean([sum(w[metric] for w in g) / C for g in watch]), fixed)
+                yield _record(metric, metrics.share(by_query([sum(w[metric] for w in g) / C for g in watch])), fixed)
             mine = [j for j in judgments if (j["iteration"], j["subset"]) == (iteration, subset)]
             for judge, baseline in dict.fromkeys((j["judge"], j["baseline"]) for j in mine):
                 rows = [j for j in mine if (j["judge"], j["baseline"]) == (judge, baseline)]
@@ -262,8 +267,14 @@ def records(run: Run) -> Iterator[dict]:
         rows = judged_responses(run, BASELINE, 1)
         for subset in dict.fromkeys(item.subset for item in items):
             lengths = [row["tokens"] for row, item in zip(rows, items) if item.subset == subset]
-            yield _record("length_tokens", metrics.mean(lengths), constants | {
-                "model": spec.baseline.label, "subset": subset, "iteration": 0})
+            yield _length(run, lengths, constants | {"model": spec.baseline.label, "subset": subset, "iteration": 0})
+
+
+def _length(run: Run, tokens: list[float], fixed: dict) -> dict:
+    """Mean length up to the cap on a response (one cut out of its form and tokenised anew may be longer)."""
+    spec = run.experiment.sampling
+    most = spec.max_new_tokens + spec.reasoning_tokens * bool(run.experiment.cot)
+    return _record("length_tokens", metrics.bounded(tokens, max(most, *tokens)), fixed)
 
 
 def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dict) -> Iterator[dict]:
@@ -272,7 +283,7 @@ def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dic
     wrote: the hand-written ones, under the judged constitution."""
     if run.experiment.writer:
         for name in (p.name for p in run.by_hand.principles if p.rule):
-            yield _record("following", metrics.mean([
+            yield _record("following", metrics.share([
                 float(judging.follows(group[0]["text"], run.by_hand.positive)[name]) for group in groups]), fixed,
                 principle=name)
         return
@@ -285,7 +296,7 @@ def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dic
                 values = values[:1] if side else values
                 found.setdefault((p.name, side), []).append(sum(values) / len(values))
     for (name, side), values in found.items():
-        yield _record("following", metrics.mean(values), fixed, principle=name if side else f"not_{name}")
+        yield _record("following", metrics.share(values), fixed, principle=name if side else f"not_{name}")
 
 
 def _by_principle(items: list[Item], bounds, fixed: dict) -> Iterator[dict]:
@@ -295,7 +306,7 @@ def _by_principle(items: list[Item], bounds, fixed: dict) -> Iterator[dict]:
         for p in item.constitutions[0].principles:
             found.setdefault(p.name, []).append(bound)
     for name, values in found.items():
-        yield _record("mi", metrics.mean(values), fixed, estimator="infonce", principle=name)
+        yield _record("mi", metrics.mean(values, log(2)), fixed, estimator="infonce", principle=name)
 
 
 def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
@@ -309,7 +320,7 @@ def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
         scores = [0.0 if (row["outcome"], ties) == ("tie", "loss") else row["score"] for row in rows]
         yield ties, "raw", metrics.win_rate(scores, ties="half")
         longer = [d > 0 for d in difference]
-        if min(sum(longer), len(longer) - sum(longer)) >= 2:  # a stratum of one has no interval
+        if min(sum(longer), len(longer) - sum(longer)) >= 2:  # a stratum of one has no SEM
             yield ties, "stratified", metrics.win_rate_stratified(scores, longer, ties="half")
         try:
             yield ties, "logistic", metrics.win_rate_logistic(scores, difference, ties="half")
@@ -318,11 +329,8 @@ def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
 
 
 def _record(metric: str, estimate: metrics.Estimate, fixed: dict, **extra) -> dict:
-    """One line of metrics.json. An interval ends where the metric's range does."""
-    most = 100.0 if metric == "win_rate" else 1.0 if metric.startswith(("accuracy", "hack", "following")) else None
-    ci95 = estimate.ci95 if estimate.ci95 is None or most is None else [
-        min(max(end, 0.0), most) for end in estimate.ci95]
+    """One line of metrics.json."""
     keys = ("subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator", "ties", "length", "seed")
     return ({"metric": metric} | dict.fromkeys(keys) | fixed | extra
             | {"value": estimate.value, "sem": estimate.sem, "n": estimate.n,
-               "ci95": None if ci95 is None else list(ci95)})
+               "ci95": None if estimate.ci95 is None else list(estimate.ci95)})

@@ -4,13 +4,16 @@ Pure functions of numpy arrays; no torch. Two families:
 
 - Mutual information of constitution and response, from log-probs `[N, C, C]`: N items, row = constitution,
   column = the response sampled under that constitution, so that the diagonal holds the matching pairs. Nats.
-- Win rates from scores `[N]` of the judged model: 1 win, 0 loss, 0.5 tie. Percent.
+- Win rates from scores `[N]` of the judged model: 1 win, 0 loss, 0.5 tie; of several draws their mean. Percent.
 
 An `Estimate` carries its standard error, 95 % interval and n. Input that has no meaning raises ValueError.
+Intervals are of three kinds (their coverage, by `tests/intervals.py`, is in results/README.md): `bounded_interval` of
+what lies between two known ends (shares, win rates, lengths up to a cap); Student's t of what does not (`mean`); and the
+paper's own arithmetic, `normal_interval`, for what is held against its tables.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import special, stats
@@ -21,7 +24,7 @@ Z95 = 1.96  # the paper's intervals use this rounded quantile, not scipy's
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error and 95 % interval; both are None where n = 1 leaves them undefined."""
+    """A value with its standard error and 95 % interval; `sem` is None where n = 1, `ci95` where nothing defines it."""
 
     value: float
     sem: float | None
@@ -36,31 +39,65 @@ def _vector(values, name: str) -> np.ndarray:
     return x
 
 
-def mean(values) -> Estimate:
-    """Mean of `[N]` values in their own unit: SEM with ddof 1, Student's t interval (holds for 3 seeds too).
+def _within(values, name: str, most: float) -> np.ndarray:
+    x, slack = _vector(values, name), 1e-9 * most  # a mean may end one rounding beyond
+    if x.min() < -slack or x.max() > most + slack:
+        raise ValueError(f"{name}: expected 0 to {most:g}, found {x.min():g} to {x.max():g}")
+    return np.clip(x, 0, most)
 
-    The ± SEM over 250 items of the paper's Figures 2, 3 and 9. One value: `sem` and `ci95` are None.
+
+def mean(values, most: float = np.inf) -> Estimate:
+    """Mean of `[N]` values in their own unit: SEM with ddof 1, Student's t interval, which ends at `most`, the most that
+    a value can be.
+
+    The ± SEM over 250 items of the paper's Figures 2, 3 and 9. One value: `sem` and `ci95` are None. Equal values: no
+    `ci95`, since they show no spread and no bound says what was missed. Skewed values are covered less often than 95 %.
     """
     x = _vector(values, "values")
     if len(x) == 1:
         return Estimate(float(x[0]), None, None, 1)
-    sem = float(x.std(ddof=1) / np.sqrt(len(x)))
+    value, sem = float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))
     half = float(stats.t.ppf(0.975, len(x) - 1)) * sem
-    return Estimate(float(x.mean()), sem, (float(x.mean()) - half, float(x.mean()) + half), len(x))
+    return Estimate(value, sem, (value - half, min(value + half, most)) if np.ptp(x) else None, len(x))
+
+
+def bounded_interval(*parts: tuple[float, float, float]) -> tuple[float, float]:
+    """95 % interval of a mean of values in 0 to 1, from their mean, variance (ddof 0) and number; of several `parts`, of
+    the unweighted mean of their means.
+
+    Each end is a quantile of a Beta distribution. For the upper one a value of 1 joins the n values, and all get random
+    (Dirichlet) weights, as in Gaffke's bound (2005), whose mean and variance the Beta has: no value yet unseen can be
+    worse. The lower one mirrors it. Of values 0 and 1 that is Clopper and Pearson's exact interval. Of few other values
+    two moments alone would be a little short; the factor 1 + 2 (1 - r) / (n + 2), where r is the variance's share of
+    the most possible, mends that (the 2 by the coverage of two-valued distributions between 0 and 1).
+    """
+    ends = []
+    for end, level in ((0.0, 0.025), (1.0, 0.975)):
+        centre = spread = 0.0
+        for value, variance, n in parts:
+            m = (n * value + end) / (n + 1)
+            s = (n * (variance + (value - m) ** 2) + (end - m) ** 2) / (n + 1)
+            r = min(1.0, s / (m * (1 - m))) if 0 < m < 1 else 1.0
+            centre += m / len(parts)
+            spread += s / (n + 2) * (1 + 2 * (1 - r) / (n + 2)) / len(parts) ** 2
+        k = centre * (1 - centre) / spread - 1 if spread > 0 and 0 < centre < 1 else 0.0
+        ends.append(float(special.betaincinv(centre * k, (1 - centre) * k, level)) if k > 0 else end)
+    return ends[0], ends[1]
+
+
+def bounded(values, most: float = 1.0) -> Estimate:
+    """Mean of `[N]` values that each lie in 0 to `most`, in their own unit: SEM with ddof 1, `bounded_interval`.
+
+    The interval has a width where all values are equal, and for one value, which has no SEM.
+    """
+    x = _within(values, "values", most)
+    low, high = bounded_interval((float(x.mean()) / most, float(x.var()) / most**2, len(x)))
+    return replace(mean(x), ci95=(most * low, most * high))
 
 
 def share(values) -> Estimate:
-    """Share (0 to 1) of `[N]` values that each lie in 0 to 1, with Wilson's interval over N items.
-
-    Never empty or of no width at 0 and 1; on the safe side where an item's value is itself a mean (0.5).
-    """
-    x = _vector(values, "values")
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(f"values: expected 0 to 1, found {x.min():g} to {x.max():g}")
-    p, n = float(x.mean()), len(x)
-    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * float(np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)))
-    return Estimate(p, float(np.sqrt(p * (1 - p) / n)), (max(0.0, centre - half), min(1.0, centre + half)), n)
+    """Share (0 to 1) of `[N]` values that each lie in 0 to 1: yes or no, or an item's own mean. See `bounded`."""
+    return bounded(values)
 
 
 # ---- mutual information: logprobs [N, C, C] -> [N]
@@ -116,7 +153,8 @@ def mutual_information(logprobs, estimator: str = "infonce") -> Estimate:
     estimators = {"infonce": infonce, "symmetric_infonce": symmetric_infonce, "mean_of_logs": mean_of_logs}
     if estimator not in estimators:
         raise ValueError(f"estimator: allowed values are {', '.join(estimators)}, found {estimator!r}")
-    return mean(estimators[estimator](logprobs))
+    most = np.inf if estimator == "mean_of_logs" else float(np.log(np.shape(logprobs)[-1]))
+    return mean(estimators[estimator](logprobs), most)
 
 
 def _diagonal_wins(x: np.ndarray, axis: int) -> np.ndarray:
@@ -141,49 +179,69 @@ def accuracy_col(logprobs) -> np.ndarray:
 # ---- win rates: scores [N] -> percent
 
 def _wins(scores, ties: str) -> np.ndarray:
-    x = _vector(scores, "scores")
-    if not np.isin(x, (0.0, 0.5, 1.0)).all():
-        raise ValueError(f"scores: allowed values are 0, 0.5 and 1, found {x[~np.isin(x, (0, 0.5, 1))][0]:g}")
+    x = _within(scores, "scores", 1.0)
     if ties not in ("half", "loss"):
         raise ValueError(f"ties: allowed values are half and loss, found {ties!r}")
-    return x if ties == "half" else np.floor(x)
+    return x if ties == "half" else np.where(x == 0.5, 0.0, x)
 
 
 def normal_interval(percent: float, n: int) -> tuple[float, tuple[float, float], float | None]:
     """The paper's arithmetic (section A.7): (SEM, 95 % interval, t against 50) of a rate, percent but for t.
 
-    SEM = sqrt(p (1 - p) / n), interval p ± 1.96 SEM, t = (p - 0.5) / SEM; t is None at 0 and 100 %.
+    SEM = sqrt(p (1 - p) / n), interval p ± 1.96 SEM, t = (p - 0.5) / SEM; t is None at 0 and 100 %. For the paper's
+    numbers alone: at 0 and 100 % it has no width, and at 97 % of 32 it holds the rate 62 times in 100.
     """
     sem = float(np.sqrt(percent * (100 - percent) / n))
     return sem, (percent - Z95 * sem, percent + Z95 * sem), (percent - 50) / sem if sem else None
 
 
-def win_rate(scores, ties: str = "half") -> Estimate:
-    """Raw win rate in percent of scores `[N]` in {0, 0.5, 1}, with the paper's normal interval.
+def as_published(rate: Estimate, *, logit: bool = False) -> Estimate:
+    """A win rate in percent with the paper's interval, value ± 1.96 SEM, in place of ours; for the published record
+    alone. `logit`: ± 1.96 standard errors on the logit scale, as its logistic cells are shown."""
+    if rate.sem is None:
+        return replace(rate, ci95=None)
+    p, half = rate.value / 100, Z95 * rate.sem
+    if not logit or not 0 < p < 1:
+        return replace(rate, ci95=(rate.value - half, rate.value + half))
+    low, high = (100 * float(special.expit(special.logit(p) + s * half / 100 / (p * (1 - p)))) for s in (-1, 1))
+    return replace(rate, ci95=(low, high))
 
-    `ties`: "half" (Tables 8-9) counts a tie as half a win, "loss" (Tables 4-7) as none.
+
+def _percent(*parts: tuple[float, float, float]) -> tuple[float, float]:
+    low, high = bounded_interval(*parts)
+    return 100 * low, 100 * high
+
+
+def win_rate(scores, ties: str = "half") -> Estimate:
+    """Raw win rate in percent of scores `[N]` in 0 to 1, with `bounded_interval`, which knows that ties vary less.
+
+    `ties`: "half" (Tables 8-9) counts a tie, 0.5, as half a win, "loss" (Tables 4-7) as none; a score that is a mean of
+    several draws has its draws' ties counted before. The SEM is the paper's, as if there were no ties; None for one score.
     """
     wins = _wins(scores, ties)
-    percent = 100 * float(wins.mean())
-    sem, ci95, _ = normal_interval(percent, len(wins))
-    return Estimate(percent, sem, ci95, len(wins))
+    percent, n = 100 * float(wins.mean()), len(wins)
+    return Estimate(percent, normal_interval(percent, n)[0] if n > 1 else None,
+                    _percent((float(wins.mean()), float(wins.var()), n)), n)
 
 
 def win_rate_stratified(scores, longer, ties: str = "half") -> Estimate:
     """Length-controlled win rate in percent (section 4.1, Figure 2b): the unweighted mean of two strata.
 
     `longer [N]` is true where the judged response is longer than the baseline's. Each stratum counts the same
-    however small it is, and so the SEM is half the root of the summed squares of the strata's SEMs.
+    however small it is, and so the SEM is half the root of the summed squares of the strata's SEMs; it is None where a
+    stratum has one item. The interval is the `bounded_interval` of both.
     """
     wins, longer = _wins(scores, ties), np.asarray(longer, dtype=bool)
     if longer.shape != wins.shape:
         raise ValueError(f"longer: expected shape {list(wins.shape)}, found {list(longer.shape)}")
     if longer.all() or not longer.any():
         raise ValueError("longer: both strata need an item; every response is on one side of its baseline")
-    rates = [100 * float(wins[m].mean()) for m in (longer, ~longer)]
-    sems = [normal_interval(r, int(m.sum()))[0] for r, m in zip(rates, (longer, ~longer))]
-    value, sem = float(np.mean(rates)), float(np.hypot(*sems)) / 2
-    return Estimate(value, sem, (value - Z95 * sem, value + Z95 * sem), len(wins))
+    strata = [wins[m] for m in (longer, ~longer)]
+    rates = [100 * float(s.mean()) for s in strata]
+    value = float(np.mean(rates))
+    sem = float(np.hypot(*(normal_interval(r, len(s))[0] for r, s in zip(rates, strata)))) / 2
+    return Estimate(value, sem if min(map(len, strata)) > 1 else None,
+                    _percent(*((float(s.mean()), float(s.var()), len(s)) for s in strata)), len(wins))
 
 
 def win_rate_logistic(scores, length_difference, ties: str = "loss", ridge: float = 0.0) -> Estimate:
@@ -192,8 +250,9 @@ def win_rate_logistic(scores, length_difference, ties: str = "loss", ridge: floa
     `length_difference [N]` = tokens judged - tokens of the baseline. Maximum likelihood of
     P(win) = sigmoid(a + b tanh(d / sd(d))), sd with ddof 0, d not centred; the estimate is sigmoid(a), the
     fit at d = 0. `ridge` subtracts ridge b^2 / 2 from the log-likelihood (default none). SEM by the delta
-    method, interval on the logit scale. The paper prints no formula: this one is ours, and how far it is from
-    the printed cells is reported with every comparison.
+    method. The interval is the `bounded_interval` of as many yes-or-no items as would have this SEM (Korn and Graubard's
+    effective number, 1998). The paper prints no formula: this one is ours, and how far it is from the printed cells is
+    reported with every comparison.
     """
     wins, d = _wins(scores, ties), _vector(length_difference, "length_difference")
     if d.shape != wins.shape:
@@ -211,15 +270,26 @@ def win_rate_logistic(scores, length_difference, ties: str = "loss", ridge: floa
         beta = beta + step
         if np.abs(step).max() < 1e-10 and np.abs(beta).max() < RUNAWAY:
             value, se = float(special.expit(beta[0])), float(np.sqrt(np.linalg.inv(information)[0, 0]))
-            low, high = (100 * float(special.expit(beta[0] + s * Z95 * se)) for s in (-1, 1))
-            return Estimate(100 * value, 100 * value * (1 - value) * se, (low, high), len(wins))
+            spread = value * (1 - value)
+            ci95 = _percent((value, spread, 1 / (spread * se**2)))
+            return Estimate(100 * value, 100 * value * (1 - value) * se, ci95, len(wins))
     raise ValueError("scores: the logistic fit does not converge (length separates wins from losses)")
 
 
+def difference_interval(first: float, n: int, second: float, m: int) -> tuple[float, float]:
+    """95 % interval of first - second, two rates in percent over n and m items that have nothing in common.
+
+    Agresti and Caffo's (2000): one success and one failure more in each, so that 0 and 100 % are not taken for certain.
+    """
+    a, b = (n * first / 100 + 1) / (n + 2), (m * second / 100 + 1) / (m + 2)
+    half = Z95 * float(np.sqrt(a * (1 - a) / (n + 2) + b * (1 - b) / (m + 2)))
+    return 100 * max(a - b - half, -1.0), 100 * min(a - b + half, 1.0)
+
+
 def sign_test(scores) -> float:
-    """Exact two-sided p-value of wins against losses in scores `[N]`; ties carry no sign and are left out."""
+    """Exact two-sided p-value of scores `[N]` above 0.5 against those below; ties carry no sign and are left out."""
     x = _wins(scores, "half")
-    wins, losses = int((x == 1).sum()), int((x == 0).sum())
+    wins, losses = int((x > 0.5).sum()), int((x < 0.5).sum())
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 

@@ -209,13 +209,12 @@ def verify_run(run: Path, *, strict: bool = False) -> int:
         if c["subset"] not in subsets:
             continue
         for r in same:
-            half = metrics.Z95 * np.hypot(*(metrics.normal_interval(x, n)[0] for x, n in
-                                            ((r["value"], r["n"]), (c["published"], c["n"]))))
+            low, high = metrics.difference_interval(r["value"], r["n"], c["published"], c["n"])
             d = r["value"] - c["published"]
-            states.append("PASS" if abs(d) <= half else "DIFFERS")
+            states.append("PASS" if low <= 0 <= high else "DIFFERS")
             print(f"Table {c['table']}  {name(c)}: published {c['published']:.2f} (n {c['n']}), run "
                   f"{r['value']:.2f} (n {r['n']}, seed {r['seed']}), difference {d:+.2f} "
-                  f"[{d - half:.2f}, {d + half:.2f}]  {states[-1]}")
+                  f"[{low:.2f}, {high:.2f}]  {states[-1]}")
         if not same:
             near = [(_apart(r, c), r) for r in spare if all(r[k] == c[k] for k in ("subset", "iteration"))]
             states.append("NOT COMPARABLE" if near else "NOT RUN")

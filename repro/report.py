@@ -53,8 +53,8 @@ td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowr
 
 
 def _interval(row: dict, digits: int) -> str:
-    if row["ci95"] is None:
-        return f"{row['value']:.{digits}f}"
+    if row["ci95"] is None:  # one value, or equal ones
+        return f"{row['value']:.{digits}f} <span class=note>n {row['n']}</span>"
     return f"{row['value']:.{digits}f} <span class=note>[{row['ci95'][0]:.{digits}f}, {row['ci95'][1]:.{digits}f}]</span>"
 
 

@@ -55,6 +55,15 @@ def principles(metrics: list[dict]) -> list[str]:
                               if r.get("principle") and not r["principle"].startswith("not_")))
 
 
+def _bar(record: dict) -> tuple[float, float]:
+    """(value, half of its bar); without a SEM not a number, for which matplotlib (3.11) draws a point and no bar."""
+    return record["value"], math.nan if record["sem"] is None else record["sem"]
+
+
+def _bare(metrics: list[dict]) -> str:
+    return "; n 1: no bar" if any(r["sem"] is None for r in metrics) else ""
+
+
 def pyplot():
     import matplotlib
 
@@ -75,7 +84,7 @@ def draw_win_rate(metrics: list[dict], judge: str, title: str):
             found = select(rows, seed=seed, baseline=line["model"], **line)
             if not found:
                 continue
-            points = sorted((r["iteration"], r["value"], r["sem"] or 0) for r in found)
+            points = sorted((r["iteration"], *_bar(r)) for r in found)
             x, y, e = zip((0, 50, 0), *points)
             axis.errorbar([i + 0.04 * k for i in x], y, e, color=COLOURS[k % 4], marker=MARKERS[k % 4], ms=4, capsize=2,
                           label=f"{tell(line)}, n {found[0]['n']}, seed {seed}")
@@ -114,7 +123,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         points = dict(start)
         for i in {r["iteration"] for r in found}:
             rows = select(found, iteration=i)
-            points[i] = tuple(scale * sum(r[k] or 0 for r in rows) / len(rows) for k in ("value", "sem"))
+            points[i] = tuple(scale * sum(ends) / len(rows) for ends in zip(*map(_bar, rows)))
         x = sorted(points)
         axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=colour,
                       marker=marker, ms=4, lw=1.6, ls=style, capsize=2, label=label)
@@ -161,7 +170,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
                        columnspacing=1)
     elif not principles(metrics):
         axes[3].text(0.5, 0.5, "NOT RUN: no principle has a rule", ha="center", transform=axes[3].transAxes)
-    bars = "bars: ± SEM over held-out queries"
+    bars = "bars: ± SEM over held-out queries" + _bare(metrics)
     if len(seeds) > 1:
         bars += f"; thin: each of {len(seeds)} seeds, thick: their mean"
     figure.suptitle(f"{title} ({bars})", fontsize=10)
@@ -180,7 +189,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     def pooled(**fixed):
         """The mean of the seeds, and of their SEMs (they share the items); empty where nothing was measured."""
         rows = select(metrics, **fixed)
-        return rows and [sum(r[k] or 0 for r in rows) / len(rows) for k in ("value", "sem")]
+        return rows and [sum(ends) / len(rows) for ends in zip(*map(_bar, rows))]
 
     def bar(axis, y, found, colour, marker, filled, scale=1.0):
         if found:
@@ -220,7 +229,8 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     axes[1].legend(handles=[key(COLOURS[2], "^", "under the principle"), key(COLOURS[3], "v", "under its antithesis")],
                    loc="lower right", fontsize=7)
     seeds = len({r["seed"] for r in metrics})
-    figure.suptitle(f"{title} (bars: ± SEM over items{f'; mean of {seeds} seeds' if seeds > 1 else ''})", fontsize=10)
+    figure.suptitle(f"{title} (bars: ± SEM over items{_bare(metrics)}"
+                    f"{f'; mean of {seeds} seeds' if seeds > 1 else ''})", fontsize=10)
     return figure
 
 

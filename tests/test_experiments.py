@@ -92,8 +92,9 @@ def test_values_are_in_range(finished):
 
     for r in json.loads((finished[1] / "metrics.json").read_text()):
         assert r["n"] == 2 and (r["ci95"] is None or r["ci95"][0] <= r["value"] <= r["ci95"][1]), r
+        assert r["metric"] == "mi" or r["ci95"][1] > r["ci95"][0], r
         if r["metric"] == "mi" and r["estimator"] == "infonce":
-            assert r["value"] <= math.log(4) + 1e-9
+            assert r["value"] <= math.log(4) + 1e-9 and r["ci95"][1] <= math.log(4)
         elif r["metric"].startswith(("accuracy", "hack", "following")):
             assert 0 <= r["value"] <= 1
         elif r["metric"] == "win_rate":

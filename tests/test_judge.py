@@ -216,12 +216,23 @@ def test_judge_kappa_is_cohens_own_where_each_order_says_the_same():
     assert admission.cohen_kappa(np.stack([a, a * 0, a * 0], axis=1).astype(float)) == pytest.approx(0)  # a constant judge
 
 
-def test_judge_share_is_wilsons_interval():
+def test_judge_kappa_has_a_width_where_all_verdicts_are_alike():
+    """A judge that always says A flips everywhere: each item agrees half, in every resample."""
+    rows = [(1, "flip")] * 30 + [(0, "flip")] * 10
+    record = admission.agreement(*items(rows))
+    low, high = record["agreement"]["ci95"]
+    assert 0.4 < low < 0.5 < high < 0.6
+    assert record["kappa"]["value"] == 0 and record["kappa"]["ci95"] == pytest.approx([2 * low - 1, 2 * high - 1])
+    alike = admission.agreement(*items([(1, "win")] * 5))
+    assert (alike["kappa"]["value"], alike["kappa"]["ci95"]) == (0, [-1, 1])  # one verdict throughout says nothing
+
+
+def test_judge_share_is_an_exact_interval():
     from scipy.stats import binomtest
 
     for k, n in ((0, 10), (3, 10), (40, 40), (17, 100)):
-        ci = binomtest(k, n).proportion_ci(method="wilson")
-        assert share([1.0] * k + [0.0] * (n - k)).ci95 == pytest.approx((ci.low, ci.high), abs=1e-4)
+        ci = binomtest(k, n).proportion_ci(method="exact")
+        assert share([1.0] * k + [0.0] * (n - k)).ci95 == pytest.approx((ci.low, ci.high), abs=1e-9)
     with pytest.raises(ValueError, match="expected 0 to 1"):
         share([0.5, 2])
 

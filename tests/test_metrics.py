@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from repro import metrics as m
 
@@ -81,9 +82,15 @@ def test_logprobs_of_no_meaning(bad):
 def test_win_rate():
     scores = [1, 1, 0.5, 0]  # half: 2.5/4 = 62.5, SEM sqrt(.625 * .375 / 4) = 24.206 %; loss: 2/4 = 50, SEM 25 %
     e = m.win_rate(scores)
-    assert e.value == 62.5 and e.sem == pytest.approx(24.20615) and e.ci95 == pytest.approx((15.0560, 109.9440), abs=1e-3)
-    assert m.win_rate(scores, ties="loss") == m.Estimate(50.0, 25.0, (1.0, 99.0), 4)
-    for bad, field in (([0.3], "scores"), ([], "scores")):
+    assert e.value == 62.5 and e.sem == pytest.approx(24.20615) and e.n == 4
+    assert m.as_published(e).ci95 == pytest.approx((15.0560, 109.9440), abs=1e-3)
+    assert m.as_published(m.win_rate(scores, ties="loss")) == m.Estimate(50.0, 25.0, (1.0, 99.0), 4)
+    # upper end: 1, 1, 1, 0.5, 0 have mean 0.7 and variance 0.16; r = 0.16 / 0.21; 0.16 / 6 (1 + 2 (1 - r) / 6) = 0.02878;
+    # Beta with that mean and variance: 0.7 * 0.3 / 0.02878 - 1 = 6.2973, so (4.4081, 1.8892), of which 97.5 % lie below
+    assert e.ci95[1] == pytest.approx(100 * stats.beta.ppf(0.975, 4.4081, 1.8892), abs=0.01)
+    # lower end: 1, 1, 0.5, 0, 0: mean 0.5, variance 0.2, r = 0.8; 0.2 / 6 (1 + 0.4 / 6) = 0.035556; k = 6.03125
+    assert e.ci95[0] == pytest.approx(100 * stats.beta.ppf(0.025, 3.015625, 3.015625), abs=0.01)
+    for bad, field in (([1.3], "scores"), ([-0.1, 0], "scores"), ([], "scores")):
         with pytest.raises(ValueError, match=field):
             m.win_rate(bad)
     with pytest.raises(ValueError, match="ties"):

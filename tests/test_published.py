@@ -323,6 +323,13 @@ def test_run_pass_and_differs(tmp_path, capsys):
     assert "1 DIFFERS" in capsys.readouterr().out
 
 
+def test_run_at_the_end_of_the_scale_is_not_certain(tmp_path, capsys):
+    """3 wins of 3 do not contradict 50.8 %, though p (1 - p) is 0 there; 60 of 60 do."""
+    assert published.verify_run(run_of(tmp_path, record(value=100.0, n=3))) == 0
+    assert "difference +49.20 [-" in capsys.readouterr().out
+    assert published.verify_run(run_of(tmp_path, record(value=100.0, n=60))) == 1
+
+
 @pytest.mark.parametrize("off", [{"model": "smollm2-135m"}, {"judge": "rules"}, {"ties": "half"}, {"length": "stratified"}])
 def test_run_not_comparable_is_said(tmp_path, capsys, off):
     assert published.verify_run(run_of(tmp_path, record(**off))) == 0
