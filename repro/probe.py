@@ -160,6 +160,45 @@ def of_config(config, score: Callable[[str, object, Sequence], Tensor], longest:
         return _try(model, score, longest)
 
 
+# ---- sampling
+
+
+def pads(config) -> bool:
+    """Whether a tiny model of this class continues a prompt that is padded on the left beside a longer one as it does
+    alone. Recurrent layers (RWKV), positions counted from the row's start (BART's decoder) and sparse attention that chooses
+    among pads do not. False where that cannot be tried."""
+    known = str(config.to_dict())
+    if known not in _PADS:
+        try:
+            model = tiny(config)
+            with _at_rest(model):
+                _PADS[known] = _continued_alike(model)
+        except Exception:  # whatever a class makes of sizes that it was not meant for
+            _PADS[known] = False
+    return _PADS[known]
+
+
+_PADS: dict[str, bool] = {}
+
+
+def _continued_alike(model) -> bool:
+    from transformers import GenerationConfig
+
+    (first, *_), _, _ = _texts(model.config, model.get_input_embeddings().num_embeddings, 0)
+    long, short = torch.tensor([first[0].ids]), torch.tensor([first[1].ids[5:]])
+    pad = torch.zeros(1, long.shape[1] - short.shape[1], dtype=torch.long)
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, max_new_tokens=6, do_sample=False,
+                                               output_logits=True, return_dict_in_generate=True)
+
+    def continued(ids, mask):
+        return torch.stack(model.generate(input_ids=ids, attention_mask=mask).logits, 1)  # [rows, 6, vocabulary]
+
+    alone = continued(short, torch.ones_like(short))
+    both = continued(torch.cat([long, torch.cat([pad, short], 1)]),
+                     torch.cat([torch.ones_like(long), torch.cat([pad, torch.ones_like(short)], 1)]))
+    return bool((both[1:] - alone).abs().max() <= 1e-3 * alone.abs().max())
+
+
 # ---- a tiny model
 
 

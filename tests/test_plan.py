@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from repro import cli, models, training
+from repro import cli, models, plan_page, training
 from repro.plan import first_step, plan, texts_of
 from repro.records import UserError
 from repro.shapes import counted
@@ -208,6 +208,7 @@ def test_flops_are_those_counted(family, backend):
     P, L = 24, 8
     prompts = [[" " + " ".join(str(10 + k + c) for k in range(P)) for c in range(3)]]
     responses = [[" " + " ".join(str(100 + 9 * k + r) for k in range(L)) for r in range(2)]]
+    training.settle(model, backend)  # tried once
     with FlopCounterMode(display=False) as counter:
         logprob_matrix(model, Ids(), prompts, responses, length_normalize=True, score_eos=False, backend=backend).sum().backward()
     expected = matrix_flops(counted(model), 3, 2, P, L, shared=backend == "shared", training=True)
@@ -403,13 +404,15 @@ def test_a_pack_holds_a_step_at_most():
     assert less.phases["head"]["activations"] < .5 * more.phases["head"]["activations"]
 
 
-def test_a_family_on_the_reference_path_is_planned_as_it_runs(tmp_path, capsys):
+def test_a_family_on_the_reference_path_is_planned_as_it_runs(tmp_path):
     """On one GPU alone whatever --gpus says, all pairs in full and all logits made; sampling may use the others."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(MODELS["Qwen3-30B-A3B"][0]))
-    spec = dataclasses.replace(cli.load_experiment("exp1", "paper")[0])
+    path.write_text(json.dumps(MODELS["Qwen3-30B-A3B"][0] | {"attention_dropout": 0.1}))
+    spec = cli.load_experiment("exp1", "paper")[0]
+    assert plan(spec, GPUS["a100"], 8, config=path).refusal is None  # dropout is off
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, dropout="drawn"))
     one, eight = (plan(spec, GPUS["a100"], n, config=path) for n in (1, 8))
-    assert one.refusal == eight.refusal and "qwen3_moe: not a family" in one.refusal
+    assert one.refusal == eight.refusal and "dropout (attention_dropout 0.1) would draw" in one.refusal
     assert eight.step == one.step and eight.step.ranks == 1 and eight.scoring == one.scoring and eight.scoring_gpus == 1
     assert eight.server.gpus * eight.server.copies == 8 and not any("gpus" in names for names, _, _ in eight.ways)
     queries = sum(spec.train.queries_needed(k) for k in range(1, spec.iterations + 1))
@@ -418,11 +421,16 @@ def test_a_family_on_the_reference_path_is_planned_as_it_runs(tmp_path, capsys):
     shared = dataclasses.replace(one.step, way="shared")
     assert one.step.computed > shared.computed
     logits = training_bytes(one.shape, one.step)["head"]["head: scored rows"]
-    assert logits == 4 * one.step.computed * 151936
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["plan", "exp1", "--gpus", "8", "--model", "me/x", "--config", str(path)])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "30.5 billion" in text and "by the reference path**, which works on one GPU alone" in text
+    assert logits == 4 * one.step.scored * 151936
+    text = "\n".join(plan_page.page(one))
+    assert "30.5 billion" in text and "by the reference path**, which works on one GPU alone" in text
+
+
+def test_what_looks_ahead_is_not_planned(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["Gemma 3 1B"][0] | {"use_bidirectional_attention": True}))
+    with pytest.raises(UserError, match="gemma3_text: not a causal language model"):
+        plan(cli.load_experiment("exp1", "paper")[0], GPUS["a100"], 8, config=path)
 
 
 def test_bytes_of_the_reference_path_are_those_measured(monkeypatch):

@@ -102,6 +102,7 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
                 device="cpu", lora=rank, way=backend)
 
+    way = training.settle(model, backend)  # tried once
     with Watch(vocabulary) as watch:
         training.train(model, tokenizer, pairs, spec, 1, backend=backend)
     process = resident("VmHWM") - before
@@ -117,9 +118,8 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
                                             t.shape[-1:] == (vocabulary,) and t.untyped_storage().data_ptr() not in weights
                                             and t.numel() > vocabulary else {}) or keep(t)
     with training.matmul_precision(model, precision), training.activation_checkpointing(model, shape, step), saved:
-        model.train()
-        training.logprob_matrix(model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
-                                score_eos=False, backend=backend)
+        training.matrix_by(way, model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
+                           score_eos=False)
     kept = {k: v for k, v in saved.storages.items() if k not in rows}
 
     phases = training_bytes(shape, replace(step, checkpointing=checkpointing))
