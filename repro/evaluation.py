@@ -44,6 +44,15 @@ def evaluate_baseline(run: Run) -> None:
     run.finish("baseline", [BASELINE], run.written())
 
 
+def held_out_pairs(run: Run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list[str]]]:
+    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, the texts [C] to be scored."""
+    space, start = " " if run.experiment.model.prompt == "plain" else "", 0
+    for item in run.items():
+        texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
+        part, start = rows[start: start + len(texts)], start + len(texts)
+        yield item, texts, [space + (row["text"].strip() or ".") for row in part]  # "." scores an empty response
+
+
 def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> list[dict]:
     """Per item: summed log-probs [C][R] and scored tokens [R] of the iteration's own model; and, for the likelihood
     judge where there is one, the initial model's [C] for the judged response. Scored with the generation prompts, less
@@ -54,13 +63,9 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
     from repro.prefix import tokenize_pair
     from repro.training import TrainingPair, matmul_precision, weights_dtype
 
-    spec, items, start = run.experiment, [], 0
+    spec, items = run.experiment, []
     dtype, eos = weights_dtype(spec.train), spec.train.score_eos
-    space = " " if spec.model.prompt == "plain" else ""
-    for item in run.items():
-        texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
-        part, start = rows[start: start + len(texts)], start + len(texts)
-        responses = [space + (row["text"].strip() or ".") for row in part]  # "." scores an empty response
+    for item, texts, responses in held_out_pairs(run, rows):
         tokens = [len(p.ids) - p.start for p in (tokenize_pair(run.tokenizer, texts[0], r, score_eos=eos)
                                                  for r in responses)]
         items.append((item, texts, responses, tokens))
