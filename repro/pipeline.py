@@ -7,6 +7,7 @@ with the same bytes (same machine, versions and thread count).
 """
 
 import gc
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,16 +15,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from repro import worker
+from repro import lora, worker
 from repro.config import Experiment, JudgeSpec
 from repro.constitutions import Constitution, constitutions_of
 from repro.endpoint import Endpoint
-from repro.evaluation import add_judgments, evaluate, evaluate_baseline, judge, llm_judgments, measure
+from repro.evaluation import (
+    add_judgments,
+    evaluate,
+    evaluate_baseline,
+    held_out_pairs,
+    judge,
+    llm_judgments,
+    measure,
+)
 from repro.records import Query, UserError, digest, locked, read_json, read_jsonl, seal
 from repro.report import report_figures, write_report
-from repro.rundir import Run, checkpoint, open_run, training_file
+from repro.rundir import Run, checkpoint, evaluation_file, open_run, training_file
 from repro.sampling import sample_to_file
 from repro.writing import LocalWriter, ServerWriter, written_constitutions
+
+MERGE_CHECKED = 4  # held-out queries: in float32 on a CPU, minutes for 7 billion parameters
 
 
 def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None,
@@ -172,9 +183,22 @@ def train_iteration(run: Run, iteration: int) -> None:
     with tqdm(total=need, desc=name, unit="query") as bar:
         trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
     gc.collect()
+    merged = {"merged": check_merged(run, iteration)} if spec.train.lora else {}
     seal(folder, digest([run.record["config_hash"], iteration]))
-    run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks * run.nodes)
+    run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks * run.nodes, **merged)
     worker.clear(run.folder, iteration)
+
+
+def check_merged(run: Run, iteration: int) -> dict:
+    """`lora.merged_difference` on the initial model's responses to some held-out queries, two constitutions each."""
+    every = list(held_out_pairs(run, [row for _, row in read_jsonl(run.folder / evaluation_file(0))]))
+    some = every[:: math.ceil(len(every) / MERGE_CHECKED)]
+    facts = lora.merged_difference(
+        run.folder / checkpoint(iteration), run.place, run.tokenizer, run.experiment.train,
+        [texts[:2] for _, texts, _ in some], [responses[:2] for _, _, responses in some], run.record["backend"])
+    run.say("train-{}: the saved model is within {max_abs_difference_nats:.1e} nats of the trained one ({pairs} summed "
+            "log-probs of {queries} held-out queries)".format(iteration, **facts))
+    return facts
 
 
 def report(run: Run, *, again: bool = False) -> None:

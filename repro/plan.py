@@ -379,15 +379,17 @@ def judge_of(spec: Experiment, texts: Texts, model: str | None, price: tuple[flo
 def disk_of(shape: Shape, spec: Experiment, step: Step) -> dict[str, int]:
     """Bytes in files: the published weights in bf16 (of the policy, the baseline and a writer on this machine, where their
     shapes are known), a checkpoint of every iteration, and three of steps with the optimizer's state while one trains (two
-    complete, one being written). Rank 0 holds the weights once in the machine's memory while it reads and writes them."""
+    complete, one being written). Rank 0 holds the weights once in the machine's memory while it reads and writes them.
+    What adapters are merged into is float32."""
     from repro.steps import KEEP
 
     own = step.item * shape.parameters
     trained = step.state * shape.adapters(step.lora) if step.lora else own
+    saved = 4 * shape.parameters if step.lora else own
     states = {"adamw": 2, "rmsprop": 1}[step.optimizer]
     others = {other.name for other in [spec.baseline] if other} | {
         writer.model for writer in [spec.writer] if writer and writer.kind == "local"}
     others = (shape_of(name).parameters for name in others - {spec.model.name} if name in PUBLISHED)
     published = shape.parameters + sum(others)
-    return {"download": 2 * published, "iterations": spec.iterations * own, "steps": (KEEP + 1) * (1 + states) * trained,
-            "machine memory": own}
+    return {"download": 2 * published, "iterations": spec.iterations * saved, "steps": (KEEP + 1) * (1 + states) * trained,
+            "machine memory": saved}

@@ -129,7 +129,8 @@ class Run:
         self._enough()
         self._places = {"model.name": self.place}
         if spec.writer and spec.writer.kind == "local":
-            self._places["writer.model"] = models.resolve_model(spec.writer.model)
+            self._places["writer.model"] = writer = models.resolve_model(spec.writer.model)
+            models.end_tokens(models.load_tokenizer(writer), writer)
         if spec.baseline:
             other = self.answering_as(spec.baseline)
             other._frame(self.constitutions)
@@ -152,7 +153,11 @@ class Run:
     def _speaker(self, spec: ModelSpec):
         """Where a model lies, its tokenizer, and how it is prompted."""
         place = models.resolve_model(spec.name)
-        return place, models.load_tokenizer(place), Form(spec.prompt, self.experiment.task, bool(self.experiment.cot))
+        tokenizer = models.load_tokenizer(place)
+        models.end_tokens(tokenizer, place)  # a file that cannot be read is told now
+        if self.sampler_url and self.experiment.sampling.engine == "server":
+            serving.check_plain(place)
+        return place, tokenizer, Form(spec.prompt, self.experiment.task, bool(self.experiment.cot))
 
     def answering_as(self, spec: ModelSpec) -> "Run":
         """This run with another model in the policy's place, for a baseline's responses (without chain of thought)."""

@@ -4,16 +4,17 @@ In this process the partition into batches is a fixed function of the prompts, s
 and gets the same bytes. A server gets one prompt a request, and what it answered is not asked again.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from repro import serving
+from repro import probe, serving
 from repro.asking import Asker
 from repro.endpoint import Call, Ledger
-from repro.models import control_tokens, end_tokens
+from repro.models import control_tokens, end_tokens, plain_decoding
 from repro.records import Response, UserError, append_jsonl, digest, read_jsonl, write_jsonl
 from repro.rundir import Run
 
@@ -37,11 +38,21 @@ def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: in
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     if stop:
         how |= {"stop_strings": [stop], "tokenizer": tokenizer}
-    with torch.inference_mode(), torch.random.fork_rng():
+    with torch.inference_mode(), torch.random.fork_rng(), _plainly(model, ends):
         torch.manual_seed(seed)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **how,
-                             pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends))
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **how, pad_token_id=tokenizer.pad_token_id)
     return [answer_of(tokenizer, ids, ends) for ids in out[:, inputs.input_ids.shape[1]:].tolist()]
+
+
+@contextmanager
+def _plainly(model, ends: Collection[int]) -> Iterator[None]:
+    """`generate` without the model's own generation config, from which transformers (5.23) fills all that a call leaves
+    open, a `generation_config` that it is given included. The model may be one that the caller made."""
+    own, model.generation_config = model.generation_config, plain_decoding(ends)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def answer_of(tokenizer, ids: list[int], ends: Container[int]) -> dict:
@@ -67,7 +78,9 @@ def without_controls(tokenizer, text: str) -> str:
 def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int,
                      batch_size: int = 32, done: Container[int] = ()) -> Iterator[tuple[list[int], list[dict]]]:
     """Greedy responses batch by batch: yields (indices into `prompts`, their answers as of `sample_batch`). A batch
-    whose indices are all in `done` is passed over."""
+    whose indices are all in `done` is passed over. Models that continue a padded prompt otherwise than alone get one prompt
+    at a time (`repro.probe.pads`)."""
+    batch_size = batch_size if probe.pads(model.config) else 1
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
     for batch in batches(lengths, batch_size):
         if all(i in done for i in batch):
@@ -130,7 +143,8 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     if any(call.key not in ledger.answers for call in calls.values()):
         longest = max(len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids)
         with serving.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
-                            share=run.tensor_parallel, context=longest + most, log=run.folder / "sampler.log") as server:
+                            share=run.tensor_parallel, context=longest + most, ends=ends,
+                            log=run.folder / "sampler.log") as server:
             run.record["sampled_by"] = server.facts()
             asker = Asker(server.endpoint, ledger, wrong=server.wrong)
             asker.run(calls.values(), label=name)

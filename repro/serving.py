@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from repro import models
 from repro.endpoint import Endpoint
 from repro.records import UserError, dumps, first_line, loads, open_log
 
@@ -58,16 +59,41 @@ def _vllm() -> str:
     return found
 
 
-def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share: int | None, context: int) -> list[str]:
+def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share: int | None, context: int,
+            ends: Collection[int] = ()) -> list[str]:
     """The command line that serves `model` on `gpus` GPUs, of which `share` (None: all) hold a copy of it together.
-    `context` tokens is the longest that will be asked for."""
+    `context` tokens is the longest that will be asked for; any of the tokens `ends` ends an answer."""
     there = [model, "--host", HOST, "--port", str(port), "--dtype", dtype]
     if engine == "vllm":  # sampling defaults that came with the weights stay out of it
         share = share or max(1, gpus)
         copies = ["--data-parallel-size", str(gpus // share)] if gpus // share > 1 else []
         return ["env", "-u", "PYTHONPATH", _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
                 "--max-model-len", str(context), "--seed", "0", "--generation-config", "vllm"]
-    return [sys.executable, "-m", "transformers.cli.transformers", "serve", *there, "--device", "auto" if gpus else "cpu"]
+    code, device = "from repro import serving; serving.transformers_serve()", "auto" if gpus else "cpu"
+    return [sys.executable, "-c", code, ",".join(map(str, sorted(ends))), "serve", *there, "--device", device]
+
+
+def transformers_serve() -> None:
+    """`transformers serve` of models that decode plainly and end at the tokens of the first argument: by itself it (5.23)
+    takes penalties, beams and token lists from the weights' generation config, and no request can unset them all."""
+    from transformers import PreTrainedModel
+    from transformers.cli.transformers import main
+
+    ends, load = [int(i) for i in sys.argv.pop(1).split(",") if i], PreTrainedModel.from_pretrained.__func__
+
+    def plain(cls, *args, **kwargs):
+        return load(cls, *args, **kwargs | {"generation_config": models.plain_decoding(ends)})
+
+    PreTrainedModel.from_pretrained = classmethod(plain)
+    main()
+
+
+def check_plain(place: str) -> None:
+    """Raise UserError where `transformers serve`, started by someone else, would not answer greedily with this model."""
+    if fields := models.decodes_otherwise(place):
+        raise UserError(f"--sampler-url with --sampler server: such a server obeys {', '.join(fields)} in the generation "
+                        f"config of {place}, which is no greedy decoding; leave --sampler-url out, and the run starts one "
+                        "that does not, or take --sampler vllm or transformers")
 
 
 # ---- prompts and answers
@@ -80,7 +106,8 @@ def request(engine: str, tokenizer, text: str, max_tokens: int, ends: Collection
     fixed = {"max_tokens": max_tokens, "temperature": 0.0}
     if engine == "vllm":
         more = sorted(set(ends) - {tokenizer.eos_token_id})
-        extra = {"return_token_ids": True} | ({"stop_token_ids": more} if more else {})
+        # The one default of the weights that vLLM obeys at temperature 0, where it was started without our option.
+        extra = {"return_token_ids": True, "repetition_penalty": 1.0} | ({"stop_token_ids": more} if more else {})
         return {"prompt": ids, **fixed, "extra_body": extra} | ({"stop": list(stops)} if stops else {})
     bos = tokenizer.bos_token or ""
     for candidate in dict.fromkeys((text, text.removeprefix(bos))):
@@ -147,10 +174,10 @@ class Server:
 
 @contextmanager
 def served(engine: str, model: str, *, url: str | None, dtype: str, share: int | None, context: int, log: Path,
-           say: Callable[[str], None]) -> Iterator[Server]:
+           say: Callable[[str], None], ends: Collection[int] = ()) -> Iterator[Server]:
     """A server of `model` (a folder or a hub name) for as long as the block lasts: the one at `url`, or one that is
-    started here on all GPUs (`share`: as of `command`). Raises UserError where it does not come up, or serves something
-    else."""
+    started here on all GPUs (`share`, `ends`: as of `command`). Raises UserError where it does not come up, or serves
+    something else."""
     place = str(Path(model).resolve()) if Path(model).is_dir() else model
     if url:
         yield _identified(engine, place, Endpoint(model=place, base_url=url, **_limits(engine)), dtype)
@@ -158,7 +185,7 @@ def served(engine: str, model: str, *, url: str | None, dtype: str, share: int |
     with socket.socket() as s:
         s.bind((HOST, 0))
         port = s.getsockname()[1]
-    argv = command(engine, place, port=port, dtype=dtype, gpus=_free_gpus(), share=share, context=context)
+    argv = command(engine, place, port=port, dtype=dtype, gpus=_free_gpus(), share=share, context=context, ends=ends)
     say(f"starting {engine if engine == 'vllm' else 'transformers serve'} with {place}; its log is {log}")
     with open_log(log) as out:
         process = subprocess.Popen([sys.executable, "-m", "repro.serving", *argv], stdin=subprocess.PIPE, stdout=out,

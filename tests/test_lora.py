@@ -205,8 +205,73 @@ def test_a_killed_iteration_goes_on_and_leaves_the_same_bytes(tiny, alone, tmp_p
 
 
 def test_bf16(tiny, tmp_path):
+    """Adapters that train in bf16 stay so; what they are merged into does not round them away."""
     _, folder = done(tiny, tmp_path, precision="bf16")
-    assert {t.dtype for f in ("model.safetensors", "adapter/adapter_model.safetensors") for t in load_file(folder / f).values()} == {torch.bfloat16}
+    for file, dtype in (("model.safetensors", torch.float32), ("adapter/adapter_model.safetensors", torch.bfloat16)):
+        assert {t.dtype for t in load_file(folder / file).values()} == {dtype}
+    merged, base, stored = (load_file(f) for f in (folder / "model.safetensors", tiny / "model.safetensors",
+                                                   folder / "adapter/adapter_model.safetensors"))
+    layer = "model.layers.0.mlp.down_proj"
+    A, B = (stored[f"base_model.model.{layer}.lora_{f}.weight"].float() for f in "AB")
+    torch.testing.assert_close(merged[f"{layer}.weight"], base[f"{layer}.weight"] + 2 * B @ A, atol=1e-7, rtol=1e-6)
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def published(request, tiny, tmp_path):
+    """Weights as their publisher saved them."""
+    models.save_model(models.load_model(str(tiny), dtype=request.param), byte_tokenizer(), tmp_path / "published")
+    return tmp_path / "published", request.param
+
+
+def test_what_trains_on_weights_of_16_bits_is_saved_as_it_was_trained(published, tmp_path, monkeypatch):
+    """On a GPU: frozen weights in bf16, adapters in float32. The trained model by peft and the reference path, from bf16
+    weights; the merged one as it is saved. Where the publisher's weights have 32 bits, the rounding in training is the
+    difference, and it is told."""
+    base, dtype = published
+    model = models.load_model(str(base), dtype="bfloat16")
+    torch.manual_seed(5)
+    for p in lora.put_into(model, SPEC, half=False, seed="0f"):
+        torch.nn.init.normal_(p, std=.01)  # a merge into bf16 rounds most of it away
+    lora.save(model, byte_tokenizer(), tmp_path / "out", str(base))
+
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    layers = {name for name in before if name.split(".")[-2].endswith("_proj")}
+    assert {t.dtype for t in after.values()} == {torch.float32}
+    assert all(torch.equal(before[n].float(), after[n]) for n in before.keys() - layers)
+    assert min((before[n].float() != after[n]).float().mean() for n in layers) > .99
+    assert max((before[n].bfloat16() != after[n].bfloat16()).float().mean() for n in layers) < .5
+
+    trained = models.load_model(str(base), dtype="bfloat16").float()
+    lora.put_into(trained, SPEC, half=False, seed="1")
+    state = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    peft.set_peft_model_state_dict(trained, {k.removeprefix("base_model.model."): v for k, v in state.items()}, adapter_name="default")
+    expected, prompts = matrix(trained, "reference"), [p[:2] for p in PROMPTS]
+    monkeypatch.setattr(training, "weights_dtype", lambda spec: "bfloat16")
+
+    def off():
+        facts = lora.merged_difference(tmp_path / "out", str(base), byte_tokenizer(), TRAIN, prompts, RESPONSES, "shared")
+        assert facts["queries"] == len(prompts) and facts["pairs"] == expected.numel()
+        return facts["max_abs_difference_nats"]
+
+    with torch.no_grad():
+        off_here = (matrix(models.load_model(str(tmp_path / "out"))) - expected).abs().max()
+        rounding = (matrix(models.load_model(str(base), dtype="bfloat16").float()) - matrix(models.load_model(str(base)))).abs().max()
+    if dtype == "float32":
+        assert off_here == pytest.approx(rounding.item(), rel=.5) and off() > off_here > .01
+        return
+    assert rounding == 0 and off_here < 2e-5 and off() < 1e-3
+    models.save_model(models.load_model(str(tmp_path / "out"), dtype="bfloat16"), byte_tokenizer(), tmp_path / "out")
+    assert off() > .05  # a merge into bf16
+
+
+def test_a_checkpoint_carries_the_generation_config_of_the_initial_model(tiny, tmp_path):
+    import shutil
+
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    (base / models.GENERATION).write_text('{"eos_token_id": [2, 9], "repetition_penalty": 1.05}')
+    _, folder = done(base, tmp_path)
+    assert (folder / models.GENERATION).read_bytes() == (base / models.GENERATION).read_bytes()
+    assert models.end_tokens(byte_tokenizer(), str(folder)) == {2, 9}
 
 
 def test_a_run_with_adapters(tiny, tmp_path):
@@ -219,8 +284,11 @@ def test_a_run_with_adapters(tiny, tmp_path):
     folder = run(experiment, tmp_path, say=lambda text: None)
     first = contents(folder)
     assert "LoRA adapters of rank 2" in (folder / "report.html").read_text()
+    record = json.loads((folder / "run.json").read_text())
     for iteration in (1, 2, 3):
         assert sealed(folder / f"checkpoints/iteration-{iteration}")
+        facts = record["stages"][f"train-{iteration}"]["merged"]
+        assert facts["queries"] == 4 and facts["pairs"] == 16 and 0 <= facts["max_abs_difference_nats"] < 1e-2
     one, two = (load_file(folder / f"checkpoints/iteration-{k}/adapter/adapter_model.safetensors") for k in (1, 2))
     assert not any(torch.equal(one[k], two[k]) for k in one if "lora_A" in k)  # fresh for each iteration
     (folder / "checkpoints/iteration-3/adapter/adapter_model.safetensors").write_bytes(b"altered")

@@ -11,7 +11,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from repro import cli, models, plan_page, training
-from repro.plan import first_step, plan, texts_of
+from repro.plan import disk_of, first_step, plan, texts_of
 from repro.records import UserError
 from repro.shapes import counted
 from repro.sizes import (
@@ -267,6 +267,10 @@ def test_lora_trains_adapters_alone():
     adapters = MISTRAL.adapters(16)
     assert (kinds["weights"], kinds["adapters"]) == (2 * MISTRAL.parameters, 4 * adapters)
     assert (kinds["gradients"], kinds["optimizer state"]) == (4 * adapters, 8 * adapters)
+    spec = cli.load_experiment("exp1", "paper")[0]
+    whole, lora = (disk_of(MISTRAL, spec, dataclasses.replace(STEP, precision="bf16", lora=rank)) for rank in (0, 16))
+    assert (whole["iterations"], lora["iterations"]) == tuple(b * spec.iterations * MISTRAL.parameters for b in (2, 4))
+    assert (whole["machine memory"], lora["machine memory"]) == (2 * MISTRAL.parameters, 4 * MISTRAL.parameters)  # the merge
 
 
 @pytest.mark.parametrize("shape, ranks, gb", [(MISTRAL, 1, 141), (MISTRAL, 1, 24), (MIXTRAL, 1, 141), (MIXTRAL, 1, 80),

@@ -110,12 +110,13 @@ def test_prompts_go_as_the_token_ids_that_the_model_is_trained_with():
 
     tokenizer = byte_tokenizer()
     ids = tokenizer("<|im_start|>ab", add_special_tokens=False).input_ids
+    extra = {"return_token_ids": True, "repetition_penalty": 1.0}  # which vLLM else takes from the weights' generation config
     assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
-        "prompt": ids, "max_tokens": 5, "temperature": 0.0, "stop": ["###"], "extra_body": {"return_token_ids": True}}
+        "prompt": ids, "max_tokens": 5, "temperature": 0.0, "stop": ["###"], "extra_body": extra}
     assert serving.request("server", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
         "prompt": "<|im_start|>ab", "max_tokens": 5, "temperature": 0.0}
-    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2, 9})["extra_body"] == {
-        "return_token_ids": True, "stop_token_ids": [9]}  # what the weights' generation config names beside the tokenizer's
+    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2, 9})["extra_body"] == extra | {
+        "stop_token_ids": [9]}  # what the weights' generation config names beside the tokenizer's
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     assert tokenizer("ab").input_ids[0] == 1
