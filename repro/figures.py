@@ -229,7 +229,7 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
     lines = dict.fromkeys((r["series"], r["source"]) for r in rows
                           if r.get("iteration") is not None and r["source"] != "chance")
     names = list(dict.fromkeys(s for s, source in lines if source == "published record"))
-    ours = list(dict.fromkeys(s for s, source in lines if source != "published record"))
+    ours = sorted({s for s, source in lines if source != "published record"})  # not by the order of the runs given
     for name, source in lines:
         mine = source != "published record"
         anchor = () if mine else ("chance",)

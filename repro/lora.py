@@ -90,7 +90,8 @@ def save(model, tokenizer, folder: Path, base: str) -> None:
 
 
 def trained(folder: Path, base: str, spec: TrainSpec, device: str | None = None):
-    """The model that was trained: `base`, rounded as it was then, with the adapter that `save` left in `folder` beside it."""
+    """The model that was trained: `base`, rounded as it was then, with the adapter beside it that `save` left in `folder`.
+    """
     import torch
     from safetensors.torch import load_file
 

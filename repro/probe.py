@@ -165,8 +165,8 @@ def of_config(config, score: Callable[[str, object, Sequence], Tensor], longest:
 
 def pads(config) -> bool:
     """Whether a tiny model of this class continues a prompt that is padded on the left beside a longer one as it does
-    alone. Recurrent layers (RWKV), positions counted from the row's start (BART's decoder) and sparse attention that chooses
-    among pads do not. False where that cannot be tried."""
+    alone. Recurrent layers (RWKV), positions counted from the row's start (BART's decoder) and sparse attention that
+    chooses among pads do not. False where that cannot be tried."""
     known = str(config.to_dict())
     if known not in _PADS:
         try:

@@ -14,6 +14,7 @@ from repro.records import write_bytes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D")
 SERIES = ("model", "writer", "cot", "subset")  # what tells one line of a figure from another
+SECOND = ("harmless", "held_out")  # subsets that are drawn beside another one
 PANEL_PRINCIPLES = 4  # more than these are drawn by themselves
 
 
@@ -22,9 +23,29 @@ def select(metrics: list[dict], **fixed) -> list[dict]:
 
 
 def series(metrics: list[dict]) -> list[dict]:
-    """The lines of a figure: the combinations of model, writer, chain of thought and subset that have an MI."""
-    keys = dict.fromkeys(tuple(r[k] for k in SERIES) for r in select(metrics, metric="mi"))
-    return [dict(zip(SERIES, values)) for values in keys]
+    """The lines of a figure: the combinations of model, writer, chain of thought and subset that have an MI, in the order
+    of their looks."""
+    return [line for _, line in sorted(_places(metrics).items())]
+
+
+def looks(metrics: list[dict]) -> list[dict]:
+    """Colour and marker of each line of `series`: the same in every figure, whatever the order of the records."""
+    return [{"color": COLOURS[n % 4], "marker": MARKERS[(n + n // 4) % 4]} for n in sorted(_places(metrics))]
+
+
+def _places(metrics: list[dict]) -> dict[int, dict]:
+    """Place -> line. The place says what the line is: 0 or 1 by its subset (of posts by who wrote the principles: a model,
+    or we by hand), 2 more with chain of thought. Of lines that are alike in these (other models, writers, subsets) each
+    goes 2 further than the one before it, by name."""
+    lines = {tuple(r[k] for k in SERIES) for r in select(metrics, metric="mi")}
+    places: dict[int, dict] = {}
+    for line in (dict(zip(SERIES, values)) for values in sorted(lines, key=lambda values: [str(v) for v in values])):
+        second = line["writer"] == "hand" if line["subset"] == "tldr" else line["subset"] in SECOND
+        place = second + 2 * bool(line["cot"])
+        while place in places:
+            place += 2
+        places[place] = line
+    return places
 
 
 def telling(metrics: list[dict]) -> Callable[[dict], str]:
@@ -37,8 +58,8 @@ def telling(metrics: list[dict]) -> Callable[[dict], str]:
 
 
 def judges(metrics: list[dict]) -> list[str]:
-    """The judges that gave a win rate."""
-    return list(dict.fromkeys(r["judge"] for r in metrics if r["metric"] == "win_rate"))
+    """The judges that gave a win rate, by name."""
+    return sorted({r["judge"] for r in metrics if r["metric"] == "win_rate"})
 
 
 def language_models(metrics: list[dict]) -> list[str]:
@@ -50,9 +71,9 @@ def named(judge: str) -> str:
 
 
 def principles(metrics: list[dict]) -> list[str]:
-    """The principles whose following was measured."""
-    return list(dict.fromkeys(r["principle"] for r in select(metrics, metric="following")
-                              if r.get("principle") and not r["principle"].startswith("not_")))
+    """The principles whose following was measured, by name."""
+    return sorted({r["principle"] for r in select(metrics, metric="following")
+                   if r.get("principle") and not r["principle"].startswith("not_")})
 
 
 def _bar(record: dict) -> tuple[float, float]:
@@ -79,14 +100,14 @@ def draw_win_rate(metrics: list[dict], judge: str, title: str):
     """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
     figure, axis = pyplot().subplots(figsize=(5.6, 4.2), layout="constrained")
     rows, tell = select(metrics, metric="win_rate", judge=judge, ties="half", length="raw"), telling(metrics)
-    for k, line in enumerate(series(metrics)):
+    for k, (line, look) in enumerate(zip(series(metrics), looks(metrics))):
         for seed in sorted({r["seed"] for r in rows}):
             found = select(rows, seed=seed, baseline=line["model"], **line)
             if not found:
                 continue
             points = sorted((r["iteration"], *_bar(r)) for r in found)
             x, y, e = zip((0, 50, 0), *points)
-            axis.errorbar([i + 0.04 * k for i in x], y, e, color=COLOURS[k % 4], marker=MARKERS[k % 4], ms=4, capsize=2,
+            axis.errorbar([i + 0.04 * k for i in x], y, e, **look, ms=4, capsize=2,
                           label=f"{tell(line)}, n {found[0]['n']}, seed {seed}")
     axis.axhline(50, color="0.4", ls=":", lw=1)
     axis.set(title=f"Win rate, judge {judge}, both orders", xlabel="iteration (0 = initial model)", ylim=(0, 103),
@@ -110,7 +131,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
     figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.9), layout="constrained")
 
-    def plot(axis, colour, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
+    def plot(axis, color, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
         found = select(metrics, **fixed)
         if not found:
             return
@@ -118,32 +139,32 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         if len(seeds) > 1:
             for seed in seeds:
                 points = start | {r["iteration"]: (scale * r["value"], 0) for r in select(found, seed=seed)}
-                axis.plot(*zip(*((i, y) for i, (y, _) in sorted(points.items()))), color=colour, lw=0.8, ls=style,
+                axis.plot(*zip(*((i, y) for i, (y, _) in sorted(points.items()))), color=color, lw=0.8, ls=style,
                           alpha=0.4)
         points = dict(start)
         for i in {r["iteration"] for r in found}:
             rows = select(found, iteration=i)
             points[i] = tuple(scale * sum(ends) / len(rows) for ends in zip(*map(_bar, rows)))
         x = sorted(points)
-        axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=colour,
+        axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=color,
                       marker=marker, ms=4, lw=1.6, ls=style, capsize=2, label=label)
 
     shown = principles(metrics)
     shown = shown if len(shown) <= PANEL_PRINCIPLES else [None]
-    for k, line in enumerate(lines):
+    for k, (line, own) in enumerate(zip(lines, looks(metrics))):
         aside = 0.04 * (k - (len(lines) - 1) / 2)  # so that bars do not hide each other
-        look = {"colour": COLOURS[k % 4], "marker": MARKERS[k % 4], "label": tell(line), "shift": aside}
+        look = own | {"label": tell(line), "shift": aside}
         plot(axes[0], **look, metric="mi", estimator="infonce", principle=None, **line)
         plot(axes[1], **look, metric="length_tokens", **line)
         won = {"metric": "win_rate", "judge": judge, "ties": "half", "length": "raw"}
         plot(axes[2], **look, anchor=50, baseline=line["model"], **won, **line)
-        for other in {r["baseline"] for r in select(metrics, **won, **line)} - {line["model"]}:
+        for other in sorted({r["baseline"] for r in select(metrics, **won, **line)} - {line["model"]}):
             plot(axes[2], **look | {"label": f"{tell(line)}, against {other}"}, style="--", baseline=other, **won, **line)
         for p, principle in enumerate(shown):
             label = f"{principle}, {tell(line)}" if principle else tell(line)
-            plot(axes[3], COLOURS[k % 4], MARKERS[k % 4], ("-", "--", ":", "-.")[p % 4], label, scale=100,
+            plot(axes[3], **own, style=("-", "--", ":", "-.")[p % 4], label=label, scale=100,
                  shift=aside + 0.08 * (p - (len(shown) - 1) / 2), metric="following", principle=principle, **line)
-    for other in {r["model"] for r in select(metrics, metric="length_tokens")} - {line["model"] for line in lines}:
+    for other in sorted({r["model"] for r in select(metrics, metric="length_tokens")} - {line["model"] for line in lines}):
         rows = select(metrics, metric="length_tokens", model=other)
         axes[1].axhline(sum(r["value"] for r in rows) / len(rows), color="0.4", ls="--", lw=1, label=other)
     limit = math.log(constitutions)

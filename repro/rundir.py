@@ -35,7 +35,7 @@ from repro.constitutions import (
 from repro.datasets import check_queries, disjoint, load_queries
 from repro.endpoint import Endpoint
 from repro.probe import dropouts
-from repro.prompts import Form
+from repro.prompts import Form, marks
 from repro.records import (
     MARKER,
     Query,
@@ -167,7 +167,10 @@ class Run:
         return other
 
     def controls(self) -> list[str]:
-        return models.control_tokens(self.tokenizer)
+        """What no text of a user may hold: control tokens, and the marks that the chat template spells out (Llama 2's
+        [INST] is no token)."""
+        return list(dict.fromkeys([*models.control_tokens(self.tokenizer),
+                                   *marks(str(self.tokenizer.chat_template or ""))]))
 
     def adopt(self, constitutions: ConstitutionSet | Pool) -> None:
         """Go on with these constitutions: those of the file, or what a writer wrote."""

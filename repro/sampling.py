@@ -60,8 +60,9 @@ def answer_of(tokenizer, ids: list[int], ends: Container[int]) -> dict:
     length = next((k for k, i in enumerate(ids) if i in ends), len(ids))
     finished, ids = length < len(ids), ids[:length]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    first = next((i for i in ids if i not in tokenizer.all_special_ids), None)
-    if first is not None and tokenizer.convert_ids_to_tokens(first).startswith("\u2581") and not text.startswith(" "):
+    controls = set(control_tokens(tokenizer))
+    first = next((piece for piece in tokenizer.convert_ids_to_tokens(ids) if piece and piece not in controls), "")
+    if first.startswith("\u2581") and not text.startswith(" "):
         text = " " + text  # SentencePiece's mark of a new word, which decoding drops at the start of a text
     return {"text": without_controls(tokenizer, text), "tokens": len(ids), "finished": finished}
 

@@ -79,6 +79,28 @@ def test_constitution_files(capsys, tmp_path, tiny, change, reason):
     assert reason in refused(capsys, tmp_path, "run", "exp1", "--model", str(tiny), "--constitutions", str(path))
 
 
+@pytest.mark.parametrize("mark", ["<repo_name>", "<think>", "[/INST]", "<SYS>"])
+def test_marks_of_the_models_own_tokenizer_and_template(capsys, tmp_path, tiny, mark):
+    """Special tokens beside the named ones, an added token that is not special, and what the template spells out."""
+    import shutil
+
+    from conftest import CHAT_TEMPLATE, byte_tokenizer
+    from tokenizers import AddedToken
+
+    model, queries, principles = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "queries.jsonl", tmp_path / "mine.json"
+    queries.write_text(GOOD_QUERIES + json.dumps({"query": f"hi{mark}there"}) + "\n")
+    principles.write_text(json.dumps({"principles": [GOOD_SET["principles"][0] | {"text": f"Be {mark} short."}]}))
+    own, other = ("run", "exp1", "--model", str(model), "--queries", str(queries), "--subsets", "own"), (
+        "run", "exp1", "--model", str(model), "--constitutions", str(principles))
+    tokenizer = byte_tokenizer()
+    for special, name in ((True, "<repo_name>"), (False, "<think>")):
+        tokenizer.add_tokens([AddedToken(name, special=special, normalized=False)], special_tokens=special)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("'\n'", "'\n<<SYS>>[/INST]'", 1)
+    tokenizer.save_pretrained(model)
+    assert f"queries.jsonl:25: holds the control token {mark!r}" in refused(capsys, tmp_path, *own)
+    assert f"principle short: holds the control token {mark!r}" in refused(capsys, tmp_path, *other)
+
+
 @pytest.mark.parametrize("harm, reason", [("empty folder", "without config.json"), ("truncated weights", "--model"),
                                           ("pickled weights", "--model"), ("config.json: []", "not a model in Hugging Face format"),
                                           ("tokenizer.json: {}", "not a model in Hugging Face format")])

@@ -94,6 +94,15 @@ def test_hollow_marker_only_where_the_printed_value_differs():
     assert [line.get_ydata()[0] for line in hollow] == [67.6]
 
 
+def test_our_runs_have_their_colours_by_name_not_by_the_order_in_which_they_are_given():
+    rows = [{"figure": "fig5", "panel": 1, "series": f"ours: {name}", "source": f"run {name}, seed 0", "iteration": 1, "value": 50.0, "sem": 3.0,
+             "estimator": "raw"} for name in "abc"]
+    for some in (rows, rows[::-1]):
+        found = figures._draw("fig5", some).axes[1].get_legend_handles_labels()
+        colours = {label: handle[0].get_color() for handle, label in zip(*found) if label.startswith("ours")}
+        assert colours == {"ours: a": figures.GREEN, "ours: b": figures.PURPLE, "ours: c": figures.SKY}
+
+
 def test_errorbar_is_plus_minus_sem():
     with figures.style():
         ax = figures.Figure().subplots()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from judge_server import JudgeServer
+from marks import FAMILIES, MARKS, added_ids, marked_tokenizer
 
 from repro import admission, cli, prompts, rules
 from repro.cli import load_experiment
@@ -89,12 +90,42 @@ def test_judge_prompt_fences_every_text_with_a_mark_that_no_writer_can_know():
     assert dataclasses.replace(JUDGE, seed=1)._mark(PAIR) != mark
 
 
-def test_judge_prompt_breaks_control_tokens_and_leaves_other_text_alone():
-    for token in ("<|im_end|>", "<|im_start|>", "<|eot_id|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<end_of_turn>", "<bos>",
-                  "<\uff5cAssistant\uff5c>"):
-        assert token not in prompts.defuse(f"before{token}after") and "before" in prompts.defuse(f"before{token}after")
-    for text in ("a < b | c > d", "if x<|y", "<html>", "[INSTALL]", "{0.__class__} %s $x {name}", "s > 0 </style>"):
-        assert prompts.defuse(text) == text
+@pytest.mark.parametrize("family", FAMILIES)
+def test_judge_prompt_breaks_the_marks_of_every_family_with_a_space(family):
+    tokenizer = marked_tokenizer()
+    for mark in FAMILIES[family].split():
+        text = f"before{mark}after"
+        assert added_ids(tokenizer, text) and mark in text
+        assert mark not in (defused := prompts.defuse(text)) and not added_ids(tokenizer, defused)
+        assert defused.replace(" ", "") == text and len(defused) <= len(text) + 3 and prompts.defuse(defused) == defused
+
+
+def test_judge_prompt_leaves_other_text_alone():
+    for text in ("a < b | c > d", "if x<|y", "<html>", "<p>one<br/>two</p>", "{0.__class__} %s $x {name}", "s > 0 </style>", "[insert]", "[1]",
+                 "[insert the post]", "[x](y)", "- [ ] to do", "[I]t was [sic]", "[M24], [60 F]", "x <- y", "<3", "1<2>0", "a << b >> c", "i<j and k>l",
+                 "<me@x.org>", "<https://x.org/a>", "|a|b|", "~5 [~6]", "array[0][1]", "f(x) <= |y|", "\uff5c\u884c\uff5c\u5217\uff5c", "\u226a \u226b"):
+        assert prompts.defuse(text) == text and prompts.marks(text) == []
+
+
+def test_judge_prompts_of_every_mark_hold_no_control_token():
+    """Texts strewn with marks and their pieces: the rendered prompt holds the template's own control tokens and no other, for a
+    tokenizer that knows all the marks; our frame and the fences hold none either."""
+    tokenizer, rng = marked_tokenizer(), random.Random("marks")
+    pieces = [*MARKS, "hi", " ", "\n", "<", "|", ">", "/", "[", "]", "~", "\uff5c", "im_end", "<|im_", "end|>", "INST]", "\u2581"]
+
+    def ids(messages):
+        return added_ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    for _ in range(150):
+        texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(4)]
+        assert all(prompts.defuse(d) == d for d in map(prompts.defuse, texts))
+        pair = dataclasses.replace(PAIR, query=texts[0], principles=(texts[1], "Be brief."), ours=texts[2], theirs=texts[3] + " .")
+        for call in JUDGE.calls(pair).values():
+            messages = call.request["messages"]
+            assert ids(messages) == ids([m | {"content": "x"} for m in messages])
+    for answer in prompts.JUDGE_ASKS:
+        frame = prompts.judge("a", ["b"], "c", "d", mark=JUDGE._mark(PAIR), answer=answer)
+        assert not any(prompts.marks(m["content"]) for m in [*frame, *prompts.write_principles("x"), *prompts.write_antithesis("x", "y")])
 
 
 def test_judge_calls_have_keys_of_all_that_matters():

@@ -38,13 +38,13 @@ def test_hack_watch():
     assert repetition("one two") == 0
 
 
-def test_control_tokens_that_a_response_spells_out_do_not_come_back(tiny):
+@pytest.mark.parametrize("text", ["a<|im_<|im_end|>end|>b", "a<file_<file_sep>sep>b", "a</think>b<\uff5cUser\uff5c>"])
+def test_control_tokens_that_a_response_spells_out_do_not_come_back(text):
     """Removing one may make another: none is left."""
     from conftest import byte_tokenizer
+    from marks import marked_tokenizer
 
     from repro.sampling import sample_batch
-
-    text = "a<|im_<|im_end|>end|>b"
 
     class Model:
         device, generation_config = "cpu", None
@@ -55,4 +55,4 @@ def test_control_tokens_that_a_response_spells_out_do_not_come_back(tiny):
             ids = byte_tokenizer()(text, add_special_tokens=False, split_special_tokens=True).input_ids
             return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
-    assert sample_batch(Model(), byte_tokenizer(), ["x"], max_new_tokens=99)[0]["text"] == "ab"
+    assert sample_batch(Model(), marked_tokenizer(), ["x"], max_new_tokens=99)[0]["text"] == "ab"

@@ -43,7 +43,8 @@ def test_the_embedded_model_is_transformers_own_reading(tmp_path):
 
     assert tokenizer.tokenize("in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
     assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a12")[-2:] == [("1", (1, 2)), ("2", (2, 3))]
-    assert "<|im_end|>" in models.control_tokens(tokenizer)
+    assert set(models.control_tokens(tokenizer)) == {t.content for t in tokenizer.added_tokens_decoder.values()}
+    assert len(models.control_tokens(tokenizer)) == 17 and len(tokenizer.all_special_tokens) == 3
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
@@ -71,6 +72,22 @@ def test_the_embedded_model_answers_and_its_bound_beats_chance():
                                        backend=backend) for backend in ("shared", "reference"))
     torch.testing.assert_close(shared, full, atol=2e-5, rtol=0)
     assert infonce(shared.numpy())[0] > 0.02
+
+
+def test_control_tokens_are_the_added_ones_that_are_special_or_have_the_shape_of_a_mark():
+    from conftest import byte_tokenizer
+    from marks import MARKS, marked_tokenizer
+    from tokenizers import AddedToken
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in ("<repo_name>", "END_OF_TEXT", "\u2581<PRE>")],
+                         special_tokens=True)
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "<\uff5cUser\uff5c>", " bread", "\n\n", "<table>")])
+    assert set(models.control_tokens(tokenizer)) == {"<|pad|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "END_OF_TEXT", "\u2581<PRE>",
+                                                     "<PRE>", "<think>", "<\uff5cUser\uff5c>"}
+    lengths = [len(t) for t in models.control_tokens(tokenizer)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert not set(MARKS) - set(models.control_tokens(marked_tokenizer()))
 
 
 def test_the_cache_may_be_named_from_the_home_folder(monkeypatch, tmp_path):

@@ -74,8 +74,8 @@ def table(record: dict) -> str:
         if number == 6:
             value = f"{row['overshoot_usd']:.2f} ({row['of']} runs)"
         elif number == 7:
-            value = f"{value} (none is admitted); {row['control_token_leaks'][0]} leaks in {row['control_token_leaks'][1]} texts" if not row["of"] \
-                else f"{value}; {row['control_token_leaks'][0]} leaks in {row['control_token_leaks'][1]} texts"
+            value = f"{value} (none is admitted); {row['control_token_leaks'][0]} leaks in {row['control_token_leaks'][1]} prompts" if not row["of"] \
+                else f"{value}; {row['control_token_leaks'][0]} leaks in {row['control_token_leaks'][1]} prompts"
         elif number == 8:
             value = f"{row['value']} in {row['of']} files and outputs"
         rows.append(f"| {number} | {NAMES[number]} | {value} | {TARGETS[number]} | {row['counted']} |")
