@@ -107,16 +107,23 @@ def test_the_products_setting_is_put_back(tiny):
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tiny):
-    model = models.load_model(str(tiny))
-    with torch.no_grad():
-        model.model.embed_tokens.weight[ord("y")] = float("nan")  # no token that repro/probe.py tries
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
+    model, loss = models.load_model(str(tiny)), training.symmetric_infonce
+    monkeypatch.setattr(training, "symmetric_infonce", lambda logprobs: loss(logprobs) * float("nan"))
     before = copy.deepcopy(model.state_dict())
     saved = []
     with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite"):
         train(model, byte_tokenizer(), pairs(4), SPEC, 1, save_batch=lambda facts: saved.append(facts) or "batch.json")
     assert saved == [{"iteration": 1, "step": 1, "ranks": [0], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}]
-    assert all(torch.equal(torch.nan_to_num(before[k]), torch.nan_to_num(v)) for k, v in model.state_dict().items())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_refused_before_the_first_step(tiny):
+    model = models.load_model(str(tiny))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("nan")
+    with pytest.raises(UserError, match="the loaded model: llama: its logits are not finite"):
+        train(model, byte_tokenizer(), pairs(4), SPEC, 1)
 
 
 def test_too_few_pairs_is_said(tiny):
@@ -151,6 +158,101 @@ def test_activations_are_checkpointed_where_they_would_not_fit(tiny, monkeypatch
     tight, _ = trained(tiny, spec, 4)
     assert on and not tight.is_activation_checkpointing
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tight.parameters()))
+
+
+# ---- dropout
+
+DROPPING = {"gpt2": {"resid_pdrop": 0.4, "embd_pdrop": 0.4, "attn_pdrop": 0.4, "n_positions": 512},
+            "llama": {"attention_dropout": 0.4}, "opt": {"dropout": 0.4, "attention_dropout": 0.4, "layerdrop": 0.3},
+            "phimoe": {"attention_dropout": 0.4, "hidden_dropout": 0.4, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3,
+                       "num_local_experts": 2, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default",
+                                                                                             "rope_theta": 1e4}}}
+
+
+def dropping(family: str):
+    torch.manual_seed(3)
+    size = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512} | DROPPING[family]
+    size |= {"ffn_dim": 48, "word_embed_proj_dim": 32} if family == "opt" else {"intermediate_size": 48} if family != "gpt2" else {}
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **size))
+
+
+def trained_with(family: str, spec: TrainSpec, backend: str = "reference", start: int = 7, **options):
+    torch.manual_seed(start)  # of whoever called: it must not count
+    model = dropping(family).train()
+    torch.manual_seed(start)
+    trace = train(model, byte_tokenizer(), pairs(8), spec, 2, backend=backend, **options)
+    return [row["loss"] for row in trace], [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dropout", ["off", "drawn"])
+@pytest.mark.parametrize("family", DROPPING)
+def test_dropout_is_off_or_drawn_by_position(family, dropout):
+    """Two runs are equal to the bit whatever random state they find; off, the first loss is that of the model at rest."""
+    spec = dataclasses.replace(SPEC, dropout=dropout)
+    (one, weights), (two, again) = (trained_with(family, spec, start=seed) for seed in (7, 8))
+    assert one == two and all(map(torch.equal, weights, again))
+    model = dropping(family).eval()
+    at_rest = [training.symmetric_infonce(training.matrix_by("reference", model, byte_tokenizer(), [p.prompts], [p.responses],
+                                                             length_normalize=True, score_eos=False)).item() for p in pairs(2)]
+    assert (one[0] == pytest.approx(sum(at_rest) / 2, abs=1e-6)) == (dropout == "off")
+
+
+def test_what_is_dropped_differs_from_pass_to_pass():
+    """The same two queries at each step, at rate 0: other losses; and the same again."""
+    spec = TrainSpec(dose="as_printed", batch_size=2, batches=3, learning_rate=1e-30, precision="fp32", dropout="drawn")
+    same = [pairs(2)[k % 2] for k in range(6)]
+    losses = [[row["loss"] for row in train(dropping("gpt2"), byte_tokenizer(), same, spec, 1, backend="reference")]
+              for _ in range(2)]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 3
+
+
+@pytest.mark.parametrize("dropout", ["off", "drawn"])
+def test_a_run_with_dropout_goes_on_with_the_same_bytes(tmp_path, dropout):
+    """Stopped after its first step, whatever the random state is then."""
+    from repro.steps import StepCheckpoints
+
+    spec = dataclasses.replace(SPEC, dropout=dropout)
+    whole = trained_with("gpt2", spec)
+
+    class Stop(Exception):
+        pass
+
+    class OneStep(StepCheckpoints):
+        def save(self, *args, **kwargs):
+            super().save(*args, **kwargs)
+            raise Stop
+
+    with pytest.raises(Stop):
+        trained_with("gpt2", spec, steps=OneStep(tmp_path, "key", worth=0))
+    on = trained_with("gpt2", spec, steps=StepCheckpoints(tmp_path, "key", worth=0), start=99)
+    assert on[0] == whole[0] and all(map(torch.equal, on[1], whole[1]))
+
+
+@pytest.mark.parametrize("dropout", ["off", "drawn"])
+def test_checkpointed_layers_drop_what_they_dropped(monkeypatch, dropout):
+    """transformers checkpoints in training alone; here it does at rest too, and the numbers are those without. Each layer
+    is computed twice."""
+    spec = dataclasses.replace(SPEC, dropout=dropout)
+    backend = "shared" if dropout == "off" else "reference"
+    plain, calls = trained_with("llama", spec, backend), []
+    monkeypatch.setattr(training, "usable_bytes", lambda device: 1000)
+    forward = transformers.models.llama.modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward",
+                        lambda self, x: calls.append((self.training, torch.is_grad_enabled())) or forward(self, x))
+    tight = trained_with("llama", spec, backend)
+    assert tight[0] == plain[0] and all(map(torch.equal, plain[1], tight[1]))
+    assert {training for training, grad in calls if grad} == {dropout == "drawn"}
+    passes = 4 if backend == "shared" else 4 * 8  # steps; of two queries with four pairs each
+    assert sum(grad for _, grad in calls) == 2 * 2 * passes  # layers, forward and again
+
+
+def test_the_config_says_which_and_old_hashes_stay():
+    with pytest.raises(UserError, match="TrainSpec.dropout: 'on' is unknown; allowed: 'off', 'drawn'"):
+        TrainSpec(dropout="on")
+    off = Experiment(name="e", profile="mini", constitutions="dialogue_mini")
+    drawn = dataclasses.replace(off, train=dataclasses.replace(off.train, dropout="drawn"))
+    assert off.to_json()["train"]["dropout"] == "off" and config_hash(off, {}) != config_hash(drawn, {})
 
 
 @pytest.mark.parametrize("optimizer, numbers", [("rmsprop", 3), ("adamw", 4)])
