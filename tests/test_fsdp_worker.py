@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from fsdp_ranks import ragged
 from safetensors.torch import load_file, save_file
 from test_experiments import small
@@ -144,7 +145,10 @@ def test_an_fsdp_rank_whose_stdin_ends_ends_at_once():
 def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path):
     poisoned = Path(shutil.copytree(tiny, tmp_path / "poisoned"))
     weights = load_file(poisoned / "model.safetensors")
-    weights["model.embed_tokens.weight"][ord("y")] = torch.nan
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][byte_tokenizer()("e").input_ids[0]] = torch.nan  # not tried by repro/probe.py
+    config = json.loads((poisoned / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (poisoned / "config.json").write_text(json.dumps(config))
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     write_job(tmp_path, poisoned)
     with pytest.raises(worker.UserError, match=r"^iteration 1, step 1: loss nan \(on ranks \[0, 1\]\), gradient norm nan: not fin"):
