@@ -140,7 +140,22 @@ def _metrics(folder: Path) -> tuple[str, int, str]:
              for a in off]
     if len(kept) != len(again):
         wrong.append(f"metrics.json: {len(kept)} records; {len(again)} are due")
-    return _verdict(wrong, len(again))
+    return _verdict(wrong + _lengths(folder), len(again))
+
+
+def _lengths(folder: Path) -> list[str]:
+    """Responses whose length is not that of their token ids, and log-probs of another number of tokens. (Runs made before
+    ids were kept have none.)"""
+    wrong, eos = [], Experiment.from_json(read_json(folder / "run.json")["config"]).train.score_eos
+    for path in sorted((folder / "responses").glob("*.jsonl")):
+        rows = [row for _, row in read_jsonl(path)]
+        wrong += [f"responses/{path.name}: the response to {row['query']} has {len(row['ids'])} token ids, not {row['tokens']}"
+                  for row in rows if row.get("ids") is not None and len(row["ids"]) != row["tokens"]]
+        scored = folder / "logprobs" / path.name
+        counts = [n for _, row in read_jsonl(scored) for n in row["tokens"]] if scored.is_file() else []
+        wrong += [f"logprobs/{path.name}: {n} tokens of the response to {row['query']}, which has {len(row['ids'])}"
+                  for row, n in zip(rows, counts) if row.get("ids") and n != len(row["ids"]) + eos]
+    return wrong
 
 
 def _together(folder: Path, parts: list[Path]) -> tuple[str, int, str]:

@@ -7,7 +7,7 @@ from math import log
 
 from tqdm import tqdm
 
-from repro import judging, lora, metrics, worker
+from repro import judging, lora, metrics, seam, worker
 from repro.config import JudgeSpec
 from repro.constitutions import Pool
 from repro.llm_judge import Pair, ask_judge, judge_shares
@@ -47,13 +47,15 @@ def evaluate_baseline(run: Run) -> None:
     run.finish("baseline", [BASELINE], run.written())
 
 
-def held_out_pairs(run: Run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list[str]]]:
-    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, the texts [C] to be scored."""
+def held_out_pairs(run: Run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list]]:
+    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C] (`seam.said`).
+    """
     space, start = " " if run.experiment.model.prompt == "plain" else "", 0
     for item in run.items():
-        texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
+        texts = [seam.scored_prompt(run, run.prompt(c, item.query, EVALUATION_ORDER, sample=True))
+                 for c in item.constitutions]
         part, start = rows[start: start + len(texts)], start + len(texts)
-        yield item, texts, [space + (row["text"].strip() or ".") for row in part]  # "." scores an empty response
+        yield item, texts, [seam.said(row, space) for row in part]
 
 
 @contextmanager
@@ -80,14 +82,14 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
     import torch
 
     from repro.logprobs import matrix_by
-    from repro.prefix import tokenize_pair
+    from repro.prefix import pairs_of
     from repro.training import TrainingPair, matmul_precision, settle, weights_dtype
 
     spec, items = run.experiment, []
     dtype, eos = weights_dtype(spec.train), spec.train.score_eos
+    seam.tell_old(run, rows, evaluation_file(iteration))
     for item, texts, responses in held_out_pairs(run, rows):
-        tokens = [len(p.ids) - p.start for p in (tokenize_pair(run.tokenizer, texts[0], r, score_eos=eos)
-                                                 for r in responses)]
+        tokens = [len(p.ids) - p.start for p in pairs_of(run.tokenizer, texts[0], responses, score_eos=eos)]
         items.append((item, texts, responses, tokens))
 
     def score(which: int, select: slice, label: str) -> list[list[list[float]]]:

@@ -1,6 +1,7 @@
 """Model and pairs -> the log-prob matrix [B, C, R].
 
-1. prompts[b][c] and responses[b][r] (text) -> token ids of prompt + response, tokenised jointly (repro/prefix.py).
+1. prompts[b][c] and responses[b][r] -> token ids of prompt + response (repro/prefix.py): texts tokenised jointly; in a run
+   the ids that were sampled.
 2. "shared": each prompt is computed once for its R responses, many queries in one packed sequence without padding
    (kernels/attention.py); the head runs only where a response token is predicted (kernels/linear_nll.py).
    "reference": C x R sequences in full, one at a time, logits for every token, the oracle.
@@ -25,7 +26,7 @@ from kernels.attention import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
 from repro import probe
 from repro.models import steady_length
-from repro.prefix import Scored, pack, packed_length, tokenize_pair
+from repro.prefix import Scored, pack, packed_length, pairs_of
 from repro.records import first_line
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
@@ -71,9 +72,10 @@ def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
         return probe.Found("reference", first_line(e))
 
 
-def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
-              length_normalize: bool, score_eos: bool) -> Tensor:
-    """`logprob_matrix` in one of WAYS, whose being right for the model is settled."""
+def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]],
+              responses: Sequence[Sequence[str | Sequence[int]]], *, length_normalize: bool, score_eos: bool) -> Tensor:
+    """`logprob_matrix` in one of WAYS, whose being right for the model is settled. Here a response may be token ids too, as
+    they were sampled, which are scored as they are."""
     B, C, R = len(prompts), len(prompts[0]), len(responses[0])
     if len(responses) != B or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
         raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
@@ -91,9 +93,9 @@ def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]], resp
     return totals / totals.new_tensor(counts).view(B, C, R)
 
 
-def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
+def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str | Sequence[int]]], *,
                   score_eos: bool) -> tuple[list[int], list[int]]:
-    """Tokens that each of the B queries takes in a packed sequence, and how many log-probs are of it."""
+    """Tokens that each of the B queries takes in a packed sequence, and how many log-probs are of it (as `matrix_by`)."""
     groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
     queries = [groups[k: k + C] for k in range(0, len(groups), C)]
     return ([sum(map(packed_length, query)) for query in queries],
@@ -101,7 +103,7 @@ def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequen
 
 
 def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]]:
-    return [[tokenize_pair(tokenizer, prompt, response, score_eos=score_eos) for response in responses[b]]
+    return [pairs_of(tokenizer, prompt, responses[b], score_eos=score_eos)
             for b in range(len(prompts)) for prompt in prompts[b]]
 
 

@@ -108,14 +108,14 @@ def trained(folder: Path, base: str, spec: TrainSpec, device: str | None = None)
 
 
 def merged_difference(folder: Path, base: str, tokenizer, spec: TrainSpec, prompts: Sequence[Sequence[str]],
-                      responses: Sequence[Sequence[str]], backend: str) -> dict:
-    """How far what `save` left is from what was trained, on texts as of `logprob_matrix`: the largest absolute difference
+                      responses: Sequence[Sequence], backend: str) -> dict:
+    """How far what `save` left is from what was trained, on pairs as of `matrix_by`: the largest absolute difference
     of their log-probs (summed, in nats) under the merged weights and under `base`, rounded as it was in training, with the
     adapter beside it. Both are read from the files and computed in float32, one after the other; where a GPU has no room
     for that, on the CPU: 4 bytes a parameter of the machine's memory."""
     import torch
 
-    from repro.logprobs import logprob_matrix
+    from repro.logprobs import matrix_by, settled
     from repro.training import usable_bytes
 
     def matrix(model):
@@ -123,8 +123,8 @@ def merged_difference(folder: Path, base: str, tokenizer, spec: TrainSpec, promp
         if torch.cuda.is_available() and need < usable_bytes(torch.device("cuda")):
             model.to("cuda")
         with torch.inference_mode():
-            return logprob_matrix(model, tokenizer, prompts, responses, length_normalize=False, score_eos=spec.score_eos,
-                                  backend=backend).cpu()
+            return matrix_by(settled(model, backend), model, tokenizer, prompts, responses, length_normalize=False,
+                             score_eos=spec.score_eos).cpu()
 
     model = trained(folder, base, spec, device="cpu").float()
     beside = matrix(model)

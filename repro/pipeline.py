@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from repro import lora, worker
+from repro import lora, seam, worker
 from repro.config import Experiment, JudgeSpec
 from repro.constitutions import Constitution, constitutions_of
 from repro.endpoint import Endpoint
@@ -141,15 +141,19 @@ def sample(run: Run, iteration: int) -> None:
     run.finish(name, outputs, inputs, responses=len(rows))
 
 
-def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, tuple[Constitution, ...], list[str]]], Counter]:
-    """The sampled pairs that may train, in order, and the dropped ones counted by the first reason that holds."""
+def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, tuple[Constitution, ...], list[dict]]], Counter]:
+    """The sampled pairs that may train, in order, each with its two rows, and the dropped ones counted by the first reason
+    that holds."""
     rows = [row for _, row in read_jsonl(run.folder / training_file(iteration))]
     plan = run.training_plan(iteration)
     kept, dropped = [], Counter()
     for k, (query, pair) in enumerate(plan):
-        responses = [row["text"] for row in rows[2 * k: 2 * k + 2]]
+        both = rows[2 * k: 2 * k + 2]
+        responses = [row["text"] for row in both]
         phrase = next((p for p in run.experiment.sampling.drop_phrases if any(p in r for r in responses)), None)
-        if not all(r.strip() for r in responses):
+        if not all(row.get("closed", True) for row in both):
+            dropped["reasoning not closed"] += 1
+        elif not all(row["text"].strip() and row.get("ids", True) for row in both):
             dropped["empty"] += 1
         elif responses[0].strip() == responses[1].strip():
             dropped["identical"] += 1
@@ -158,7 +162,7 @@ def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, tuple[Cons
         elif run.experiment.sampling.full_stop and not responses[0].rstrip().endswith("."):
             dropped["no full stop"] += 1
         else:
-            kept.append((query, pair, responses))
+            kept.append((query, pair, both))
     return kept, dropped
 
 
@@ -174,10 +178,11 @@ def train_iteration(run: Run, iteration: int) -> None:
     need = spec.train.queries_needed(iteration)
     run.say(f"{name}: {len(kept)} pairs usable, {need} needed"
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
+    seam.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
     pairs = [training.TrainingPair(
-        query=q.id, responses=tuple(" " + r.strip() if spec.model.prompt == "plain" else r.strip() for r in responses),
-        prompts=tuple(run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False) for c in pair))
-        for q, pair, responses in kept]
+        query=q.id, responses=tuple(seam.said(row, " " if spec.model.prompt == "plain" else "") for row in both),
+        prompts=tuple(seam.scored_prompt(run, run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False))
+                      for c in pair)) for q, pair, both in kept]
     worker.write_job(run.folder, iteration, model=run.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:

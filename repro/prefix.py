@@ -1,6 +1,7 @@
 """Token ids of C x R pairs -> one packed sequence that computes each shared prefix once.
 
-1. pair (c, r) of a query -> ids of prompt + response, tokenised jointly, and the position where scoring starts.
+1. pair (c, r) of a query -> ids of prompt + response, and the position where scoring starts. A response is the token ids
+   that were sampled, which follow the prompt's; or a text, tokenised jointly with the prompt.
 2. The R sequences of one constitution share their longest common prefix of token ids (at most the tokens before the
    first scored one): what is *shared* is found on ids, what is *scored* is kept apart from it.
 3. One group per (query, constitution), [prefix | tail 1 | ... | tail R], group after group in one sequence without
@@ -53,6 +54,23 @@ def tokenize_pair(tokenizer, prompt: str, response: str, *, score_eos: bool) -> 
     if len(ids) <= start or start == 0:
         raise ValueError(f"response {response[:40]!r} adds no token to its prompt, or the prompt is empty")
     return Scored(ids, start)
+
+
+def follow(prompt: Sequence[int], response: Sequence[int], end: int | None = None) -> Scored:
+    """The ids of a prompt and then those of a response, as they were sampled; `end`, where given, is appended and scored.
+    Raises ValueError where one of them is empty."""
+    ids = [*prompt, *response, *([] if end is None else [end])]
+    if not prompt or not response:
+        raise ValueError("a response without token ids, or an empty prompt")
+    return Scored(ids, len(prompt))
+
+
+def pairs_of(tokenizer, prompt: str, responses: Sequence[str | Sequence[int]], *, score_eos: bool) -> list[Scored]:
+    """One prompt with each of its responses: token ids by `follow`, text by `tokenize_pair`."""
+    end = tokenizer.eos_token_id if score_eos else None
+    ids = [] if all(isinstance(r, str) for r in responses) else tokenizer(prompt, add_special_tokens=False).input_ids
+    return [tokenize_pair(tokenizer, prompt, r, score_eos=score_eos) if isinstance(r, str) else follow(ids, r, end)
+            for r in responses]
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

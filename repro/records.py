@@ -45,13 +45,15 @@ class Query:
 class Response:
     """One answer: to `query` under constitution `constitution` by the model of `iteration` (0 = initial).
 
-    `tokens` counts generated tokens without the end token; `finished` is False where the length cap cut it.
+    `ids` are its tokens as they were sampled, without the end token (repro/seam.py), which are what is trained and scored:
+    `tokens` counts them. `text` is what they read as. `finished` is False where the length cap cut it.
     """
 
     query: str
     constitution: str
     iteration: int
     text: str
+    ids: list[int]
     tokens: int
     finished: bool
 

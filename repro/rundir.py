@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jinja2
 
-from repro import lora, models, serving
+from repro import lora, models, seam, serving
 from repro.config import Experiment, ModelSpec, config_hash, flatten
 from repro.constitutions import (
     Constitution,
@@ -100,6 +100,13 @@ class Run:
     sampler_url: str | None = None  # a server to sample from that is already there; else the run starts its own
     tensor_parallel: int | None = None  # GPUs that hold a copy of the model together there; by default all
     _started: float = field(default_factory=time.monotonic)
+    _told: set[str] = field(default_factory=set)
+
+    def once(self, text: str) -> None:
+        """Say it, unless it was said before."""
+        if text not in self._told:
+            self._told.add(text)
+            self.say(text)
 
     # ---- inputs, checked before any model loads
 
@@ -122,6 +129,7 @@ class Run:
                             "what stands in for it must be a set too")
         queries, self.dropped = load_queries(spec.data.source, spec=spec.data)
         self.place, self.tokenizer, self.form = self._speaker(spec.model)
+        seam.check(self)
         queries = self._fit(queries)
         self.training = [q for q in queries if q.split == "train"]
         self.held_out = [q for q in queries if q.split == spec.data.evaluation_split]
@@ -205,9 +213,9 @@ class Run:
         return frame
 
     def response_tokens(self) -> int:
-        """Tokens that a sample may have."""
+        """Tokens that a sample may have: of the response, of a chain of thought, of the model's own reasoning."""
         spec = self.experiment.sampling
-        return spec.max_new_tokens + (spec.reasoning_tokens if self.form.cot else 0)
+        return spec.max_new_tokens + spec.reasoning_tokens * (self.form.cot + bool(seam.closing(self)))
 
     def _fit(self, queries: list[Query]) -> list[Query]:
         """The queries as the model can take them: no control tokens, within the context. Decides the backend."""

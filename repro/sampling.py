@@ -1,5 +1,7 @@
 """Prompts -> responses, greedily (the paper samples at temperature 0): by the model in this process, or by a server of it.
 
+What is kept of a sample are its token ids, and beside them the text that they read as (repro/seam.py).
+
 In this process the partition into batches is a fixed function of the prompts, so a resumed run computes the same batches
 and gets the same bytes. A server gets one prompt a request, and what it answered is not asked again.
 """
@@ -11,10 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from repro import probe, serving
+from repro import probe, seam, serving
 from repro.asking import Asker
 from repro.endpoint import Call, Ledger
-from repro.models import control_tokens, end_tokens, plain_decoding
+from repro.models import end_tokens, plain_decoding
 from repro.records import Response, UserError, append_jsonl, digest, read_jsonl, write_jsonl
 from repro.rundir import Run
 
@@ -26,13 +28,13 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0,
-                 seed: int = 0, stop: str | None = None) -> list[dict]:
-    """Responses to one batch, greedy at temperature 0: [{text, tokens, finished}], control tokens dropped from the text.
-    Above 0 they are drawn from the whole distribution, the same ones for the same `seed`. `stop`: a text that ends a
-    response, of which it is a part."""
+                 seed: int = 0, stop: str | None = None, ends: Collection[int] = ()) -> list[dict]:
+    """Responses to one batch, greedy at temperature 0: [{text, ids, tokens, finished}], control tokens dropped from the
+    text. Above 0 they are drawn from the whole distribution, the same ones for the same `seed`. `stop`: a text that ends a
+    response, of which it is a part; `ends`: tokens that end one, beside the tokenizer's and the model's own."""
     import torch
 
-    ends = end_tokens(tokenizer, model)
+    ends = end_tokens(tokenizer, model) | set(ends)
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
@@ -56,43 +58,29 @@ def _plainly(model, ends: Collection[int]) -> Iterator[None]:
 
 
 def answer_of(tokenizer, ids: list[int], ends: Container[int]) -> dict:
-    """{text, tokens, finished} of generated token ids: up to the first of `ends`, where there is one."""
+    """{text, ids, tokens, finished} of generated token ids: up to the first of `ends`, where there is one."""
     length = next((k for k, i in enumerate(ids) if i in ends), len(ids))
     finished, ids = length < len(ids), ids[:length]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    controls = set(control_tokens(tokenizer))
-    first = next((piece for piece in tokenizer.convert_ids_to_tokens(ids) if piece and piece not in controls), "")
-    if first.startswith("\u2581") and not text.startswith(" "):
-        text = " " + text  # SentencePiece's mark of a new word, which decoding drops at the start of a text
-    return {"text": without_controls(tokenizer, text), "tokens": len(ids), "finished": finished}
+    return {"text": seam.text_of(tokenizer, ids), "ids": list(ids), "tokens": length, "finished": finished}
 
 
-def without_controls(tokenizer, text: str) -> str:
-    """The text without control tokens: spelled out, one would turn into the control token later."""
-    controls = control_tokens(tokenizer)
-    while any(control in text for control in controls):
-        for control in controls:
-            text = text.replace(control, "")
-    return text
-
-
-def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int,
-                     batch_size: int = 32, done: Container[int] = ()) -> Iterator[tuple[list[int], list[dict]]]:
+def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 32,
+                     done: Container[int] = (), ends: Collection[int] = ()) -> Iterator[tuple[list[int], list[dict]]]:
     """Greedy responses batch by batch: yields (indices into `prompts`, their answers as of `sample_batch`). A batch
     whose indices are all in `done` is passed over. Models that continue a padded prompt otherwise than alone get one prompt
-    at a time (`repro.probe.pads`)."""
+    at a time (`repro.probe.pads`). `ends`: as of `sample_batch`."""
     batch_size = batch_size if probe.pads(model.config) else 1
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
     for batch in batches(lengths, batch_size):
         if all(i in done for i in batch):
             continue
-        yield batch, sample_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens=max_new_tokens)
+        yield batch, sample_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens=max_new_tokens, ends=ends)
 
 
 def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
     """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. What is already in the partial
     file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
-    form = run.form
+    form, asked = run.form, texts
     texts = [text + " " + form.opening for text in texts] if form.opening else texts
     partial = run.partial(path)
     key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
@@ -106,20 +94,50 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
         for batch, answers in sampled(run, iteration, texts, rows.copy(), name, partial, key):
             for i, answer in zip(batch, answers):
                 query, constitution = jobs[i]
-                whole = form.opening + answer["text"]
-                text = form.response(whole)
-                if text != whole:  # its length is that of what is left; the format ended it
-                    finished = answer["finished"] or (form.kind == "plain" and not whole.rstrip().endswith(text))
-                    answer = answer | {"finished": finished}
-                if text != answer["text"]:
-                    answer = answer | {"text": text,
-                                       "tokens": len(run.tokenizer(text, add_special_tokens=False).input_ids)}
-                rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration,
-                                          **answer)) | ({"sampled": whole} if form.cot else {})
+                said, more = _kept(run, asked[i], answer)
+                rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration, **said)) | more
             append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
     ordered = [rows[i] for i in range(len(jobs))]
+    if anew := sum(bool(row.get("retokenised")) for row in ordered):
+        run.say(f"{name}: the form cut {anew} of {len(ordered)} responses inside a token; what it left of it is tokenised "
+                "anew")
     write_jsonl(path, ordered)
     return ordered
+
+
+def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
+    """Of one sample (an `answer` as of `sample_batch` to the prompt and the form's opening) what its row says of the
+    response (`Response`) and beside it: "reasoning" that stood before it in the sample and whether it is "closed", all that
+    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token."""
+    form, tokenizer, spec, more = run.form, run.tokenizer, run.experiment.sampling, {}
+    ids, text, finished = answer.get("ids"), answer["text"], answer["finished"]
+    if closing := seam.closing(run):
+        ids, reasoning, closed = seam.after(ids, closing, run.speaker.opened)
+        most = run.response_tokens() - spec.reasoning_tokens
+        if reasoning is not None:
+            closed = closed and len(reasoning) <= spec.reasoning_tokens
+            more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
+        if not closed:
+            return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
+        ids, finished = ids[:most], finished and len(ids) <= most
+        text = seam.text_of(tokenizer, ids)
+    whole = form.opening + text
+    text = form.response(whole)
+    if form.cot:
+        more = more | {"sampled": whole}
+    if text != whole:  # the format ended it
+        finished = finished or (form.kind == "plain" and not whole.rstrip().endswith(text))
+    start = whole.index(text, whole.index(form.mark) + len(form.mark)) if form.cot and text else 0
+    given = form.opening[start: len(text)]  # the part of the response that the sample was opened with
+    before = seam.in_context(tokenizer, prompt, " " + given) if given else []
+    start, end = (max(0, at - len(form.opening)) for at in (start, start + len(text)))  # in what was sampled
+    if ids is None:  # it came as text
+        space = " " if form.cot and form.kind == "plain" and text else ""
+        ids = seam.in_context(tokenizer, prompt + " " * bool(given) + given, space + text[len(given):])
+    elif text != whole:
+        ids, anew = seam.cut(tokenizer, ids, start, end)
+        more = more | ({"retokenised": True} if anew else {})
+    return {"text": text, "ids": before + ids, "tokens": len(before + ids), "finished": finished}, more
 
 
 def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: str, *_) -> Iterator[tuple]:
@@ -127,7 +145,7 @@ def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: 
     with run.model(iteration, spec.dtype) as model, tqdm(
             total=len(texts), initial=len(done), desc=name, unit="response") as bar:
         for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=run.response_tokens(),
-                                               batch_size=spec.batch_size, done=done):
+                                               batch_size=spec.batch_size, done=done, ends=seam.ends(run)):
             yield batch, answers
             bar.update(len(batch))
 
@@ -137,10 +155,13 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     """One request a prompt; each is kept in the partial file with its raw answer as it arrives."""
     spec, most = run.experiment.sampling, run.response_tokens()
     todo = [i for i in range(len(texts)) if i not in done]
-    ends = end_tokens(run.tokenizer, run.place)
+    ends = end_tokens(run.tokenizer, run.place) | seam.ends(run)
     requests = {i: serving.request(spec.engine, run.tokenizer, texts[i], most, ends, run.form.stops) for i in todo}
     calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
     ledger = Ledger(partial, {"sampler": spec.engine})
+    if spec.engine == "server":
+        run.once("the server answers with text: what is trained and scored are the token ids of that text behind its "
+                 "prompt, which need not be those that were sampled (--sampler vllm gives them)")
     if any(call.key not in ledger.answers for call in calls.values()):
         longest = max(len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids)
         with serving.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,

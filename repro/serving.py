@@ -118,8 +118,9 @@ def request(engine: str, tokenizer, text: str, max_tokens: int, ends: Collection
 
 
 def read_answer(engine: str, tokenizer, answer: dict, ends: Collection[int]) -> dict:
-    """{text, tokens, finished} of a server's answer, as of `sample_batch`."""
-    from repro.sampling import answer_of, without_controls
+    """{text, tokens, finished} of a server's answer, as of `sample_batch`; with its `ids` where the server gives them."""
+    from repro.sampling import answer_of
+    from repro.seam import without_controls
 
     choice = answer["choices"][0]
     finished = choice["finish_reason"] == "stop"

@@ -38,11 +38,12 @@ PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 @dataclass(frozen=True)
 class TrainingPair:
-    """One query's example: C rendered prompts and R responses; in training R = C, response j sampled under prompt j."""
+    """One query's example: C rendered prompts and R responses; in training R = C, response j sampled under prompt j. A
+    response is the token ids that were sampled, or a text (repro/prefix.py)."""
 
     query: str
     prompts: tuple[str, ...]
-    responses: tuple[str, ...]
+    responses: tuple[str | tuple[int, ...], ...]
 
 
 def weights_dtype(spec: TrainSpec) -> str:

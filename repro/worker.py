@@ -191,7 +191,8 @@ def _job(folder: Path, name: str):
     from repro.training import TrainingPair
 
     job = read_json(folder / name)
-    pairs = [TrainingPair(p["query"], tuple(p["prompts"]), tuple(p["responses"])) for p in job["pairs"]]
+    pairs = [TrainingPair(p["query"], tuple(p["prompts"]), tuple(
+        r if isinstance(r, str) else tuple(r) for r in p["responses"])) for p in job["pairs"]]
     return job, TrainSpec(**job["train"]), pairs
 
 

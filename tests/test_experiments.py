@@ -148,7 +148,7 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
     """The first loss of iteration 3 is the initial model's on its first batch, not that of iteration 2's model; and six
     RMSprop steps, each at most 10 learning rates (the least denominator is sqrt(0.01 g^2)), bound how far it moves."""
     from repro import training
-    from repro.logprobs import logprob_matrix
+    from repro.logprobs import matrix_by
     from repro.losses import symmetric_infonce
     from repro.pipeline import usable_pairs
     from repro.rundir import Run
@@ -162,8 +162,8 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
     with training.matmul_precision(model, experiment.train.precision):
         for query, pair, responses in kept[:experiment.train.batch_size]:
             prompts = [shared.prompt(c, query, experiment.seed, 3, "train", c.id, sample=False) for c in pair]
-            losses.append(symmetric_infonce(logprob_matrix(
-                model, shared.tokenizer, [prompts], [[r.strip() for r in responses]], length_normalize=True,
+            losses.append(symmetric_infonce(matrix_by(
+                "reference", model, shared.tokenizer, [prompts], [[r["ids"] for r in responses]], length_normalize=True,
                 score_eos=False)).item())
     trace = json.loads((folder / "run.json").read_text())["stages"]["train-3"]["trace"]
     assert trace[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
@@ -351,7 +351,7 @@ def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
     kept, dropped = usable_pairs(shared, 3)
     assert dropped == {"empty": 2, "identical": 1, "phrase 'sorry'": 1, "phrase ']'": 1}
     assert [(q, c) for q, c, _ in kept] == plan[5:]
-    assert all(r == ["a", "b"] for _, _, r in kept)
+    assert all([row["text"] for row in r] == ["a", "b"] for _, _, r in kept)
 
 
 def test_identical_responses_tie_under_every_judge(finished, tmp_path):

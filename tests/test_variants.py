@@ -275,7 +275,8 @@ def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch):
 
     def thinking(model, tokenizer, prompts, **more):
         asked.extend(prompts)
-        return [a | {"text": f"Let me think. Summary: {a['text']}"} for a in plain(model, tokenizer, prompts, **more)]
+        first = tokenizer("Let me think. Summary: ").input_ids
+        return [sampling.answer_of(tokenizer, first + a["ids"], {2}) for a in plain(model, tokenizer, prompts, **more)]
 
     monkeypatch.setattr(sampling, "sample_batch", thinking)
     experiment = dataclasses.replace(small(cli.load_experiment("exp3", "mini")[0], tiny), cot=True)
@@ -288,7 +289,7 @@ def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch):
     shared = prepared(experiment, folder)
     assert isinstance(shared.constitutions, Pool)
     query, pair, responses = usable_pairs(shared, 1)[0][0]
-    assert not any("think" in r for r in responses)
+    assert not any("think" in r["text"] or "think" in shared.tokenizer.decode(r["ids"]) for r in responses)
     assert ask not in shared.prompt(pair[0], query, "train", sample=False)
     assert {r["cot"] for r in json.loads((folder / "metrics.json").read_text())} == {True}
     assert cli.configure(cli.Run("exp3", cot=True))[0].name == "exp3_diverse_cot"

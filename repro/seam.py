@@ -1,0 +1,141 @@
+"""Where a prompt ends and an answer begins, on token ids: what is sampled is what is trained and scored, and text is for
+reading.
+
+1. A sample's ids, up to the end token, are its response (`repro.sampling.answer_of`); their text is decoded (`text_of`).
+2. A model that reasons: what follows the marker that closes the reasoning, found on ids (`after`).
+3. Where the form keeps a part of the text, the same part of the ids (`cut`).
+4. Trained and scored are the prompt's ids and then these ids (`repro.prefix`): nothing is tokenised twice.
+
+An answer that came as text (`--sampler server`) has the ids that its text has behind its prompt (`in_context`).
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+from repro.models import control_tokens
+from repro.records import UserError
+
+
+def closing(run) -> tuple[tuple[int, ...], ...]:
+    """The id sequences after which a response of the run's model begins; none where it does not reason."""
+    return getattr(getattr(run, "speaker", None), "closing", ())
+
+
+def ends(run) -> frozenset[int]:
+    """Ids that end a turn by the chat template, beside those of the tokenizer and the model's files."""
+    return frozenset(getattr(getattr(run, "speaker", None), "ends", ()))
+
+
+def check(run) -> None:
+    """Raise UserError where reasoning could not be told from the response."""
+    if closing(run) and run.experiment.sampling.engine == "server":
+        raise UserError("--sampler server: this model reasons before it responds, and such a server gives text, from which "
+                        "the end of the reasoning may be gone; use --sampler vllm or transformers, which give token ids")
+
+
+def scored_prompt(run, text: str) -> str:
+    """The prompt under which responses are scored and trained: without the reasoning, and, where the model reasons, behind
+    the marker that closes it, as they were sampled; where the prompt itself has closed it, it is as it is."""
+    mark = run.tokenizer.decode(closing(run)[0]) if closing(run) else ""
+    return text if text.rstrip().endswith(mark.strip()) else text + mark
+
+
+def said(row: dict, space: str = "") -> str | tuple[int, ...]:
+    """What is trained and scored of a response's row: the ids that were sampled. An empty response is scored as "."; a row
+    without ids, made before they were kept, by its text: both behind `space`."""
+    return tuple(row.get("ids") or ()) or space + (row["text"].strip() or ".")
+
+
+def tell_old(run, rows: Sequence[dict], name: str) -> None:
+    """Say, once a run, where rows have no ids."""
+    if any(row.get("ids") is None for row in rows):
+        run.once(f"{name}: responses without token ids, made before they were kept: their text is tokenised")
+
+
+def text_of(tokenizer, ids: Sequence[int]) -> str:
+    """The text of sampled ids, control tokens dropped."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    controls = set(control_tokens(tokenizer))
+    first = next((piece for piece in tokenizer.convert_ids_to_tokens(ids) if piece and piece not in controls), "")
+    if first.startswith("\u2581") and not text.startswith(" "):
+        text = " " + text  # SentencePiece's mark of a new word, which decoding drops at the start of a text
+    return without_controls(tokenizer, text)
+
+
+def without_controls(tokenizer, text: str) -> str:
+    """The text without control tokens: spelled out, one would turn into the control token later."""
+    controls = control_tokens(tokenizer)
+    while any(control in text for control in controls):
+        for control in controls:
+            text = text.replace(control, "")
+    return text
+
+
+def after(ids: Sequence[int], closing: Sequence[Sequence[int]], opened: bool) -> tuple[list[int], list[int] | None, bool]:
+    """(response, reasoning, closed) of sampled ids: what follows the first of the id sequences `closing`, and what stands
+    before it. Without one, the sample is all reasoning, not closed, where the prompt has `opened` it; else all response,
+    and the reasoning None. On ids, since decoding drops a marker that is a special token."""
+    ids = list(ids)
+    found = [(k + len(mark), -len(mark)) for mark in map(list, closing) if mark
+             for k in range(len(ids) - len(mark) + 1) if ids[k: k + len(mark)] == mark]
+    if found:
+        end, length = min(found)  # of two that end together the longer one: its beginning is no reasoning
+        return ids[end:], ids[: end + length], True
+    return ([], ids, False) if opened else (ids, None, True)
+
+
+def cut(tokenizer, ids: Sequence[int], start: int, end: int) -> tuple[list[int], bool]:
+    """The ids of the characters [start, end) of `text_of(ids)`, and whether any of them were tokenised anew.
+
+    The shortest run of ids whose text holds these characters. White space that its first and last tokens have beyond them
+    stays, as it was sampled. Where they have anything else (the format's "###" behind a full stop, in one token), the part
+    of that token within the cut is tokenised anew in its context: no sampled id stands for it.
+    """
+    ids = list(ids)
+    if start >= end:
+        return [], False
+    whole, texts = text_of(tokenizer, ids), {0: ""}
+
+    def text(k: int) -> str:
+        if k not in texts:
+            texts[k] = text_of(tokenizer, ids[:k])
+        return texts[k]
+
+    def held(k: int) -> int:
+        """Characters of the whole text that the first k ids have settled: not the first bytes of one."""
+        return common(text(k), whole)
+
+    def border(k: int) -> bool:
+        return len(text(k)) == held(k)  # else it is in the middle of a character's bytes
+
+    points = range(len(ids) + 1)
+    first, last = bisect_right(points, start, key=held) - 1, bisect_left(points, end, key=held)
+    first = next(k for k in range(first, -1, -1) if border(k))
+    inner, outer = first, last  # between these the ids are kept
+    if whole[held(first): start].strip():
+        inner = next((k for k in range(first + 1, last) if border(k) and held(k) >= start), last)
+    if text(last)[end:].strip():
+        outer = next(k for k in range(last - 1, -1, -1) if border(k) and held(k) <= end)
+    if (inner, outer) == (first, last):
+        return ids[first:last], False
+    if inner > outer:
+        return in_context(tokenizer, "", whole[start:end]), True
+    head = in_context(tokenizer, "", whole[start: min(held(inner), end)]) if inner > first else []
+    tail = in_context(tokenizer, whole[:held(outer)], whole[held(outer): end]) if outer < last else []
+    return head + ids[inner:outer] + tail, True
+
+
+def common(a: str, b: str) -> int:
+    """Length of the longest common beginning."""
+    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def in_context(tokenizer, before: str, text: str) -> list[int]:
+    """The ids of `text` behind `before`: those that the two have together beyond those of `before`. Where the tokens of
+    `before` change once `text` follows them, or there is none, those behind a line's end, where a word begins by itself."""
+    for anchor in (before, "\n"):
+        own = tokenizer(anchor, add_special_tokens=False).input_ids
+        ids = tokenizer(anchor + text, add_special_tokens=False).input_ids
+        if own and ids[: len(own)] == own and (len(ids) > len(own) or not text):
+            return ids[len(own):]
+    return tokenizer(text, add_special_tokens=False).input_ids
