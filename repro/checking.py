@@ -149,7 +149,7 @@ def _lengths(folder: Path) -> list[str]:
     wrong, eos = [], Experiment.from_json(read_json(folder / "run.json")["config"]).train.score_eos
     for path in sorted((folder / "responses").glob("*.jsonl")):
         rows = [row for _, row in read_jsonl(path)]
-        wrong += [f"responses/{path.name}: the response to {row['query']} has {len(row['ids'])} token ids, not {row['tokens']}"
+        wrong += [f"responses/{path.name}: {row['query']}: {len(row['ids'])} token ids, not {row['tokens']}"
                   for row in rows if row.get("ids") is not None and len(row["ids"]) != row["tokens"]]
         scored = folder / "logprobs" / path.name
         counts = [n for _, row in read_jsonl(scored) for n in row["tokens"]] if scored.is_file() else []

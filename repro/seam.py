@@ -101,16 +101,17 @@ def cut(tokenizer, ids: Sequence[int], start: int, end: int) -> tuple[list[int],
             texts[k] = text_of(tokenizer, ids[:k])
         return texts[k]
 
-    def held(k: int) -> int:
-        """Characters of the whole text that the first k ids have settled: not the first bytes of one."""
-        return common(text(k), whole)
-
     def border(k: int) -> bool:
-        return len(text(k)) == held(k)  # else it is in the middle of a character's bytes
+        return whole.startswith(text(k))  # else it is in the middle of a character's bytes
+
+    def held(k: int) -> int:
+        """Characters of the whole text that the first k ids have settled: not the first bytes of one, of which there are at
+        most 3 (and which make SentencePiece's decoder drop the whole characters right before them)."""
+        return max(common(text(j), whole) for j in range(k if border(k) else max(0, k - 3), k + 1))
 
     points = range(len(ids) + 1)
     first, last = bisect_right(points, start, key=held) - 1, bisect_left(points, end, key=held)
-    first = next(k for k in range(first, -1, -1) if border(k))
+    first = next(k for k in range(first, -1, -1) if border(k) and held(k) <= start)
     inner, outer = first, last  # between these the ids are kept
     if whole[held(first): start].strip():
         inner = next((k for k in range(first + 1, last) if border(k) and held(k) >= start), last)
