@@ -130,8 +130,12 @@ def test_what_is_trained_and_scored_is_what_was_sampled(kind, tmp_path, spied):
     folder = run(experiment, tmp_path / "out", say=lambda line: None)
     shared = Run(experiment, folder, lambda line: None)
     shared.check()
-    assert len(set(sampled)) > 8 and given
-    assert {response for _, response in given} <= set(sampled)
+    begun = set(sampled) | {s[:k] for s in sampled for k in range(len(s))}
+    assert len(set(sampled)) > (2 if tokens == 1 else 8) and given
+    if cue:
+        assert {response for _, response in given} <= set(sampled)
+    else:  # the format cuts some; of a token that holds a "." and the format's "###", the "." is left
+        assert all(response in begun or response[:-1] in begun and tokenizer.decode(response[-1:]) == "." for _, response in given)
     # and not by accident: tokenised anew, most would be other ids, or none
     anew = [tuple(tokenizer(tokenizer.decode(p) + tokenizer.decode(r), add_special_tokens=False).input_ids) for p, r in given]
     assert sum(a != p + r for a, (p, r) in zip(anew, given)) > len(given) / 4 or cue != "ASSISTANT: "
@@ -141,7 +145,7 @@ def test_what_is_trained_and_scored_is_what_was_sampled(kind, tmp_path, spied):
         texts = [shared.prompt(c, item.query, "evaluation", sample=True) for item in shared.items() for c in item.constitutions]
         for row, text in zip(rows, texts):
             assert (tuple(tokenizer(text, add_special_tokens=False).input_ids), tuple(row["ids"])) in given
-            assert sampling.seam.text_of(tokenizer, row["ids"]).strip() == row["text"].strip()
+            assert seam.text_of(tokenizer, row["ids"]).strip() == row["text"].strip()
     kept, _ = usable_pairs(shared, 1)
     for query, pair, both in kept[: experiment.train.queries_needed(1)]:
         for c in pair:
