@@ -307,7 +307,7 @@ class Run:
                 return
         self.record = {"config": self.experiment.to_json(), "config_hash": hash, "inputs": inputs, "commit": commit(),
                        **here, "seeds": [self.experiment.seed], "values": "measured", "backend": self.backend,
-                       "spoken": {k: s.facts() for k, s in self.speakers.items() if s.name},
+                       "spoken": {k: s.facts() for k, s in self.speakers.items() if s.cue},
                        "dropped_queries": dict(self.dropped), "not_run": [*self.experiment.not_run, *self._without_rule()],
                        "stages": {}}
         write_json(path, checked(self.record))

@@ -86,11 +86,11 @@ class Speaker:
         return cls(tokenizer, bos=opened(tokenizer))
 
     @classmethod
-    def of(cls, tokenizer, *, reasoning: bool = False, date: str | None = None, name: str = "",
+    def of(cls, tokenizer, *, reasoning: bool = False, date: str | None = None, name: str | None = None,
            flag: str = "--prompt chat", instead: str = "use --prompt plain") -> "Speaker":
         """Decide. `date`: ISO, by default today's. Raises UserError where the template cannot be spoken through, or
         `reasoning` cannot be had. `flag` and `instead` begin and end what it says."""
-        name = name or str(getattr(tokenizer, "name_or_path", ""))
+        name = str(getattr(tokenizer, "name_or_path", "")) if name is None else name
         draft = cls(tokenizer, name, instead=instead, date=date or Date.today().isoformat())
         try:
             draft = draft._laid_out()._switched(reasoning)
@@ -100,6 +100,10 @@ class Speaker:
             return draft if len(dated) > 1 else replace(draft, date=None)
         except _Mute as e:
             raise UserError(f"{flag}: {e}; {instead}") from e
+
+    @property
+    def _whose(self) -> str:
+        return f" of {self.name}" if self.name else ""
 
     # ---- what everything else asks
 
@@ -113,14 +117,14 @@ class Speaker:
         try:
             out = self._render(messages)
         except Exception as e:  # the template's own: by its checks of roles, or a mistake in it
-            raise UserError(f"the chat template of {self.name} does not take a text ({_reason(e)}); reword it, or "
+            raise UserError(f"the chat template{self._whose} does not take a text ({_reason(e)}); reword it, or "
                             f"{self.instead}") from e
         for m in messages:
             if m["content"].strip() not in out:
-                raise UserError(f"the chat template of {self.name} alters a {m['role']}'s text "
+                raise UserError(f"the chat template{self._whose} alters a {m['role']}'s text "
                                 f"{_where(m['content'].strip(), out)}; reword it, or {self.instead}")
         if not out.endswith(self.cue):
-            raise UserError(f"the chat template of {self.name} ends its prompt in another way for this text "
+            raise UserError(f"the chat template{self._whose} ends its prompt in another way for this text "
                             f"({out[-40:]!r}, not {self.cue[-40:]!r}); reword it, or {self.instead}")
         return out
 
@@ -168,8 +172,8 @@ class Speaker:
                         return draft
                     lost = lost or ("a system's" if user in out else "a user's")
         if lost is None:
-            raise _Mute(f"the tokenizer of {self.name} has no chat template that takes a user turn ({_reason(failure)})")
-        raise _Mute(f"the chat template of {self.name} leaves {lost} text out of the prompt, given as text or as parts")
+            raise _Mute(f"the tokenizer{self._whose} has no chat template that takes a user turn ({_reason(failure)})")
+        raise _Mute(f"the chat template{self._whose} leaves {lost} text out of the prompt, given as text or as parts")
 
     def _switched(self, reasoning: bool) -> "Speaker":
         """With the variable passed that switches reasoning off, or on: found by what it changes."""
@@ -222,7 +226,7 @@ class Speaker:
         missing = head is not None and head.startswith(cue.rstrip()) and head[len(cue.rstrip()):].strip() and not (
             re.search("assistant|model|bot|gpt|response", last, re.I))
         if with_cue == without and (missing or not cue.strip()):
-            raise _Mute(f"the chat template of {self.name} gives the model no place to answer (it does nothing for "
+            raise _Mute(f"the chat template{self._whose} gives the model no place to answer (it does nothing for "
                         f"add_generation_prompt; its prompts end in {with_cue[-20:]!r})")
         return cue
 
@@ -252,13 +256,13 @@ class Speaker:
         said = "" if self.idle or re.search("response|final|answer", told, re.I) else own_text(self.tokenizer)
         closers = [m for m in BRACKET.findall(said) if re.search(WORD, m, re.I) and CLOSES.search(m) and " " not in m]
         closes = wrapper if wrapper and between.endswith(wrapper) else between or next(iter(closers), "") or (
-            mirrored(self.cue) if state == "opened" else "")
+            mirrored(self.cue) or mirrored(said) if state == "opened" or (reasoning and self.switch) else "")
         reasons = state == "opened" or (state == "" and bool(closes) and (reasoning or not self.switch))
         if reasoning and not reasons:
-            raise UserError(f"--reasoning: the chat template of {self.name} has no switch for reasoning that does anything "
+            raise UserError(f"--reasoning: the chat template{self._whose} has no switch for reasoning that does anything "
                             "here, and shows none; leave --reasoning out")
         if reasons and not closes:
-            raise _Mute(f"the chat template of {self.name} opens reasoning that nothing switches off ({self.cue[-30:]!r}) "
+            raise _Mute(f"the chat template{self._whose} opens reasoning that nothing switches off ({self.cue[-30:]!r}) "
                         "and does not say how it is closed")
         mark = closes if reasons else wrapper if BRACKET.search(wrapper) else ""
         closing = sequences(self.tokenizer, mark) if mark else ()

@@ -135,13 +135,17 @@ def state_of(cue: str) -> str:
     return "closed" if CLOSES.search(last[0]) or BRACKET.search(cue, last.end()) else "opened"
 
 
-def mirrored(cue: str) -> str:
-    """The mark that closes what the last mark of a cue opens, by the habits of marks; "" where it has no such form."""
-    mark = next((m[0] for m in reversed(list(BRACKET.finditer(cue))) if re.search(WORD, m[0], re.I)), "")
-    for a, b in ((r"begin", "end"), (r"BEGIN", "END"), (r"start", "end"), (r"START", "END")):
-        if a in mark:
-            return mark.replace(a, b)
-    return mark and not mark.startswith("<|") and f"{mark[0]}/{mark[1:]}" or ""
+def mirrored(text: str) -> str:
+    """The mark that closes what the last opening mark of reasoning in a text opens, by the habits of marks; "" where it has
+    no such form, or there is none."""
+    mark = next((m[0] for m in reversed(list(BLOCK.finditer(text)))
+                 if re.search(WORD, m[0], re.I) and not CLOSES.search(m[0]) and " " not in m[0]), "")
+    if turned := re.fullmatch(r"<\|(\w+)>\w*", mark):  # Gemma 4: <|channel>thought ... <channel|>
+        return f"<{turned[1]}|>"
+    for opens, closes in (("begin", "end"), ("BEGIN", "END"), ("start", "end"), ("START", "END")):
+        if opens in mark:
+            return mark.replace(opens, closes)
+    return "" if mark.startswith("<|") or not mark else f"{mark[0]}/{mark[1:]}"
 
 
 def sequences(tokenizer, mark: str) -> tuple[tuple[int, ...], ...]:

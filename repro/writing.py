@@ -71,7 +71,7 @@ class LocalWriter:
 def speaker_of_writer(tokenizer, name: str, date: str | None = None) -> Speaker:
     """How a writer on this machine is spoken to. Raises UserError where it reasons in any case: it has to continue a text
     that is begun for it."""
-    speaker = Speaker.of(tokenizer, date=date, name="it", flag=f"writer {name}",
+    speaker = Speaker.of(tokenizer, date=date, name="", flag=f"writer {name}",
                          instead="a writer must be instruction-tuned")
     if speaker.closing:
         raise UserError(f"writer {name}: it writes {speaker.mark!r} before it responds, which nothing switches off; choose "
