@@ -69,6 +69,13 @@ def test_reasoning_is_switched_off_by_what_the_template_knows(cue, switch, on, t
         assert thinking.reasons and thinking.closing and thinking.switch in (on, {}) and asked(thinking) != asked(speaker)
 
 
+def test_reasoning_that_the_template_only_mentions_ends_with_the_mirror_of_its_beginning():
+    cue = "<|turn>model\n{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}"
+    speaker = speaker_of(EACH + CUE.replace("<|im_start|>assistant\n", cue), reasoning=True)
+    assert speaker.switch == {"enable_thinking": True} and speaker.reasons and not speaker.opened
+    assert speaker.mark == "<channel|>" and asked(speaker).endswith("<|turn>model\n")
+
+
 def test_a_system_text_may_switch_too():
     template = "{{ 'Deliberation: ' + ('on' if enable_thinking else 'off') }}\n" + EACH + CUE
     assert "Deliberation: off" in asked(speaker_of(template)) and speaker_of(template).switch == {"enable_thinking": False}
