@@ -121,7 +121,7 @@ class Speaker:
                             f"{self.instead}") from e
         for m in messages:
             if m["content"].strip() not in out:
-                raise UserError(f"the chat template{self._whose} alters a {m['role']}'s text "
+                raise UserError(f"the chat template{self._whose} alters the {m['role']}'s text "
                                 f"{_where(m['content'].strip(), out)}; reword it, or {self.instead}")
         if not out.endswith(self.cue):
             raise UserError(f"the chat template{self._whose} ends its prompt in another way for this text "

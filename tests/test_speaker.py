@@ -193,7 +193,7 @@ def test_content_is_given_as_parts_where_a_text_is_lost(template, content):
 def test_a_text_that_is_rendered_otherwise_is_refused(change, query):
     speaker = speaker_of(EACH.replace("m.content", f"(m.content if m.role != 'user' else m.content{change})") + CUE) if (
         change != "|title") else speaker_of(EACH.replace("{{ m.content", "{{ m.content if m.content[:1] != 'w' else m.content|title") + CUE)
-    with pytest.raises(UserError, match="the chat template of m alters a user's text .* leaves out or changes .* use --prompt plain"):
+    with pytest.raises(UserError, match="the chat template of m alters the user's text .* leaves out or changes .* use --prompt plain"):
         asked(speaker, query)
 
 
@@ -337,7 +337,7 @@ def test_whether_the_template_renders_an_answer_as_it_was_sampled(template, why)
 # ---- in a run
 
 @pytest.mark.parametrize("template, reason", [
-    (EACH.replace("m.content", "m.content.replace('gravel', '')") + CUE, r"(queries|embedded|weeds|\w+).*alters a user's text"),
+    (EACH.replace("m.content", "m.content.replace('gravel', '')") + CUE, r"(queries|embedded|weeds|\w+).*alters the user's text"),
     ("{{ messages|length }}<assistant>", "--prompt chat: .* leaves a user's text out"), (EACH, "--prompt chat: .* no place to answer"),
     ("{% for t in tools %}{% endfor %}" + EACH + CUE, "--prompt chat: .*TypeError")])
 def test_a_run_is_refused_before_anything_is_written(template, reason, tmp_path):
