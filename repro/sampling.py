@@ -113,14 +113,16 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     was "sampled" with chain of thought, "retokenised" where the form cut it inside a token."""
     form, tokenizer, spec, more = run.form, run.tokenizer, run.experiment.sampling, {}
     ids, text, finished = answer.get("ids"), answer["text"], answer["finished"]
-    if closing := seam.closing(run):
-        ids, reasoning, closed = seam.after(ids, closing, run.speaker.opened)
+    if run.speaker.closing:
+        ids, reasoning, closed = seam.after(ids, run.speaker.closing, run.speaker.opened)
         most = run.response_tokens() - spec.reasoning_tokens
         if reasoning is not None:
             closed = closed and len(reasoning) <= spec.reasoning_tokens
             more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
         if not closed:
             return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
+        ended = next((k for k, i in enumerate(ids) if i in run.speaker.ends_both), None)  # nothing could stop at it before
+        ids, finished = ids[:ended], finished or ended is not None
         ids, finished = ids[:most], finished and len(ids) <= most
         text = seam.text_of(tokenizer, ids)
     whole = form.opening + text
@@ -147,7 +149,7 @@ def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: 
     with run.model(iteration, spec.dtype) as model, tqdm(
             total=len(texts), initial=len(done), desc=name, unit="response") as bar:
         for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=run.response_tokens(),
-                                               batch_size=spec.batch_size, done=done, ends=seam.ends(run)):
+                                               batch_size=spec.batch_size, done=done, ends=run.speaker.ends):
             yield batch, answers
             bar.update(len(batch))
 
@@ -157,7 +159,7 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     """One request a prompt; each is kept in the partial file with its raw answer as it arrives."""
     spec, most = run.experiment.sampling, run.response_tokens()
     todo = [i for i in range(len(texts)) if i not in done]
-    ends = end_tokens(run.tokenizer, run.place) | seam.ends(run)
+    ends = end_tokens(run.tokenizer, run.place) | run.speaker.ends
     requests = {i: serving.request(spec.engine, run.tokenizer, texts[i], most, ends, run.form.stops) for i in todo}
     calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
     ledger = Ledger(partial, {"sampler": spec.engine})

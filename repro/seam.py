@@ -16,27 +16,17 @@ from repro.models import control_tokens
 from repro.records import UserError
 
 
-def closing(run) -> tuple[tuple[int, ...], ...]:
-    """The id sequences after which a response of the run's model begins; none where it does not reason."""
-    return getattr(getattr(run, "speaker", None), "closing", ())
-
-
-def ends(run) -> frozenset[int]:
-    """Ids that end a turn by the chat template, beside those of the tokenizer and the model's files."""
-    return frozenset(getattr(getattr(run, "speaker", None), "ends", ()))
-
-
 def check(run) -> None:
-    """Raise UserError where reasoning could not be told from the response."""
-    if closing(run) and run.experiment.sampling.engine == "server":
-        raise UserError("--sampler server: this model reasons before it responds, and such a server gives text, from which "
-                        "the end of the reasoning may be gone; use --sampler vllm or transformers, which give token ids")
+    """Raise UserError where what stands before a response could not be told from it."""
+    if run.speaker.closing and run.experiment.sampling.engine == "server":
+        raise UserError(f"--sampler server: this model writes {run.speaker.mark!r} before it responds, which may be gone "
+                        "from the text that such a server gives; use --sampler vllm or transformers, which give token ids")
 
 
 def scored_prompt(run, text: str) -> str:
     """The prompt under which responses are scored and trained: without the reasoning, and, where the model reasons, behind
     the marker that closes it, as they were sampled; where the prompt itself has closed it, it is as it is."""
-    mark = run.tokenizer.decode(closing(run)[0]) if closing(run) else ""
+    mark = run.tokenizer.decode(run.speaker.closing[0]) if run.speaker.closing else ""
     return text if text.rstrip().endswith(mark.strip()) else text + mark
 
 

@@ -14,7 +14,7 @@ LAYERS = ["kernels", "repro", "experiments"]  # each may import those before it,
 NO_TORCH = {"metrics", "published", "checking", "archive", "beyond", "readers_page", "figures", "run_figures", "report", "records",
             "config", "datasets", "constitutions", "prompts", "rules", "writing", "judging", "endpoint", "asking",
             "llm_judge", "admission", "shapes", "sizes", "plan", "plan_page", "rundir", "pipeline", "evaluation", "sampling", "serving", "models",
-            "lora", "worker", "cli", "flags", "configure"}
+            "lora", "worker", "cli", "flags", "configure", "speaker", "template"}
 
 
 def sources(folder: str) -> list[Path]:

@@ -4,7 +4,6 @@ join across that place, or stop short of it."""
 import dataclasses
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -266,13 +265,15 @@ def test_what_follows_the_closing_marker_is_the_response(ids, opened, response, 
     assert seam.after(ids, ((91,), (92, 93, 94), (90, 92, 93, 94), ()), opened) == (response, reasoning, closed)
 
 
-@dataclass(frozen=True)
-class Speaker:
-    """As far as sampling asks it."""
+def spoken_to(monkeypatch, **how) -> None:
+    """Every run's model with another `closing`, `opened`, ..."""
+    decided = Run._speaker
 
-    closing: tuple[tuple[int, ...], ...] = ()
-    opened: bool = False
-    ends: frozenset[int] = frozenset()
+    def speaker(self, spec):
+        *others, found = decided(self, spec)
+        return *others, dataclasses.replace(found, **how)
+
+    monkeypatch.setattr(Run, "_speaker", speaker)
 
 
 def thinking(tmp_path, monkeypatch, said, *, opened=True, ends=()):
@@ -282,7 +283,7 @@ def thinking(tmp_path, monkeypatch, said, *, opened=True, ends=()):
     tokenizer = made("bpe", "ASSISTANT: <think>")
     tokenizer.add_tokens([AddedToken("<think>", special=True), AddedToken("</think>", special=True)], special_tokens=True)
     close = tokenizer.convert_tokens_to_ids("</think>")
-    monkeypatch.setattr(Run, "speaker", Speaker(((close,),), opened, frozenset(ends)), raising=False)
+    spoken_to(monkeypatch, closing=((close,),), opened=opened, mark="</think>", ends=frozenset(), ends_both=frozenset(ends))
     number = iter(range(10**6))
     monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, ends, max_new_tokens, **more: [
         sampling.answer_of(tokenizer, said(next(number), close)[:max_new_tokens], {2, *ends}) for _ in prompts])
@@ -321,10 +322,17 @@ def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch):
     """Where the prompt has not opened it, an answer without the marker is a response; it has the response's cap."""
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [10, close, 20 + k % 9] if k % 2 else [20 + k % 9] * 5,
                                             opened=False)
-    monkeypatch.setattr(Run, "controls", lambda self: [])
     folder = run(experiment, tmp_path / "out", say=lambda line: None)
     rows = rows_of(folder / "responses/evaluation-0.jsonl")
     assert {len(row["ids"]) for row in rows} == {1, 3} and all(("reasoning" in row) == (len(row["ids"]) == 1) for row in rows)
+
+
+def test_an_end_that_closes_reasoning_too_ends_the_response_alone(tmp_path, monkeypatch):
+    """gpt-oss: <|end|> stands after the analysis and after the final message."""
+    experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [10, 50, 11, close, 20 + k % 9, 50, 30, 31, 32], ends=(50,))
+    folder = run(dataclasses.replace(experiment, iterations=1), tmp_path / "out", say=lambda line: None)
+    rows = rows_of(folder / "responses/evaluation-0.jsonl")
+    assert all(row["finished"] and row["tokens"] == 1 and 20 <= row["ids"][0] < 29 for row in rows)
 
 
 def test_a_prompt_that_has_closed_the_reasoning_is_scored_as_it_is(tmp_path, monkeypatch):
@@ -334,14 +342,14 @@ def test_a_prompt_that_has_closed_the_reasoning_is_scored_as_it_is(tmp_path, mon
     assert seam.scored_prompt(shared, "x<think>") == "x<think></think>"
     assert seam.scored_prompt(shared, "x<think>\n\n</think>\n\n") == "x<think>\n\n</think>\n\n"
     assert shared.response_tokens() == 3 + experiment.sampling.reasoning_tokens
-    monkeypatch.setattr(Run, "speaker", Speaker())
+    shared.speaker = dataclasses.replace(shared.speaker, closing=())
     assert seam.scored_prompt(shared, "x<think>") == "x<think>" and shared.response_tokens() == 3
 
 
 def test_reasoning_behind_a_server_of_text_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     experiment, *_ = thinking(tmp_path, monkeypatch, lambda k, close: [20])
     experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, engine="server"))
-    with pytest.raises(UserError, match="--sampler server: this model reasons .* use --sampler vllm or transformers") as e:
+    with pytest.raises(UserError, match="--sampler server: this model writes '</think>' before .* use --sampler vllm or transformers") as e:
         run(experiment, tmp_path / "out", say=lambda line: None, sampler_url="http://127.0.0.1:9/v1")
     assert "\n" not in str(e.value) and not list(tmp_path.rglob("out/**/*.json*"))
 
@@ -361,7 +369,7 @@ def test_the_template_s_end_markers_end_a_sample(tmp_path, monkeypatch):
     rows = sample(shared)
     end = next(row["ids"][3] for row in rows if len(row["ids"]) > 3 and row["ids"][3] not in row["ids"][:3])
     shared.partial(shared.folder / "responses/x.jsonl").unlink()
-    monkeypatch.setattr(Run, "speaker", Speaker(ends=frozenset({end})), raising=False)
+    shared.speaker = dataclasses.replace(shared.speaker, ends=frozenset({end}))
     for before, now in zip(rows, sample(shared)):
         ids = before["ids"]
         assert now["ids"] == ids[: ids.index(end) if end in ids else None] and now["finished"] == (end in ids or before["finished"])
@@ -371,6 +379,7 @@ def test_the_template_s_end_markers_end_a_sample(tmp_path, monkeypatch):
                      tmp_path / "there", lambda line: None, sampler_url=url)
         shared.prepare()
         shared.adopt(shared.constitutions)
+        shared.speaker = dataclasses.replace(shared.speaker, ends=frozenset({end}))
         theirs = sample(shared)
     assert all(body["stop_token_ids"] == [end] for body in server.bodies[1:])
     assert all(row["text"] == seam.text_of(shared.tokenizer, row["ids"]) and end not in row["ids"] for row in theirs)
@@ -472,8 +481,9 @@ def test_for_the_embedded_model_both_ways_give_the_same_ids():
     experiment = load_experiment("exp1", "mini")[0]
     tokenizer, model = models.load_tokenizer(models.EMBEDDED), models.load_model(models.EMBEDDED, dtype="bfloat16")
     from repro.prompts import Form
+    from repro.speaker import Speaker
 
-    texts = [Form().render(tokenizer, [principle], query, sample=True) for query in ("How do I boil an egg?", "Why is the sky blue?")
+    texts = [Form().render(Speaker.of(tokenizer), [principle], query, sample=True) for query in ("How do I boil an egg?", "Why is the sky blue?")
              for principle in ("Answer in one short sentence.", "Answer at length.", "Write like a pirate.")]
     assert experiment.model.prompt == Form().kind
     for text, answer in zip(texts, sampling.sample_batch(model, tokenizer, texts, max_new_tokens=16)):
