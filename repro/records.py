@@ -57,8 +57,9 @@ class Response:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line; its kind where it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """An exception in one line; its kind where it has no text. A line that ends at a colon goes on with the next ones."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(" ".join(lines).split())[:400] if lines[0].rstrip().endswith(":") else lines[0]
 
 
 def dumps(value, indent: int | None = None) -> str:

@@ -34,6 +34,7 @@ from repro.constitutions import (
 )
 from repro.datasets import check_queries, disjoint, load_queries
 from repro.endpoint import Endpoint
+from repro.intake import unsaid
 from repro.probe import dropouts
 from repro.prompts import Form, marks
 from repro.records import (
@@ -109,7 +110,7 @@ class Run:
         serving.check(spec.sampling.engine, self.sampler_url)
         for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
                                   spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
-            models.resolve_model(name)  # a licence that is missing is told before anything else
+            models.check_model(name)  # a licence that is missing is told before anything else
         if "openai" in spec.judge.judges:
             self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
             self.endpoint.key(), self.endpoint.rates()
@@ -128,6 +129,7 @@ class Run:
         self.subsets = spec.data.subsets or tuple(dict.fromkeys(q.subset for q in queries))
         self._enough()
         self._places = {"model.name": self.place}
+        self.unsaid = {"model": self._unsaid()}
         if spec.writer and spec.writer.kind == "local":
             self._places["writer.model"] = writer = models.resolve_model(spec.writer.model)
             models.end_tokens(models.load_tokenizer(writer), writer)
@@ -136,6 +138,8 @@ class Run:
             other._frame(self.constitutions)
             check_control_tokens(((q.where or q.id, q.text) for q in self.held_out), other.controls())
             self._places["baseline.name"] = other.place
+            self.unsaid["baseline"] = other._unsaid()
+        self.unsaid = {which: count for which, count in self.unsaid.items() if count}
 
     def prepare(self) -> None:
         """Check every input; then bind the directory to this configuration."""
@@ -145,6 +149,11 @@ class Run:
                     "constitutions": digest(self.constitutions.to_json()),
                     **{field: digest(models.fingerprint(Path(place))) if Path(place).is_dir() else place
                        for field, place in self._places.items()}})
+        if self.unsaid:
+            self.record["rows_without_token"] = self.unsaid
+            self.say("rows of the embedding that the tokenizer has no token for: " + ", ".join(
+                f"{count} of the {which}" for which, count in self.unsaid.items()) + "; they are never sampled here, and decode "
+                "to nothing in a server's answer")
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
@@ -158,6 +167,10 @@ class Run:
         if self.sampler_url and self.experiment.sampling.engine == "server":
             serving.check_plain(place)
         return place, tokenizer, Form(spec.prompt, self.experiment.task, bool(self.experiment.cot))
+
+    def _unsaid(self) -> int:
+        """Rows of the model that its tokenizer has no token for."""
+        return len(unsaid(self.tokenizer, models.rows_of(models.load_config(self.place)) or 0))
 
     def answering_as(self, spec: ModelSpec) -> "Run":
         """This run with another model in the policy's place, for a baseline's responses (without chain of thought)."""
