@@ -80,8 +80,8 @@ def check_folder(name: str, folder: Path) -> None:
     for tensor, facts in tensors.items():
         dtype = facts["dtype"]
         if tensor.endswith(PACKED) or (dtype not in FLOATS and (dtype[0] == "F" or tensor.endswith("weight"))):
-            raise UserError(f"--model {name}: {tensor} is stored as {dtype}: quantised weights cannot be trained here; give "
-                            "the model with its weights as they were before")
+            raise UserError(f"--model {name}: {tensor} is stored as {dtype}: quantised weights cannot be trained here; "
+                            "give the model with its weights as they were before")
 
 
 def _without_safetensors(folder: Path) -> str:
@@ -189,17 +189,17 @@ def check_tokenizer(name: str, tokenizer, rows: int | None, ends: Collection[int
     if beyond := {token: beyond[token] for token in _can_occur(tokenizer, beyond)}:
         token, i = max(beyond.items(), key=lambda item: (item[1], item[0]))
         raise UserError(f"--model {name}: the tokenizer's token {token!r} has id {i}, and the model has {rows} rows (ids 0 "
-                        f"to {rows - 1}): {len(beyond)} of {len(ids)} tokens lie beyond it; give the tokenizer that the model "
-                        f"was trained with, or rows for them (model.resize_token_embeddings({i + 1}), saved)")
+                        f"to {rows - 1}): {len(beyond)} of {len(ids)} tokens lie beyond it; give the tokenizer that the "
+                        f"model was trained with, or rows for them (model.resize_token_embeddings({i + 1}), saved)")
     if len(unsaid(tokenizer, rows)) > (1 - LEAST) * rows:
         raise UserError(f"--model {name}: the tokenizer has {len(ids)} tokens and the model {rows} rows: a tokenizer of "
                         "another model; copy the model's own tokenizer files into the folder")
 
 
 def _can_occur(tokenizer, tokens: Collection[str]) -> list[str]:
-    """Those of `tokens` that can get into what a model reads. Control tokens cannot, by a text (it is refused) or a response
-    (they are taken out), unless the chat template spells them or they pad, begin, end or stand for the unknown: Gemma 3 1B's
-    tokenizer has an <image_soft_token> beyond the model's rows, which nothing ever writes."""
+    """Those of `tokens` that can get into what a model reads. Control tokens cannot, by a text (it is refused) or a
+    response (they are taken out), unless the chat template spells them or they pad, begin, end or stand for the unknown:
+    Gemma 3 1B's tokenizer has an <image_soft_token> beyond the model's rows, which nothing ever writes."""
     from repro.models import control_tokens
 
     controls, template = set(control_tokens(tokenizer)) if tokens else set(), str(tokenizer.chat_template or "")

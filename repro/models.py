@@ -227,6 +227,8 @@ def check_model(name: str) -> None:
 
     place = resolve_model(name)
     fields = _hub_errors(place, lambda: PreTrainedConfig.get_config_dict(place)[0])
+    if not isinstance(fields, dict):
+        raise UserError(f"--model {name}: not a model in Hugging Face format (config.json holds no object)")
     if refusal := quantised(fields):
         raise UserError(f"--model {name}: {refusal}")
     if fields.get("auto_map") and fields.get("model_type") not in CONFIG_MAPPING:
@@ -236,8 +238,8 @@ def check_model(name: str) -> None:
     if Path(place).is_dir():
         intake.check_folder(name, Path(place))
     elif _file(place, intake.ADAPTER):
-        raise UserError(f"--model {name}: {intake.ADAPTER} beside the weights: the adapter would be loaded into them; give a "
-                        "folder with a copy without it")
+        raise UserError(f"--model {name}: {intake.ADAPTER} beside the weights: the adapter would be loaded into them; give "
+                        "a folder with a copy without it")
 
 
 def load_tokenizer(name: str):

@@ -47,6 +47,7 @@ from repro.records import (
     first_line,
     read_json,
     read_jsonl,
+    remove_folder,
     sealed,
     write_json,
     write_jsonl,
@@ -152,12 +153,27 @@ class Run:
         if self.unsaid:
             self.record["rows_without_token"] = self.unsaid
             self.say("rows of the embedding that the tokenizer has no token for: " + ", ".join(
-                f"{count} of the {which}" for which, count in self.unsaid.items()) + "; they are never sampled here, and decode "
-                "to nothing in a server's answer")
+                f"{count} of the {which}" for which, count in self.unsaid.items()) + "; they are never sampled here, and "
+                "decode to nothing in a server's answer")
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
+        phrases = " or ".join(map(repr, self.experiment.sampling.drop_phrases))
+        self.say(f"sampled pairs to spare, by iteration: {', '.join(self.spare)}; one with empty or identical responses"
+                 + f", or with {phrases} in one," * bool(phrases)
+                 + " is dropped, and the run stops where fewer are left than an iteration trains on")
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
                                                     for q in queries])
+
+    def abandon(self) -> None:
+        """Take back what `prepare` and `adopt` have written into a new folder, where nothing else is in it: a run that
+        fails before its first stage leaves none. What was sampled or answered, and a server's log, stay."""
+        written = [self.folder / name for name in ("run.json", "queries.jsonl", "constitutions.json", BY_HAND)]
+        if {p for p in self.folder.rglob("*") if p.is_file()} <= {*written, self.folder / ".lock"}:
+            for path in written:
+                path.unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    remove_folder(path)
 
     def _speaker(self, spec: ModelSpec):
         """Where a model lies, its tokenizer, and how it is prompted."""
@@ -226,7 +242,7 @@ class Run:
         """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
         spec, config = self.experiment, models.load_config(self.place)
         if spec.train.lora:
-            lora.check(config, self.ranks * self.nodes)
+            lora.check(config, self.ranks * self.nodes, spec.train.lora.rank)
         self.longest = 1
         frame = self._frame(self.constitutions)
         room = models.context_of(config) - frame - self.response_tokens() - 8
@@ -259,12 +275,14 @@ class Run:
                 raise UserError(f"--queries {spec.data.source}: subset {subset!r} has {counts[0]} training and {counts[1]} "
                                 f"{spec.data.evaluation_split} queries; both must be above 0")
         needs = [spec.train.queries_needed(k) for k in range(1, spec.iterations + 1)]
+        self.spare = []
         for iteration, need in enumerate(needs, start=1):
             have = len(self.training_plan(iteration))
             if have < need:
                 raise UserError(f"--queries {spec.data.source}: iteration {iteration} trains on {need} queries and its "
                                 f"half of the training queries holds {have}; give at least {2 * max(needs)} training "
-                                "queries for all iterations, or a smaller TrainSpec.batch_size")
+                                "queries for all iterations, or a smaller --batch-size")
+            self.spare.append(f"{have - need} of {have}")
 
     def _bind(self, inputs: dict) -> None:
         fields = flatten(self.experiment.to_json()) | inputs
