@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import math
 import operator
 import os
 import re
@@ -98,6 +99,8 @@ def plan_command(args: Plan) -> None:
     from repro.records import write_text
     from repro.sizes import gpu_of
 
+    if args.usd_per_gpu_hour is not None and not 0 <= args.usd_per_gpu_hour < math.inf:
+        raise UserError(f"--usd-per-gpu-hour {args.usd_per_gpu_hour:g}: must be a number of 0 or more")
     names = [p.stem for p in sorted(EXPERIMENTS.glob("exp*.py"))] if args.experiment == "all" else [args.experiment]
     settings = [(8 if args.gpus is None else args.gpus, gpu_of(args.gpu, args.gpu_memory))]
     if args.experiment == "all" and (args.gpus, args.gpu, args.gpu_memory) == (None, None, None):

@@ -78,8 +78,10 @@ def _jsonl(path: Path) -> list[Query]:
     for number, row in rows:
         where = f"{path}:{number}"
         for key in row:
-            if key not in KEYS:
-                raise UserError(f"{where}: key: {key!r} is unknown; allowed: {', '.join(map(repr, KEYS))}, as in {ROW}")
+            try:
+                choose(f"{where}: key", key, KEYS)
+            except UserError as e:
+                raise UserError(f"{e}; a row: {ROW}") from None
         text = row.get("query")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: query: missing or empty; every line needs a non-empty text")

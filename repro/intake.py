@@ -91,7 +91,7 @@ def _without_safetensors(folder: Path) -> str:
     if found := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")) and n != "training_args.bin"):
         convert = (f", which transformers makes of it: AutoModelForCausalLM.from_pretrained({str(folder)!r})"
                    f".save_pretrained({str(folder)!r})") * any(n.startswith("pytorch_model") for n in found)
-        return f"{found[0]} is a pickle, which is not opened here; give the weights as safetensors{convert}"
+        return f"{found[0]} is no safetensors file, and reading it could run code; give the weights as safetensors{convert}"
     if found := sorted(n for n in names if n.endswith(".safetensors")):
         return f"no {SINGLE} and no {INDEX}; {found[0]} is not a name that transformers looks for"
     if found := sorted(n for n in names if n.endswith((".h5", ".msgpack", ".onnx", ".ckpt"))):
