@@ -4,16 +4,15 @@ import dataclasses
 import json
 import shutil
 import struct
-from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer, save_tiny
+from conftest import byte_tokenizer
 from test_cli import GOOD_QUERIES, refused
 
 from repro import cli, intake, models
 from repro.config import config_hash
 from repro.configure import load_experiment
-from repro.records import UserError, checked, read_json, read_jsonl, write_json
+from repro.records import UserError, read_json, read_jsonl
 
 HASHES = {  # of the shipped experiments' settings, as they were when drop phrases were a default
     "exp1_dialogue/mini": "6b879cf123fd5a56", "exp1_dialogue/paper": "165ca505132355ea", "exp2_tldr/mini/weak": "34519d0783a6c74d",
@@ -213,7 +212,7 @@ def test_the_ways_out_that_a_line_names_work(tmp_path, made):
 def test_a_control_token_beyond_the_rows_that_nothing_writes_is_let_be(made):
     """As Gemma 3 1B's <image_soft_token>; whole shards too."""
     assert len(models.load_tokenizer(str(made(added("<image_soft_token>", special=True))))) == 260
-    models.check_model(str(made(lambda folder: sharded(folder, keep=None), "shards")))
+    models.check_model(str(made(lambda folder: sharded(folder, keep=99), "shards")))
 
 
 def test_rows_without_a_token_are_never_sampled_and_are_counted(capsys, tmp_path, made):
@@ -309,7 +308,7 @@ def test_too_few_pairs_say_why_and_what_to_change(tmp_path, tiny):
     assert "were dropped (phrase" in str(refusal.value) and "or other --drop-phrases" in str(refusal.value)
 
 
-def test_version_plan_of_a_users_file_and_a_rate_that_blows_up(capsys, tmp_path, tiny):
+def test_version_and_the_profile_of_a_users_file(capsys, tmp_path, tiny):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("sami-repro 0.1.")
@@ -321,16 +320,3 @@ def test_version_plan_of_a_users_file_and_a_rate_that_blows_up(capsys, tmp_path,
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", str(tmp_path / "mine.py"), "--config", str(models.embedded_model() / "config.json")])
     assert stop.value.code == 0 and "exp1_dialogue/mini" in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_finite_names_the_rate(tiny):
-    import torch
-    from test_training import SPEC, pairs
-
-    from repro.training import train
-
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.fill_(1e30)
-    with pytest.raises(UserError, match="(not finite at learning rate 0.0002; stopped|logits are not finite)"):
-        train(model, tokenizer, pairs(), SPEC, 1)
