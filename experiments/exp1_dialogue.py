@@ -14,12 +14,15 @@ Run: make exp1 [PROFILE=mini|paper] [OUT=runs]
 
 from repro.config import DataSpec, Experiment, ModelSpec, SamplingSpec, TrainSpec
 
+DROPPED = ("The assistant", "sorry", "Response", "[insert", "]")  # a pair with one of these in a response does not train
+
 MINI = Experiment(
     name="exp1_dialogue",
     profile="mini",
     constitutions="dialogue_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
     data=DataSpec(source="embedded", subsets=("helpful", "harmless"), train=112, evaluation=32),
+    sampling=SamplingSpec(drop_phrases=DROPPED),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired"),
 )
 
@@ -29,7 +32,7 @@ PAPER = Experiment(
     constitutions="dialogue",
     model=ModelSpec(name="mistralai/Mistral-7B-v0.1", label="mistral-7b", prompt="plain"),
     data=DataSpec(source="hh-rlhf", subsets=("helpful", "harmless"), train=10_000, evaluation=250),
-    sampling=SamplingSpec(engine="vllm", max_new_tokens=350),
+    sampling=SamplingSpec(engine="vllm", max_new_tokens=350, drop_phrases=DROPPED),
     train=TrainSpec(dose="as_printed", optimizer="adamw", learning_rate=5e-7, precision="fp32_master", batch_size=128),
     baseline=ModelSpec(name="mistralai/Mistral-7B-Instruct-v0.1", label="mistral-7b-instruct"),
     not_run=("judge gpt-4-0613: retired", "MI of mistral-7b-instruct"),

@@ -29,6 +29,8 @@ LOCAL = ROOT.parent / "shared" / "archive"
 ORIGIN = "https://raw.githubusercontent.com"
 KINDS = ("verdicts", "mutual_information", "responses", "constitution")
 ITEMS = 250
+OFFLINE = ("; without a network give a copy with --archive FOLDER (`repro verify` on a machine with one leaves it in "
+           "~/.cache/sami-repro/archive)")
 KEYS = ("experiment", "subset", "model", "writer", "cot", "iteration", "baseline")
 
 
@@ -123,12 +125,12 @@ def _fetch(url: str, path: Path, entry: dict, stall_s: float, bar: tqdm) -> None
                             break
     except urllib.error.HTTPError as e:
         e.close()
-        raise UserError(f"cannot fetch {url}: HTTP {e.code} {e.reason}") from None
+        raise UserError(f"cannot fetch {url}: HTTP {e.code} {e.reason}{OFFLINE}") from None
     except (TimeoutError, urllib.error.URLError, http.client.HTTPException, ConnectionError) as e:
         reason = getattr(e, "reason", e)
         if isinstance(reason, TimeoutError):
             reason = f"no data for {stall_s:g} s (stalled)"
-        raise UserError(f"cannot fetch {url}: {reason or type(e).__name__}; run again to resume") from None
+        raise UserError(f"cannot fetch {url}: {reason or type(e).__name__}; run again to resume{OFFLINE}") from None
     except OSError as e:
         raise UserError(f"cannot write {part}: {e.strerror or e}") from None
     if got < entry["bytes"]:

@@ -20,9 +20,12 @@ from repro.rundir import BY_HAND, open_run
 
 
 def verify_run(folder: Path, *, strict: bool = False) -> int:
-    """Print PASS, FAIL or NOT RUN for each group of checks with its n, then the cells; 1 on a FAIL, or on a cell that
-    DIFFERS (strict: where anything was not compared)."""
+    """Print PASS, FAIL or NOT RUN for each group of checks with its n, then the cells; 1 on a FAIL, of a run that is not
+    finished, or on a cell that DIFFERS (strict: where anything was not compared)."""
     folder, found = Path(folder), []
+    if not (folder / "run.json").is_file() and (parts := sorted(folder.glob("*/run.json"))):
+        raise UserError(f"{folder}: not the folder of a run, or of several that are not finished; verify one of "
+                        f"{', '.join(str(p.parent) for p in parts)}")
     if (folder / "run.json").is_file():
         parts = leaves(folder)
         for leaf in parts:
@@ -34,6 +37,9 @@ def verify_run(folder: Path, *, strict: bool = False) -> int:
         stranger = _stranger([read_json(leaf / "run.json")["config"] for leaf in parts])
         if stranger:
             print(f"{folder}: not held against the paper's cells: {stranger}")
+    if "the run is not finished" in (why for *_, why in found):
+        print(f"{folder}: the run is not finished; run the same command again to finish it first")
+        return 1
     failed = any(status == "FAIL" or (strict and status == "NOT RUN") for _, _, status, _, _ in found)
     if found and stranger:
         return int(failed or strict)

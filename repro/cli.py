@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import math
 import operator
 import os
 import re
@@ -20,11 +21,11 @@ from typing import Annotated
 import tyro
 
 from repro.config import JudgeSpec
-from repro.configure import EXPERIMENTS, configure, load_experiment, only_variant, over
+from repro.configure import EXPERIMENTS, configure, load_experiment, only_variant, over, told_of
 from repro.endpoint import Endpoint
 from repro.flags import Figures, Judge, Plan, Publish, Run, Verify
 from repro.records import UserError, read_json
-from repro.report import cut_answers, leaves
+from repro.report import cut_answers, dropped_pairs, leaves
 from repro.run_figures import select, series, telling
 
 
@@ -47,7 +48,8 @@ def summary(folder: Path) -> list[str]:
     lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce", principle=None),
              change("length, tokens", 1, metric="length_tokens"),
              change("following, by rule", 2, metric="following", principle=None)]
-    lines += [(f"{leaf.name}: " if leaf != folder else "") + line for leaf in leaves(folder) for line in cut_answers(leaf)]
+    lines += [(f"{leaf.name}: " if leaf != folder else "") + line for leaf in leaves(folder)
+              for line in (*dropped_pairs(leaf), *cut_answers(leaf))]
     stages = [s for leaf in leaves(folder) for s in read_json(leaf / "run.json")["stages"].values()]
     lines.append(f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
                  f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB")
@@ -97,11 +99,13 @@ def plan_command(args: Plan) -> None:
     from repro.records import write_text
     from repro.sizes import gpu_of
 
+    if args.usd_per_gpu_hour is not None and not 0 <= args.usd_per_gpu_hour < math.inf:
+        raise UserError(f"--usd-per-gpu-hour {args.usd_per_gpu_hour:g}: must be a number of 0 or more")
     names = [p.stem for p in sorted(EXPERIMENTS.glob("exp*.py"))] if args.experiment == "all" else [args.experiment]
     settings = [(8 if args.gpus is None else args.gpus, gpu_of(args.gpu, args.gpu_memory))]
     if args.experiment == "all" and (args.gpus, args.gpu, args.gpu_memory) == (None, None, None):
         settings = [(count, gpu_of(kind, None)) for count, kind in PLANNED]
-    runs = [e for name in names for e in only_variant(load_experiment(name, args.profile), args.variant, name)]
+    runs = [e for name in names for e in only_variant(load_experiment(name, args.profile, "paper"), args.variant, name)]
     runs = [dataclasses.replace(e, model=over(e.model, name=args.model, label=args.model)) for e in runs]
     plans = [plan(e, gpu, count, fraction=args.fraction, config=args.config, lora=args.lora, price=args.price,
                   judge_model=args.judge_model, response_tokens=args.response_tokens)
@@ -120,8 +124,9 @@ def judge_command(args: Judge) -> int:
         raise UserError("judge: give the folder of a finished run, or --admit")
     if not args.model:
         raise UserError("judge: --model is missing: the model's name at its server")
-    spec = JudgeSpec(judges=("openai",), model=args.model, name=args.name, answer=args.answer, max_tokens=args.max_tokens,
-                     temperature=args.temperature)
+    with told_of(args, {f"JudgeSpec.{name}": name for name in ("model", "name", "answer", "max_tokens", "temperature")}):
+        spec = JudgeSpec(judges=("openai",), model=args.model, name=args.name, answer=args.answer,
+                         max_tokens=args.max_tokens, temperature=args.temperature)
     endpoint = Endpoint(model=args.model, base_url=args.base_url, key_env=args.key_env, price=args.price,
                         max_usd=args.max_usd, concurrency=args.concurrency, deadline_s=args.deadline,
                         attempts=args.attempts)
@@ -178,7 +183,8 @@ def parse(argv: list[str]):
     box = io.StringIO()
     try:
         with redirect_stderr(box), redirect_stdout(io.StringIO()) as out:
-            return tyro.cli(Command, prog="repro", args=argv, use_underscores=False)
+            return tyro.cli(Command, prog="repro", args=argv, use_underscores=False,
+                            description="`repro --version` says which version this is.")
     except SystemExit as e:
         if not e.code:
             print(out.getvalue(), end="")
@@ -198,6 +204,15 @@ def _one_line(box: str) -> str:
                   ).split(" For full helptext")[0]
 
 
+def version() -> str:
+    """The distribution's version, and the commit of a checkout."""
+    from importlib import metadata
+
+    from repro.rundir import commit
+
+    return f"sami-repro {metadata.version('sami-repro')}" + (f", commit {commit()}" if commit() else "")
+
+
 def _terminate(signum, frame):
     raise SystemExit(128 + signum)
 
@@ -209,8 +224,12 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a locale of ASCII alone ends no run at its last line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's own threads warn after a fork
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        if list(argv) == ["--version"]:
+            print(version())
+            raise SystemExit(0)
+        args = parse(argv)
         raise SystemExit(COMMANDS[type(args)](args) or 0)
     except UserError as e:
         print(f"repro: {e}", file=sys.stderr)

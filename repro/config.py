@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,20 @@ def choose(field_name: str, value: str, allowed) -> str:
     raise UserError(f"{field_name}: {value!r} is unknown; allowed: {', '.join(map(repr, allowed))}{hint}")
 
 
-def _positive(owner, *names: str) -> None:
+def _number(owner, name: str):
+    """A field's value, if it is a finite number, and a whole one where the field holds such."""
+    value, kind = getattr(owner, name), type(owner).__dataclass_fields__[name].type
+    whole = kind in (int, int | None)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+        raise UserError(f"{type(owner).__name__}.{name}: {value!r}; must be a {'whole' if whole else 'finite'} number")
+    return value
+
+
+def _positive(owner, *names: str, most: float = math.inf) -> None:
     for name in names:
-        if not getattr(owner, name) > 0:
-            raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be above 0")
+        if not 0 < _number(owner, name) <= most:
+            raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be above 0"
+                            + f" and at most {most:g}" * math.isfinite(most))
 
 
 def _distinct(owner, name: str) -> None:
@@ -32,7 +43,7 @@ def _distinct(owner, name: str) -> None:
 
 def _not_negative(owner, *names: str) -> None:
     for name in names:
-        if not getattr(owner, name) >= 0:
+        if not _number(owner, name) >= 0:
             raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be 0 or more")
 
 
@@ -84,7 +95,8 @@ ENGINES = ("transformers", "vllm", "server")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSpec:
-    """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases` (repro/pipeline.py counts why).
+    """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases`, none by default (repro/pipeline.py
+    counts why).
 
     `engine`: "transformers" samples in this process, `batch_size` prompts at a time; "vllm" and "server" behind an
     OpenAI-compatible server (repro/serving.py), which gets token ids ("vllm") or text. `dtype`: weights while sampling.
@@ -101,12 +113,14 @@ class SamplingSpec:
     batch_size: int = 32
     dtype: str = "bfloat16"
     spare: float = 0.25
-    drop_phrases: tuple[str, ...] = ("The assistant", "sorry", "Response", "[insert", "]")
+    drop_phrases: tuple[str, ...] = ()
     full_stop: bool = False
 
     def __post_init__(self):
         _positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
         _not_negative(self, "spare")
+        if not isinstance(self.drop_phrases, tuple) or not all(isinstance(p, str) and p for p in self.drop_phrases):
+            raise UserError(f"SamplingSpec.drop_phrases: {self.drop_phrases!r}; must be a tuple of texts, none empty")
         choose("SamplingSpec.engine", self.engine, ENGINES)
         choose("SamplingSpec.dtype", self.dtype, ("float32", "bfloat16"))
 
@@ -183,7 +197,9 @@ class TrainSpec:
         return sum(u.queries for u in self.updates(iteration))
 
     def __post_init__(self):
-        _positive(self, "learning_rate", "batch_size", "batches", *(() if self.pack_tokens is None else ("pack_tokens",)))
+        optional = [name for name in ("pack_tokens", "max_grad_norm") if getattr(self, name) is not None]
+        _positive(self, "batch_size", "batches", *optional)
+        _positive(self, "learning_rate", most=1)  # of these optimizers: about how far a step moves each weight
         _not_negative(self, "batches_increment")
         if isinstance(self.lora, dict):  # of a record
             object.__setattr__(self, "lora", LoraSpec(**self.lora))
@@ -226,6 +242,8 @@ class JudgeSpec:
         _distinct(self, "judges")
         choose("JudgeSpec.answer", self.answer, ("auto", "schema", "text", "logprobs"))
         _positive(self, "max_tokens")
+        if self.temperature is not None:
+            _not_negative(self, "temperature")
         if "openai" in self.judges and not self.model:
             raise UserError("JudgeSpec.model: the openai judge needs the name of a model at its server (--judge-model)")
         if self.model and (not re.fullmatch(NAME, self.label) or self.label in JUDGES):
@@ -255,6 +273,8 @@ class WriterSpec:
 
     def __post_init__(self):
         choose("WriterSpec.kind", self.kind, WRITERS)
+        if self.temperature is not None:
+            _not_negative(self, "temperature")
         object.__setattr__(self, "label", self.label or safe_name(Path(self.model).name))
         if not re.fullmatch(NAME, self.label) or self.label == "hand":
             raise UserError(f"WriterSpec.label: {self.label!r} (of the model {self.model!r}); a writer needs a name of "
@@ -294,7 +314,7 @@ class Experiment:
     not_run: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _positive(self, "iterations")
+        _positive(self, "iterations", most=1000)
         for field_name in ("name", "profile", "variant"):
             value = getattr(self, field_name)
             if not re.fullmatch(NAME, value) and (value or field_name != "variant"):

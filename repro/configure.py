@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from repro import config
@@ -12,12 +14,22 @@ from repro.datasets import SOURCES
 from repro.flags import Run
 from repro.records import UserError, first_line, read_json
 
+FLAGS = {"DataSpec.source": "queries", "DataSpec.subsets": "subsets", "DataSpec.train": "train_queries",
+         "DataSpec.evaluation": "evaluation_queries", "DataSpec.evaluation_split": "evaluation_split",
+         "DataSpec.leakage": "leakage", "SamplingSpec.engine": "sampler", "SamplingSpec.max_new_tokens": "max_new_tokens",
+         "SamplingSpec.drop_phrases": "drop_phrases", "TrainSpec.batch_size": "batch_size", "LoraSpec.rank": "lora",
+         "TrainSpec.learning_rate": "learning_rate", "TrainSpec.precision": "precision", "TrainSpec.dose": "dose",
+         "TrainSpec.dropout": "dropout", "TrainSpec.pack_tokens": "pack_tokens", "ModelSpec.prompt": "prompt",
+         "JudgeSpec.judges": "judge", "JudgeSpec.model": "judge_model", "JudgeSpec.name": "judge_model",
+         "JudgeSpec.answer": "answer", "WriterSpec.label": "writer_model", "Experiment.iterations": "iterations",
+         "Experiment.task": "task", "Experiment.cot": "cot"}
 LORA_RATE = 1e-4  # of adapters, whose second factor starts at zero
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
-def load_experiment(name: str, profile: str) -> tuple[Experiment, ...]:
-    """The runs of a shipped experiment or a user's Python file, in a profile: one, or one of each variant."""
+def load_experiment(name: str, profile: str | None, default: str = "mini") -> tuple[Experiment, ...]:
+    """The runs of a shipped experiment or a user's Python file, in a profile: one, or one of each variant. No `profile`:
+    `default`, or the only one that a file has."""
     shipped = {p.stem: p for p in sorted(EXPERIMENTS.glob("exp*.py"))}
     short = {stem.split("_")[0]: stem for stem in shipped}
     if name.endswith(".py"):
@@ -42,6 +54,10 @@ def load_experiment(name: str, profile: str) -> tuple[Experiment, ...]:
     runs = {k: v if isinstance(v, tuple) else (v,) for k, v in profiles.items()}
     if not all(each and all(isinstance(e, Experiment) for e in each) for each in runs.values()):
         raise UserError(f"{path}: EXPERIMENTS: must be a dict of profile -> Experiment, or a tuple of them")
+    if profile is None:
+        profile = next(iter(runs)) if len(runs) == 1 else default
+        if profile not in runs:
+            raise UserError(f"{path}: give --profile: one of {', '.join(map(repr, runs))}")
     found = runs[choose("--profile", profile, tuple(runs))]
     if len({e.path for e in found}) < len(found) or (len(found) > 1 and not all(e.variant for e in found)):
         raise UserError(f"{path}: EXPERIMENTS[{profile!r}]: each of several runs needs a variant of its own")
@@ -63,7 +79,26 @@ def _unknown_field(error: Exception) -> str | None:
 
 
 def configure(args: Run) -> tuple[Experiment, ...]:
-    """The experiment's runs with the flags laid over each."""
+    """The experiment's runs with the flags laid over each. What is wrong with a field that a flag has set is told in the
+    flag's name."""
+    with told_of(args, FLAGS):
+        return _configured(args)
+
+
+@contextmanager
+def told_of(args, flags: dict[str, str]) -> Iterator[None]:
+    """A UserError about a field of repro/config.py, as one about the flag that holds it (`flags`: field -> attribute of
+    `args`), where that was given."""
+    try:
+        yield
+    except UserError as e:
+        field, colon, what = str(e).partition(":")
+        if not colon or field not in flags or getattr(args, flags[field]) is None:
+            raise
+        raise UserError(f"--{flags[field].replace('_', '-')}:{what}") from None
+
+
+def _configured(args: Run) -> tuple[Experiment, ...]:
     runs = load_experiment(args.experiment, args.profile)
     if args.models:
         runs = tuple(_with_models(e, args.models) for e in runs)
@@ -126,7 +161,7 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
         over(base, name=args.name or name, seed=args.seed, constitutions=args.constitutions, task=args.task,
               cot=args.cot or None, data=data, judge=judge, iterations=args.iterations,
               sampling=over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens,
-                            reasoning=args.reasoning or None),
+                            drop_phrases=args.drop_phrases, reasoning=args.reasoning or None),
               train=over(base.train, batch_size=args.batch_size, learning_rate=rate, precision=args.precision,
                           dose=args.dose, dropout=args.dropout, pack_tokens=args.pack_tokens, lora=lora),
               model=over(base.model, name=args.model, label=label, prompt=args.prompt)),

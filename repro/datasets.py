@@ -15,6 +15,8 @@ from repro.constitutions import DATA, check_control_tokens
 from repro.models import missing_step
 from repro.records import Query, UserError, first_line, read_jsonl
 
+KEYS = ("query", "subset", "split", "id")
+ROW = '{"query": "How do I iron a shirt?", "split": "train"}'
 HH = "Anthropic/hh-rlhf"
 TLDR_REPOSITORY = "openai/summarize_from_feedback"
 TLDR = f"hf://datasets/{TLDR_REPOSITORY}@refs/convert/parquet"  # its own loader is a script: no longer run
@@ -67,10 +69,19 @@ def load_queries(source: str = "embedded", *, spec: DataSpec | None = None) -> t
 
 def _jsonl(path: Path) -> list[Query]:
     queries, lines = [], {}
-    for number, row in read_jsonl(path):
+    try:
+        rows = read_jsonl(path)
+    except UserError as e:
+        if "byte order mark" in str(e):
+            raise
+        raise UserError(f"{e}; a line is one JSON object, such as {ROW}") from None
+    for number, row in rows:
         where = f"{path}:{number}"
         for key in row:
-            choose(f"{where}: key", key, ("query", "subset", "split", "id"))
+            try:
+                choose(f"{where}: key", key, KEYS)
+            except UserError as e:
+                raise UserError(f"{e}; a row: {ROW}") from None
         text = row.get("query")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: query: missing or empty; every line needs a non-empty text")

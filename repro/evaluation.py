@@ -55,7 +55,7 @@ def held_out_pairs(run: Run, rows: list[dict]) -> Iterator[tuple[Item, list[str]
         texts = [seam.scored_prompt(run, run.prompt(c, item.query, EVALUATION_ORDER, sample=True))
                  for c in item.constitutions]
         part, start = rows[start: start + len(texts)], start + len(texts)
-        yield item, texts, [seam.said(row, space) for row in part]
+        yield item, texts, [seam.said(run.tokenizer, row, space) for row in part]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ class Run:
 
     experiment: tyro.conf.Positional[str]
     """exp1, ..., or a Python file that holds EXPERIMENTS, a dict of profile -> Experiment."""
-    profile: str = "mini"
-    """The setting: mini (minutes on a CPU) or paper (as published)."""
+    profile: str | None = None
+    """The setting: mini (minutes on a CPU; by default) or paper (as published); of a file with a single one, that."""
     out: Path = Path("runs")
     """The run's folder is OUT/<experiment>/<profile>, and one in it for each of several variants."""
     name: str | None = None
@@ -109,6 +109,9 @@ class Run:
     """Of training; by default the experiment's, with --lora 1e-4."""
     max_new_tokens: int | None = None
     """Tokens of one response, at most (reasoning not counted)."""
+    drop_phrases: tuple[str, ...] | None = None
+    """A pair of responses does not train where one of them holds one of these texts (none: no such check); by default the
+    experiment's."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ class Plan:
 
     experiment: tyro.conf.Positional[str]
     """exp1, ..., a Python file that holds EXPERIMENTS, or all: the three experiments."""
-    profile: str = "paper"
-    """The setting: paper (as published) or mini."""
+    profile: str | None = None
+    """The setting: paper (as published; by default) or mini; of a file with a single one, that."""
     variant: str | None = None
     """Of an experiment of several runs (exp2: mistral-7b, mixtral-8x7b), only this one."""
     gpus: int | None = None

@@ -21,8 +21,12 @@ WEIGHTS = "adapter_model.safetensors"
 NAME = "default"     # of the adapter in the model
 
 
-def check(config, ranks: int) -> None:
-    """Raise UserError where adapters cannot be trained: without peft, on many ranks, in a mixture of experts."""
+def check(config, ranks: int, rank: int = 1) -> None:
+    """Raise UserError where adapters of this rank cannot be trained: without peft, on many ranks, in a mixture of experts,
+    or with more numbers than a square matrix that they stand beside."""
+    width = getattr(config, "hidden_size", None)
+    if isinstance(width, int) and rank > width:
+        raise UserError(f"--lora {rank}: must be at most the model's hidden size, {width}; ranks of 8 to 64 are usual")
     if find_spec("peft") is None:
         raise UserError("--lora needs peft: pip install 'sami-repro[lora]'")
     if ranks > 1:

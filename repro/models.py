@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Collection
 from pathlib import Path
 
+from repro import intake
 from repro.records import MARKER, UserError, file_sha256, first_line, locked, make_folder, seal, sealed, write_bytes
 from repro.template import control_tokens as control_tokens
 
@@ -145,7 +146,7 @@ def resolve_model(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"--model {name}: a folder without config.json; give a model in Hugging Face format")
+            raise UserError(f"--model {name}: {intake.other_format(folder)}")
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         if step := missing_step(name, "model"):
@@ -220,15 +221,52 @@ def _hub_errors(name, load):
         raise UserError(f"--model {name}: not a model in Hugging Face format ({type(e).__name__}: {first_line(e)})") from e
 
 
+def check_model(name: str) -> None:
+    """Raise UserError, before anything loads, where `name` is no causal language model with plain, whole weights."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    place = resolve_model(name)
+    fields = _hub_errors(place, lambda: PreTrainedConfig.get_config_dict(place)[0])
+    if not isinstance(fields, dict):
+        raise UserError(f"--model {name}: not a model in Hugging Face format (config.json holds no object)")
+    if refusal := quantised(fields):
+        raise UserError(f"--model {name}: {refusal}")
+    if fields.get("auto_map") and fields.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(f"--model {name}: {fields.get('model_type')} needs code that comes with the weights (auto_map in "
+                        "config.json), which is not run here; give a model of a family that transformers knows")
+    intake.check_kind(name, _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)))
+    if Path(place).is_dir():
+        intake.check_folder(name, Path(place))
+    elif _file(place, intake.ADAPTER):
+        raise UserError(f"--model {name}: {intake.ADAPTER} beside the weights: the adapter would be loaded into them; give "
+                        "a folder with a copy without it")
+
+
 def load_tokenizer(name: str):
-    """The tokenizer, with a pad token and nothing added on its own (callers pass add_special_tokens=False)."""
+    """The tokenizer, with an end token, a pad token and nothing added on its own (callers pass add_special_tokens=False).
+    Raises UserError where it cannot be read, or does not belong to the model (repro/intake.py)."""
     from transformers import AutoTokenizer
 
     place = resolve_model(name)
-    tokenizer = _hub_errors(place, lambda: AutoTokenizer.from_pretrained(place))
+    try:
+        tokenizer = _hub_errors(place, lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+    except UserError as e:
+        if reason := intake.without_tokenizer(place):
+            raise UserError(f"--model {place}: {reason}") from e
+        raise
+    ends = [i for i in _own_ends(place) if tokenizer.convert_ids_to_tokens(i)]
+    intake.check_tokenizer(place, tokenizer, rows_of(load_config(place)), ends)
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def rows_of(config) -> int | None:
+    """Rows of the embedding, one for each token id; None where the config does not say."""
+    found = getattr(config.get_text_config(), "vocab_size", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
@@ -245,14 +283,22 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
 
     place = resolve_model(name)
     logging.disable_progress_bar()
-    config = _hub_errors(place, lambda: AutoConfig.from_pretrained(place))
+    config = _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False))
     if device == "meta":
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     ids = {k: getattr(config.get_text_config(), k, None) for k in ("bos_token_id", "pad_token_id")}
-    model = _hub_errors(place, lambda: AutoModelForCausalLM.from_pretrained(
-        place, dtype=getattr(torch, dtype), use_safetensors=True,
+    model, info = _hub_errors(place, lambda: AutoModelForCausalLM.from_pretrained(
+        place, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
         generation_config=plain_decoding(_own_ends(place), **ids)))  # given one, it does not read the file
+    if missing := sorted(info["missing_keys"]):  # transformers (5.23) draws them at random, and warns
+        raise UserError(f"--model {name}: the weights lack {len(missing)} of the tensors that config.json asks for: "
+                        f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
+    if mismatched := sorted(info["mismatched_keys"]):
+        tensor, there, asked = mismatched[0]
+        raise UserError(f"--model {name}: {tensor} is {tuple(there)} in the weights and {tuple(asked)} by config.json "
+                        f"({len(mismatched)} such tensors)")
     model.generation_file = _generation_file(place)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
@@ -261,7 +307,7 @@ def load_config(place: str):
     """The model's config (its text part, where it has several)."""
     from transformers import AutoConfig
 
-    return _hub_errors(place, lambda: AutoConfig.from_pretrained(place)).get_text_config()
+    return _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)).get_text_config()
 
 
 def quantised(config) -> str | None:
@@ -367,13 +413,18 @@ def _generation_fields(place: str) -> dict:
 
 def _generation_file(place: str) -> bytes | None:
     """The bytes of a model's generation_config.json; many models have none."""
+    path = _file(place, GENERATION)
+    return path and _hub_errors(place, Path(path).read_bytes)
+
+
+def _file(place: str, name: str) -> str | None:
+    """Where a file of a model lies on this machine; None where the model has none of that name."""
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(place, GENERATION)
+        return cached_file(place, name)
     except OSError:
         return None
-    return _hub_errors(place, Path(path).read_bytes)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -53,9 +53,15 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
     run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint, ranks=ranks, nodes=nodes,
               sampler_url=sampler_url, tensor_parallel=tensor_parallel)
     with locked(folder):
-        run.prepare()
-        write(run)
-        evaluate(run, 0)
+        new = not (folder / "run.json").exists()
+        try:
+            run.prepare()
+            write(run)
+            evaluate(run, 0)
+        except Exception:
+            if new and not run.record.get("stages"):
+                run.abandon()
+            raise
         evaluate_baseline(run)
         for iteration in range(1, experiment.iterations + 1):
             sample(run, iteration)
@@ -180,9 +186,17 @@ def train_iteration(run: Run, iteration: int) -> None:
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
     seam.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
     pairs = [training.TrainingPair(
-        query=q.id, responses=tuple(seam.said(row, " " if spec.model.prompt == "plain" else "") for row in both),
+        query=q.id, responses=tuple(seam.said(run.tokenizer, row, " " if spec.model.prompt == "plain" else "")
+                                    for row in both),
         prompts=tuple(seam.scored_prompt(run, run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False))
                       for c in pair)) for q, pair, both in kept]
+    if len(kept) < need:
+        done = len(kept) + sum(dropped.values())
+        raise UserError(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
+                        f"{sum(dropped.values())} of {done} sampled were dropped ("
+                        + ", ".join(f"{why}: {n}" for why, n in sorted(dropped.items()))
+                        + "); give another run (--name) more training queries, a smaller --batch-size or fewer --iterations"
+                        + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped))
     worker.write_job(run.folder, iteration, model=run.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:

@@ -199,16 +199,18 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
     """
     from repro.logprobs import way_for
 
-    for name, value, least in (("--gpus", gpus, 1), ("--lora", lora, 0)):
-        if value < least:
-            raise UserError(f"{name} {value}: must be {least} or more")
+    for name, value, least, most in (("--gpus", gpus, 1, 100_000), ("--lora", lora, 0, math.inf)):
+        if not least <= value <= most:
+            raise UserError(f"{name} {value}: must be {least} or more" + f", {most} at most" * math.isfinite(most))
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction:g}: the share of the peak rate that is reached; above 0, at most 1")
     if lora and gpus > 1:
         raise UserError(f"--lora with --gpus {gpus}: adapters train on one GPU; leave one of them out")
-    if response_tokens is not None and not response_tokens > 0:
-        raise UserError(f"--response-tokens {response_tokens:g}: must be above 0")
+    if response_tokens is not None and not 0 < response_tokens < math.inf:
+        raise UserError(f"--response-tokens {response_tokens:g}: must be a number above 0")
     shape, texts, memory = shape_of(spec.model.name, config), texts_of(spec, response_tokens), gpu.gb * GB
+    if lora > shape.hidden_size:
+        raise UserError(f"--lora {lora}: must be at most the model's hidden size, {shape.hidden_size}")
     if lora and shape.mixture:
         raise UserError(f"--lora: {spec.model.label} is a mixture, whose experts are no linear layers; train all weights")
     found = way_for(shape.config, max(texts.prompt[1], texts.asking[1]) + texts.response[1], spec.train.dropout)

@@ -59,8 +59,9 @@ class Response:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line; its kind where it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """An exception in one line; its kind where it has no text. A line that ends at a colon goes on with the next ones."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(" ".join(lines).split())[:400] if lines[0].rstrip().endswith(":") else lines[0]
 
 
 def dumps(value, indent: int | None = None) -> str:
@@ -205,11 +206,21 @@ def read_text(path: Path) -> str:
     """A file's text, or one line that says why not (missing, a folder, not UTF-8: with the line number)."""
     with _readable(path, "read"):
         data = Path(path).read_bytes()
+    _without_mark(path, data)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{data[e.start]:02x})") from None
+
+
+def _without_mark(path: Path, data: bytes) -> None:
+    """Raise UserError for text that begins with a byte order mark, as some editors and spreadsheets write it."""
+    for mark, name in ((b"\xef\xbb\xbf", "UTF-8-SIG"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
+        if data.startswith(mark):
+            raise UserError(f"{path}:1: begins with a byte order mark ({name}); save it as UTF-8 without one: python3 -c "
+                            f"\"import sys; open(sys.argv[2], 'w').write(open(sys.argv[1], encoding='{name}').read())\" "
+                            f"{path} NEW")
 
 
 def read_json(path: Path):
@@ -232,6 +243,7 @@ def read_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = False
     """
     with _readable(path, "read"):
         data = Path(path).read_bytes()
+    _without_mark(path, data)
     if torn_tail and data and not data.endswith(b"\n"):
         whole = data[: data.rfind(b"\n") + 1]
         print(f"{path}: 1 unfinished record dropped from the end", file=sys.stderr)

@@ -102,6 +102,19 @@ def cut_answers(folder: Path) -> list[str]:
             "(SamplingSpec.max_new_tokens)"] if 2 * cut > len(judged) else []
 
 
+def dropped_pairs(folder: Path) -> list[str]:
+    """A line that counts the sampled pairs that could not train, by iteration and reason."""
+    stages, parts, total = read_json(folder / "run.json")["stages"], [], 0
+    for name, facts in stages.items():
+        if name.startswith("sample-"):
+            iteration, sampled = name.removeprefix("sample-"), facts["responses"] // 2
+            dropped, total = stages.get(f"train-{iteration}", {}).get("dropped_pairs") or {}, total + sampled
+            if dropped:
+                why = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
+                parts.append(f"{sum(dropped.values())} of {sampled} in iteration {iteration} ({why})")
+    return [f"pairs dropped before training: {'; '.join(parts) or f'none of {total}'}"] if total else []
+
+
 def _private(constitutions: ConstitutionSet | Pool) -> set[str]:
     """The sides, as they stand in a constitution's id, whose responses are not shown."""
     return {f"not_{p.name}" for p in constitutions.principles if p.private}

@@ -33,6 +33,7 @@ from repro.constitutions import (
 )
 from repro.datasets import check_queries, disjoint, load_queries
 from repro.endpoint import Endpoint
+from repro.intake import unsaid
 from repro.prompts import Form, marks
 from repro.records import (
     MARKER,
@@ -43,6 +44,7 @@ from repro.records import (
     file_sha256,
     read_json,
     read_jsonl,
+    remove_folder,
     sealed,
     write_json,
     write_jsonl,
@@ -115,7 +117,7 @@ class Run:
         serving.check(spec.sampling.engine, self.sampler_url)
         for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
                                   spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
-            models.resolve_model(name)  # a licence that is missing is told before anything else
+            models.check_model(name)  # a licence that is missing is told before anything else
         if "openai" in spec.judge.judges:
             self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
             self.endpoint.key(), self.endpoint.rates()
@@ -136,6 +138,7 @@ class Run:
         self.subsets = spec.data.subsets or tuple(dict.fromkeys(q.subset for q in queries))
         self._enough()
         self._places = {"model.name": self.place}
+        self.unsaid = {"model": self._unsaid()}
         if spec.writer and spec.writer.kind == "local":
             self._places["writer.model"] = writer = models.resolve_model(spec.writer.model)
             tokenizer = models.load_tokenizer(writer)
@@ -148,6 +151,8 @@ class Run:
             check_control_tokens(((q.where or q.id, q.text) for q in self.held_out), other.controls())
             other._said((q.where or q.id, q.text) for q in self.held_out)
             self._places["baseline.name"] = other.place
+            self.unsaid["baseline"] = other._unsaid()
+        self.unsaid = {which: count for which, count in self.unsaid.items() if count}
 
     def prepare(self) -> None:
         """Check every input; then bind the directory to this configuration."""
@@ -158,12 +163,32 @@ class Run:
                     **{field: digest(models.fingerprint(Path(place))) if Path(place).is_dir() else place
                        for field, place in self._places.items()},
                     **({"date": self.date} if any(s.date for s in self.speakers.values()) else {})})
+        if self.unsaid:
+            self.record["rows_without_token"] = self.unsaid
+            self.say("rows of the embedding that the tokenizer has no token for: " + ", ".join(
+                f"{count} of the {which}" for which, count in self.unsaid.items()) + "; they are never sampled here, and "
+                "decode to nothing in a server's answer")
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
+        phrases = " or ".join(map(repr, self.experiment.sampling.drop_phrases))
+        self.say(f"sampled pairs to spare, by iteration: {', '.join(self.spare)}; one with empty or identical responses"
+                 + f", or with {phrases} in one," * bool(phrases)
+                 + " is dropped, and the run stops where fewer are left than an iteration trains on")
         for line in told(self.record):
             self.say(line)
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
                                                     for q in queries])
+
+    def abandon(self) -> None:
+        """Take back what `prepare` and `adopt` have written into a new folder, where nothing else is in it: a run that
+        fails before its first stage leaves none. What was sampled or answered, and a server's log, stay."""
+        written = [self.folder / name for name in ("run.json", "queries.jsonl", "constitutions.json", BY_HAND)]
+        if {p for p in self.folder.rglob("*") if p.is_file()} <= {*written, self.folder / ".lock"}:
+            for path in written:
+                path.unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    remove_folder(path)
 
     @functools.cached_property
     def date(self) -> str:
@@ -184,6 +209,10 @@ class Run:
             return place, tokenizer, form, Speaker.plain(tokenizer)
         return place, tokenizer, form, Speaker.of(tokenizer, reasoning=self.experiment.sampling.reasoning, date=self.date,
                                                   name=spec.name)
+
+    def _unsaid(self) -> int:
+        """Rows of the model that its tokenizer has no token for."""
+        return len(unsaid(self.tokenizer, models.rows_of(models.load_config(self.place)) or 0))
 
     def answering_as(self, spec: ModelSpec) -> "Run":
         """This run with another model in the policy's place, for a baseline's responses (without chain of thought)."""
@@ -246,7 +275,7 @@ class Run:
         """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
         spec, config = self.experiment, models.load_config(self.place)
         if spec.train.lora:
-            lora.check(config, self.ranks * self.nodes)
+            lora.check(config, self.ranks * self.nodes, spec.train.lora.rank)
         self.longest = 1
         frame = self._frame(self.constitutions)
         room = models.context_of(config) - frame - self.response_tokens() - 8
@@ -280,12 +309,14 @@ class Run:
                 raise UserError(f"--queries {spec.data.source}: subset {subset!r} has {counts[0]} training and {counts[1]} "
                                 f"{spec.data.evaluation_split} queries; both must be above 0")
         needs = [spec.train.queries_needed(k) for k in range(1, spec.iterations + 1)]
+        self.spare = []
         for iteration, need in enumerate(needs, start=1):
             have = len(self.training_plan(iteration))
             if have < need:
                 raise UserError(f"--queries {spec.data.source}: iteration {iteration} trains on {need} queries and its "
                                 f"half of the training queries holds {have}; give at least {2 * max(needs)} training "
-                                "queries for all iterations, or a smaller TrainSpec.batch_size")
+                                "queries for all iterations, or a smaller --batch-size")
+            self.spare.append(f"{have - need} of {have}")
 
     def _bind(self, inputs: dict) -> None:
         fields = flatten(self.experiment.to_json()) | inputs

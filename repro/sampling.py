@@ -16,7 +16,8 @@ from tqdm import tqdm
 from repro import seam, serving
 from repro.asking import Asker
 from repro.endpoint import Call, Ledger
-from repro.models import end_tokens, plain_decoding
+from repro.intake import unsaid
+from repro.models import end_tokens, plain_decoding, rows_of
 from repro.records import Response, UserError, append_jsonl, digest, read_jsonl, write_jsonl
 from repro.rundir import Run
 
@@ -30,7 +31,8 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0,
                  seed: int = 0, stop: str | None = None, ends: Collection[int] = ()) -> list[dict]:
     """Responses to one batch, greedy at temperature 0: [{text, ids, tokens, finished}], control tokens dropped from the
-    text. Above 0 they are drawn from the whole distribution, the same ones for the same `seed`. `stop`: a text that ends a
+    text. Rows of the model that the tokenizer has no token for are never chosen: they would be tokens without a text.
+    Above 0 they are drawn from the whole distribution, the same ones for the same `seed`. `stop`: a text that ends a
     response, of which it is a part; `ends`: tokens that end one, beside the tokenizer's and the model's own."""
     import torch
 
@@ -40,17 +42,19 @@ def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: in
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     if stop:
         how |= {"stop_strings": [stop], "tokenizer": tokenizer}
-    with torch.inference_mode(), torch.random.fork_rng(), _plainly(model, ends):
+    never = unsaid(tokenizer, rows_of(model.config) or 0)
+    with torch.inference_mode(), torch.random.fork_rng(), _plainly(model, ends, never):
         torch.manual_seed(seed)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, **how, pad_token_id=tokenizer.pad_token_id)
     return [answer_of(tokenizer, ids, ends) for ids in out[:, inputs.input_ids.shape[1]:].tolist()]
 
 
 @contextmanager
-def _plainly(model, ends: Collection[int]) -> Iterator[None]:
-    """`generate` without the model's own generation config, from which transformers (5.23) fills all that a call leaves
-    open, a `generation_config` that it is given included. The model may be one that the caller made."""
-    own, model.generation_config = model.generation_config, plain_decoding(ends)
+def _plainly(model, ends: Collection[int], never: Collection[int]) -> Iterator[None]:
+    """`generate` without the tokens `never` and the model's own generation config, from which transformers (5.23) fills all
+    that a call leaves open, a `generation_config` that it is given included. The model may be one that the caller made."""
+    never = sorted(set(never) - set(ends)) or None
+    own, model.generation_config = model.generation_config, plain_decoding(ends, suppress_tokens=never)
     try:
         yield
     finally:

@@ -30,10 +30,13 @@ def scored_prompt(run, text: str) -> str:
     return text if text.rstrip().endswith(mark.strip()) else text + mark
 
 
-def said(row: dict, space: str = "") -> str | tuple[int, ...]:
-    """What is trained and scored of a response's row: the ids that were sampled. An empty response is scored as "."; a row
-    without ids, made before they were kept, by its text: both behind `space`."""
-    return tuple(row.get("ids") or ()) or space + (row["text"].strip() or ".")
+def said(tokenizer, row: dict, space: str = "") -> str | tuple[int, ...]:
+    """What is trained and scored of a response's row: the ids that were sampled. An empty response is scored as ".", by ids
+    too (a text would join a prompt that ends in ">"); a row without ids, made before they were kept, by its text: both
+    behind `space`."""
+    if row.get("ids") is None:
+        return space + (row["text"].strip() or ".")
+    return tuple(row["ids"] or tokenizer(space + ".", add_special_tokens=False).input_ids)
 
 
 def tell_old(run, rows: Sequence[dict], name: str) -> None:

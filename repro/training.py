@@ -307,7 +307,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                                     "grad_norm": str(norm), "queries": [p.query for p in batch]})
                 whose = f" (on ranks {ranks})" if ranks and engine.ranks > 1 else ""
                 raise UserError(f"iteration {iteration}, step {step}: loss {total}{whose}, gradient norm {norm}: not "
-                                f"finite; stopped before the update (the batch: {where})")
+                                f"finite at learning rate {spec.learning_rate:g}; stopped before the update (the batch: "
+                                f"{where})")
             for group in optimizer.param_groups:
                 group["lr"] = spec.learning_rate * update.rate
             optimizer.step()

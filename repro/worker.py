@@ -44,6 +44,9 @@ def check_ranks(ranks: int, nodes: int = 1) -> None:
 
         if torch.cuda.is_available() and ranks > torch.cuda.device_count():
             raise UserError(f"--ranks {ranks}: this machine has {torch.cuda.device_count()} GPUs, and each rank needs one")
+        if not torch.cuda.is_available() and ranks > (most := max(2, os.cpu_count() or 1)):
+            raise UserError(f"--ranks {ranks}: without a GPU each rank needs a core, and this machine has "
+                            f"{os.cpu_count()}; at most {most}")
 
 
 def job_file(iteration: int) -> str:

@@ -476,14 +476,14 @@ def test_judge_strict_fails_on_a_missing_verdict(finished, tmp_path, capsys):
 @pytest.mark.parametrize("argv, says", [
     (["judge", "--model", "m"], "give the folder of a finished run, or --admit"),
     (["judge", "--admit"], "--model is missing"), (["judge", "nowhere", "--model", "gpt-4.1"], "nowhere: no run.json"),
-    (["judge", "--admit", "--model", "m", "--answer", "jason"], "JudgeSpec.answer: 'jason' is unknown; allowed: 'auto'"),
+    (["judge", "--admit", "--model", "m", "--answer", "jason"], "--answer: 'jason' is unknown; allowed: 'auto'"),
     (["judge", "--admit", "--model", "gpt-4.1", "--files", "tldr/x"], "--files: 'tldr/x' is not an archived comparison"),
     (["judge", "--admit", "--model", "gpt-4.1", "--base-url", "127.0.0.1:8000"], "--base-url: expected http"),
     (["judge", "--admit", "--model", "m", "--max-usd", "-1"], "--max-usd: -1.0; must be from 0 to 9000"),
-    (["judge", "--admit", "--model", "m", "--name", "a/b"], "JudgeSpec.name: 'a/b'; allowed are letters"),
+    (["judge", "--admit", "--model", "m", "--name", "a/b"], "--name: 'a/b'; allowed are letters"),
     (["run", "exp1", "--judge", "openai"], "JudgeSpec.model: the openai judge needs the name of a model"),
     (["judge", "--admit", "--model", "gpt-4.1", "--items", "-5"], "--items -5: must be 1 or more"),
-    (["run", "exp1", "--judge", "rules", "rule"], "JudgeSpec.judges: rule, rule; each at most once"),
+    (["run", "exp1", "--judge", "rules", "rule"], "--judge: rule, rule; each at most once"),
     (["run", "exp1", "--judge", "opnai"], "--judge: 'opnai' is unknown; allowed: 'rules', 'rule', 'likelihood', 'openai'; did you mean 'openai'"),
     (["run", "exp1", "--judge", "openai", "--judge-model", "gpt-4.1"], r"needs a key in \$OPENAI_API_KEY, which is not set"),
     (["run", "exp1", "--judge", "openai", "--judge-model", "gpt-99", "--base-url", "http://example.org/v1"], "no price is known for 'gpt-99'")])

@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
     monkeypatch.setattr(training, "symmetric_infonce", lambda logprobs: loss(logprobs) * float("nan"))
     before = copy.deepcopy(model.state_dict())
     saved = []
-    with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite"):
+    with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite at learning rate 0.0002; stopped"):
         train(model, byte_tokenizer(), pairs(4), SPEC, 1, save_batch=lambda facts: saved.append(facts) or "batch.json")
     assert saved == [{"iteration": 1, "step": 1, "ranks": [0], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -29,6 +29,8 @@ def experiment_file(work: Path, tiny: Path, change: str = "e") -> Path:
 
 LONGER = ("dataclasses.replace(e, data=dataclasses.replace(e.data, train=112), train=dataclasses.replace(e.train, batches=40, "
           "learning_rate={rate}), judge=dataclasses.replace(e.judge, judges=('rule',)))")
+BLOWN = ("from torch.optim import RMSprop\nstep = RMSprop.step\n\n\ndef blown(self):\n    for group in self.param_groups:\n"
+         "        group['lr'] = 1e30\n    return step(self)\n\n\nRMSprop.step = blown\n")
 SOME = r": +\d+%\|[^|]*\| [1-9]"  # a bar that has begun to move
 
 
@@ -138,8 +140,10 @@ def printed(work: Path, rows: list[dict], say: Callable[[str], None]) -> None:
 
     folder = "exp1_dialogue/mini"
     # a loss that is not finite, on ranks
-    child = run(experiment_file(work, tiny, LONGER.format(rate=1e30)), "nan", "--ranks", "2")
-    note("loss that is not finite (learning rate 1e30, 2 ranks)", child, time.monotonic())
+    (work / "blown").mkdir()
+    (work / "blown/sitecustomize.py").write_text(BLOWN)
+    child = run(longer, "nan", "--ranks", "2", PYTHONPATH=f"{work / 'blown'}:{ROOT}")
+    note("loss that is not finite (a first step that blows the weights up, 2 ranks)", child, time.monotonic())
     saved = work / "nan" / folder / "not_finite.json"
     rows[-1]["saved"] = read_json(saved) if saved.is_file() else None
     rows[-1]["steps_kept"] = sorted(p.name for p in (work / "nan" / folder / "checkpoints/iteration-1.steps").glob("step-*"))
