@@ -140,7 +140,7 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     ends = end_tokens(run.tokenizer, run.place)
     requests = {i: serving.request(spec.engine, run.tokenizer, texts[i], most, ends, run.form.stops) for i in todo}
     calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
-    ledger = Ledger(partial, {"sampler": spec.engine})
+    ledger = Ledger(partial, {"sampler": spec.engine}, chat=False)
     if any(call.key not in ledger.answers for call in calls.values()):
         longest = max(len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids)
         with serving.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
