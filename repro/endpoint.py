@@ -208,11 +208,10 @@ def wrong_shape(answer, *, chat: bool = True) -> str | None:
 def text_of(answer: dict) -> str:
     """The text of a chat's answer, "" where there is none: of a content in parts, those that are text and no thoughts."""
     content = answer["choices"][0]["message"].get("content")
-    if not isinstance(content, list):
-        return content or ""
-    kinds = ("text", "output_text")
-    parts = (part if isinstance(part, str) else part.get("type", "text") in kinds and part.get("text") for part in content)
-    return "".join(part for part in parts if isinstance(part, str))
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, dict) and part.get("type", "text") in ("text", "output_text") else part
+             for part in parts)
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def was_cut(answer: dict) -> bool:

@@ -7,7 +7,6 @@ command finds it there and asks no more.
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import combinations
 
 from repro.asking import Asker
@@ -69,7 +68,7 @@ def agree(endpoint: Endpoint, ledger: Ledger, build: Build, forms: tuple[str, ..
     def attempt(form: str, left: tuple[str, ...]) -> tuple[dict | None, str]:
         """The answer, or why there is none. Raises UserError where no other request would fare better."""
         call, last = build(form, left), form == forms[-1]
-        asker = Asker(endpoint if last else replace(endpoint, attempts=min(2, endpoint.attempts)), ledger)
+        asker = Asker(endpoint, ledger)
         asker.run([call], label=f"{who}: {form}?")
         if answers := ledger.answers.get(call.key):
             return answers[0], ""

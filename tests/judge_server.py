@@ -21,15 +21,18 @@ def number(*texts: str) -> int:
 
 class JudgeServer:
     """`faults(k, body)` names the fault of the k-th request (0, 1, ...), or None. `requests` holds (prompt, seed) of
-    each; `billed` picodollars; `latency` seconds before each answer; `offers` what it knows beyond plain text."""
+    each; `billed` picodollars; `latency` seconds before each answer; `offers` what it knows beyond plain text. The small
+    requests by which a client finds out what it may ask are counted apart: `probes`, `probe_faults`."""
 
-    def __init__(self, faults=lambda k, body: None, *, latency=0.0, offers=("schema", "logprobs"), flips=5, unparsed=17):
+    def __init__(self, faults=lambda k, body: None, *, latency=0.0, offers=("schema", "logprobs"), flips=5, unparsed=17,
+                 probe_faults=lambda k, body: None):
+        self.probe_faults, self.probes = probe_faults, []
         self.faults, self.latency, self.offers, self.flips, self.unparsed = faults, latency, offers, flips, unparsed
         self.requests, self.bodies, self.fired, self.billed, self.in_flight = [], [], [], 0, 0
         self.lock = threading.Lock()
 
     def key(self, body: dict) -> tuple:
-        return body["messages"][-1]["content"], body["seed"]
+        return body["messages"][-1]["content"], body.get("seed")
 
     def verdict(self, prompt: str, seed: int) -> str | None:
         """The same text wins in both orders, but where the pair's hash says A (a flip) or nothing (unparsed)."""
@@ -51,7 +54,7 @@ class JudgeServer:
 
     def answer(self, body: dict) -> dict:
         prompt = body["messages"][-1]["content"]
-        letter = self.verdict(prompt, body["seed"])
+        letter = self.verdict(prompt, body.get("seed"))
         words = [WORDS[number(prompt, str(k)) % len(WORDS)] for k in range(75 + number(prompt) % 30)]
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
         form = body.get("response_format", {}).get("type")
@@ -154,13 +157,15 @@ class Handler(BaseHTTPRequestHandler):
         lists = getattr(judge, "lists", None)
         if lists is not None and body["model"] not in lists:
             return self.error(404)
+        probe = "messages" in body and "Neither response is shown" in body["messages"][-1]["content"]
         with judge.lock:
-            k = len(judge.requests)
-            judge.requests.append(judge.key(body))
-            judge.bodies.append(body)
+            k = len(judge.probes if probe else judge.requests)
+            (judge.probes if probe else judge.requests).append(judge.key(body))
+            if not probe:
+                judge.bodies.append(body)
             judge.in_flight += 1
         try:
-            fault = judge.faults(k, body)
+            fault = (judge.probe_faults if probe else judge.faults)(k, body)
             if fault:
                 judge.fired.append(fault)
             time.sleep(judge.latency)

@@ -90,7 +90,7 @@ def test_judge_loses_nothing_to_a_fault_that_passes(fault, undisturbed, tmp_path
     if slow:  # a machine under load may add a timeout of its own
         assert failed >= len(server.fired)
     else:
-        assert failed == (0 if fault == "no_usage" else len(server.fired)) and len(attempts) == len(server.requests)
+        assert failed == (0 if fault == "no_usage" else len(server.fired)) and len(attempts) == len(server.requests) + len(server.probes)
     assert Ledger(tmp_path / "l.jsonl", {"judge": "judge-1"}).spent >= server.billed
     assert time.monotonic() - began < 20
     lines = [line for line in said if "attempts failed, most often with: " in line]
@@ -141,10 +141,13 @@ def test_judge_says_what_failed_and_asks_it_again_at_the_next_run(undisturbed, t
 
 
 def test_judge_gives_up_on_a_dead_server_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="8 requests in a row failed, the last with: no connection to 127.0.0.1") as e:
+    with pytest.raises(UserError, match="judge judge-1: no connection to 127.0.0.1: .*; run the command again once") as e:
         ask_judge(SPEC, made_pairs(30), endpoint("http://127.0.0.1:9/v1", attempts=2), tmp_path / "l.jsonl", lambda line: None)
     assert "\n" not in str(e.value)
-    assert Ledger(tmp_path / "l.jsonl", {"judge": "judge-1"}).spent == 0
+    assert len(list(read_jsonl(tmp_path / "l.jsonl"))) == 4  # one small request, twice
+    server = JudgeServer(lambda k, body: "reset")
+    with pytest.raises(UserError, match="8 requests in a row failed, the last with: no connection to 127.0.0.1"):
+        judged(server, made_pairs(30), tmp_path / "l.jsonl", attempts=2)
 
 
 def test_judge_null_answers_are_unparsed_and_asked_again_once_in_all(undisturbed, tmp_path):
@@ -162,7 +165,7 @@ def test_judge_rereads_stored_answers_without_a_call(undisturbed, tmp_path, monk
     """A better parser: what was unparsed has a verdict, and no request is made."""
     pairs, expected = undisturbed
     judged(JudgeServer(), pairs, tmp_path / "l.jsonl")
-    monkeypatch.setattr("repro.llm_judge.read_text", lambda text: "A" if text.endswith(": neither") else None)
+    monkeypatch.setattr("repro.llm_judge.read_text", lambda text, **how: "A" if text.endswith(": neither") else None)
     verdicts, _ = judged(server := JudgeServer(), pairs, tmp_path / "l.jsonl", reparse=True)
     assert not server.requests
     assert [v.outcome == "flip" for v in verdicts] == [v["outcome"] == "unparsed" for v in expected]
@@ -179,8 +182,8 @@ def test_judge_finds_out_what_the_server_offers(offers, form, undisturbed, tmp_p
                                         lambda line: said.append((line, len(server.requests))))
         assert facts["answer"] == form and [v.outcome for v in verdicts] == [v["outcome"] for v in expected]
     assert "10 requests to make, about" in said[0][0] and said[0][1] == 0  # the estimate comes before any request
-    assert sum("Neither response is shown" in r[0] for r in server.requests) == 1
-    kinds = {body.get("response_format", {}).get("type") for body in server.bodies[1:]}
+    assert len(server.probes) == 1 and "Neither response is shown" in server.probes[0][0]
+    kinds = {body.get("response_format", {}).get("type") for body in server.bodies}
     assert kinds == ({"json_schema"} if form == "schema" else {None})
 
 
