@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from judge_habits import HABITS
+
 RATES = (3_000_000, 12_000_000)  # picodollars per token: 3 and 12 USD per million
 WORDS = ("the first answer keeps close to what was asked while the second one wanders off and adds details that nobody wanted "
          "although it is written with care and ends on a friendly note that many readers will like").split()
@@ -169,7 +171,14 @@ class Handler(BaseHTTPRequestHandler):
             if fault:
                 judge.fired.append(fault)
             time.sleep(judge.latency)
-            getattr(self, f"fault_{fault}")(body) if fault else self.give(judge.answer(body))
+            if fault in HABITS:
+                answer = judge.answer(body)
+                status, data, headers = HABITS[fault](answer)
+                if status == 200:
+                    judge.bill(answer)
+                self.raw(data, status, headers)
+            else:
+                getattr(self, f"fault_{fault}")(body) if fault else self.give(judge.answer(body))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
@@ -184,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def raw(self, data: bytes, status=200, headers=(), length=None):
         self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(length or len(data))), *headers):
+        for name, value in ({"Content-Type": "application/json", "Content-Length": str(length or len(data))} | dict(headers)).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
