@@ -73,7 +73,7 @@ def reason(body: str) -> str:
     except ValueError:
         text, title = body[:10**5], _TITLE.search(body[:10**5])
         text = unescape(title[1] if title else _TAG.sub(" ", text) if text.lstrip().startswith("<") else text)
-    return shown(text.strip() or body.strip() or "no reason given")
+    return shown((text.strip() or body.strip() or "no reason given").rstrip("."))
 
 
 def _said(value, depth: int = 0) -> str:
@@ -286,7 +286,7 @@ class Asker:
             return _Failed(f"{self.endpoint.url} has no model {self.endpoint.model!r} or no such path ({said})", fatal=True)
         if e.status_code == 429 and "insufficient_quota" in (body.get("code"), body.get("type")):
             return _Failed(f"the account has no credit left ({said})", fatal=True)
-        again = e.status_code in (408, 409, 425, 429) or e.status_code >= 500
+        again = e.status_code in (408, 409, 425, 429) or (e.status_code >= 500 and e.status_code not in (501, 505))
         return _Failed(said, wait=_retry_after(e.response.headers.get("retry-after")), again=again)
 
 

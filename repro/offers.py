@@ -37,7 +37,7 @@ def known(endpoint: Endpoint, ledger: Ledger, build: Build, forms: tuple[str, ..
 
 
 def _named(error: str, *words: str) -> bool:
-    return any(re.search(rf"(?<!\w){word}(?!\w)", error) for word in words)
+    return any(re.search(rf"(?<!\w){word}(?!\w)", error, flags=re.I) for word in words)
 
 
 def _status(error: str) -> int:
@@ -85,7 +85,8 @@ def agree(endpoint: Endpoint, ledger: Ledger, build: Build, forms: tuple[str, ..
             break
         first, why = first or error, [*why, (form, left, error)]
     else:
-        if forms == ("text",):
+        if forms[-1] == "text":
+            first = next(e for form, _, e in why if form == "text")
             raise UserError(f"{who}: {endpoint.url} refuses every request ({first}); --leave-out names what it is not sent "
                             f"(any of {', '.join(LEAVABLE)}, or nothing)")
         raise UserError(f"{who}: {endpoint.url} does not offer --answer {forms[0]} ({first}); use --answer text")

@@ -279,8 +279,9 @@ def _why(e: urllib.error.HTTPError, endpoint: Endpoint) -> str:
     """An HTTP error with the server's own reason."""
     to = e.headers.get("Location") if 300 <= e.code < 400 else None
     with suppress(OSError, http.client.HTTPException):
-        text = e.read(10**5).decode("utf-8", "replace") if to is None else (
-            f"it sends on to {to}, where none goes unless --sampler-url names it")
+        text = e.read(10**5).decode("utf-8", "replace")
+        if to is not None:
+            text = f"it sends on to {to}, where none goes unless --sampler-url names it"
         return redact(f"HTTP {e.code}: {reason(text)}", endpoint.key())
     return f"HTTP {e.code}"
 

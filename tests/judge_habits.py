@@ -99,10 +99,10 @@ FAILED = {
     "429 wait absurd": _error(429, None, [("Retry-After", "1e99")]), "429 wait until 1970": _error(429, None, [("Retry-After", formatdate(0, usegmt=True))]),
     "429 wait in words": _error(429, None, [("Retry-After", "a while")]), "408": _error(408), "409": _error(409), "425": _error(425),
     "500": _error(500), "500 with a list": _error(500, [{"msg": WHY}]), "500 in plain text": _raw(WHY.encode(), 500), "500 empty": _raw(b"", 500),
-    "501": _error(501), "502 with a page": _raw(PAGE, 502), "503": _error(503, {"message": WHY}), "504": _error(504, {"errors": [WHY]}),
+    "502 with a page": _raw(PAGE, 502), "503": _error(503, {"message": WHY}), "504": _error(504, {"errors": [WHY]}),
     "529": _error(529, {"type": "error", "error": {"type": "overloaded_error", "message": WHY}})}
 # refused: asked again by the next command
-REFUSED = {"400": _error(400), "400 with a control character": _error(400, {"error": {"message": f"\x1b[31m\u202e{WHY}\r\n\n"}}), "402": _error(402),
+REFUSED = {"501": _error(501), "400": _error(400), "400 with a control character": _error(400, {"error": {"message": f"\x1b[31m\u202e{WHY}\r\n\n"}}), "402": _error(402),
            "405": _error(405), "413": _error(413, {"error": {"message": WHY, "param": "messages"}}), "422": _error(422, DETAIL),
            "422 in a message": _error(422, {"object": "error", "message": DETAIL}), "451": _raw(PAGE, 451)}
 # nothing else will fare better: the command ends

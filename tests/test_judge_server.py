@@ -397,8 +397,9 @@ def test_judge_rates_of_the_server_are_those_of_the_tests():
 
 def habit_run(habit: str, pairs, expected, folder: Path) -> dict:
     """What a habit does at every request, at some, and what is left of it with a good server: {lost, wrong, poisoned, ends}."""
-    always, at_times = JudgeServer(lambda k, body: habit), JudgeServer(lambda k, body, r=random.Random(habit): habit if (
-        k % 37 == 36 if habit in ENDS else r.random() < 0.2) else None)
+    rng = random.Random(habit)
+    always, at_times = JudgeServer(lambda k, body: habit), JudgeServer(
+        lambda k, body: habit if (k % 37 == 36 if habit in ENDS else rng.random() < 0.2) else None)
     found = {"fired": 0, "lost": 0, "wrong": 0, "poisoned": 0, "not_one_line": 0, "no_reason": 0, "twice": 0}
 
     def command(server, path, **more):
@@ -550,6 +551,18 @@ def test_judge_goes_on_in_text_where_a_schema_fails(status, undisturbed, tmp_pat
         assert f"HTTP {status}: grammar failed, {WHY}" in line
         with pytest.raises(UserError, match=f"HTTP {status}: grammar failed|does not offer --answer schema"):
             ask_judge(replace(SPEC, answer="schema"), pairs, endpoint(url), tmp_path / "s.jsonl", said.append)
+
+
+def test_judge_whose_name_the_server_refuses_with_a_400_is_not_told_to_take_another_form(undisturbed, tmp_path):
+    HABITS["named"] = lambda a: (400, b'{"error": {"message": "Model judge-1 not found."}}', ())
+    try:
+        for answer in ("auto", "text"):
+            server = JudgeServer(probe_faults=lambda k, body: "named")
+            with pytest.raises(UserError, match=r"refuses every request \(HTTP 400: Model judge-1 not found\); --leave-out names") as e:
+                judged(server, undisturbed[0], tmp_path / f"{answer}.jsonl", spec=replace(SPEC, answer=answer))
+            assert len(server.probes) <= 2 and not server.requests and "--answer" not in str(e.value)
+    finally:
+        del HABITS["named"]
 
 
 def test_judge_shows_an_answer_that_was_not_read_and_says_when_the_cap_cut_them(undisturbed, tmp_path):
