@@ -25,7 +25,7 @@ from pathlib import Path
 
 from repro import models
 from repro.asking import reason, redact
-from repro.endpoint import Endpoint, wrong_shape
+from repro.endpoint import Endpoint, shown, wrong_shape
 from repro.records import UserError, dumps, first_line, loads, open_log
 
 HOST = "127.0.0.1"
@@ -203,8 +203,8 @@ def served(engine: str, model: str, *, url: str | None, dtype: str, share: int |
 
 
 def _limits(engine: str) -> dict:
-    return {"key_env": KEY, "flag": "--sampler-url", "price": (0.0, 0.0), "max_usd": 0.0, "concurrency": CONCURRENCY[engine],
-            "deadline_s": DEADLINE_S}
+    return {"key_env": KEY, "flag": "--sampler-url", "price": (0.0, 0.0), "max_usd": 0.0, "deadline_s": DEADLINE_S,
+            "concurrency": CONCURRENCY[engine]}
 
 
 def _free_gpus() -> int:
@@ -278,12 +278,8 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
 def _why(e: urllib.error.HTTPError, endpoint: Endpoint) -> str:
     """An HTTP error with the server's own reason."""
     to = e.headers.get("Location") if 300 <= e.code < 400 else None
-    with suppress(OSError, http.client.HTTPException):
-        text = e.read(10**5).decode("utf-8", "replace")
-        if to is not None:
-            text = f"it sends on to {to}, where none goes unless --sampler-url names it"
-        return redact(f"HTTP {e.code}: {reason(text)}", endpoint.key())
-    return f"HTTP {e.code}"
+    said = f"it sends on to {to}, where none goes unless --sampler-url names it" if to else reason(e.body)
+    return redact(f"HTTP {e.code}: {shown(said)}", endpoint.key())
 
 
 def _real(name) -> str:
@@ -305,8 +301,14 @@ def _get(url: str, key: str = "", body: dict | None = None, timeout: float = 10.
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else dumps(body).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Here)
-    with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
-        text = answer.read().decode("utf-8", "replace")
+    try:
+        with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
+            text = answer.read().decode("utf-8", "replace")
+    except urllib.error.HTTPError as e:  # it holds the connection until its body is read
+        with e, suppress(OSError, http.client.HTTPException):
+            e.body = ""
+            e.body = e.read(10**5).decode("utf-8", "replace")
+        raise
     return loads(text) if text.strip() else {}
 
 
