@@ -24,7 +24,7 @@ from kernels import reference
 from kernels.attention import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
 from repro import probe
-from repro.models import steady_length
+from repro.models import dropouts, steady_length
 from repro.prefix import Scored, pack, packed_length, tokenize_pair
 from repro.records import first_line
 
@@ -54,8 +54,8 @@ def settled(model, backend: str) -> str:
     found = probe.of_model(model, score)
     if found.way is None or (backend == "shared" and found.way == "reference"):
         raise ValueError(found.refusal if found.way is None else f"{found.refusal}; use backend='reference'")
-    if backend == "shared" and model.training and probe.dropouts(model.config):  # `train` takes it out of training
-        raise ValueError(f"dropout ({', '.join(probe.dropouts(model.config))}) would draw one mask for all responses of a "
+    if backend == "shared" and model.training and dropouts(model.config):  # `train` takes it out of training
+        raise ValueError(f"dropout ({', '.join(dropouts(model.config))}) would draw one mask for all responses of a "
                          "shared prompt; call model.eval()")
     return found.way if backend == "shared" else backend
 
@@ -63,7 +63,7 @@ def settled(model, backend: str) -> str:
 def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
     """As `settled`, before there are weights: tried on a tiny model of the same class and config, up to texts of `longest`
     tokens. The reference path where no such model can be made: the loaded one is tried too. `dropout`: of TrainSpec."""
-    if dropout == "drawn" and (rates := ", ".join(probe.dropouts(config))):
+    if dropout == "drawn" and (rates := ", ".join(dropouts(config))):
         return probe.Found("reference", f"dropout ({rates}) would draw one mask for all responses of a shared prompt")
     try:
         return probe.of_config(config, score, longest)

@@ -304,6 +304,12 @@ def steady_length(config) -> int | None:
     return min(filter(None, (*limits, *(p.get("original_max_position_embeddings") for p in kinds))), default=None)
 
 
+def dropouts(config) -> list[str]:
+    """The config's rates of dropout (and of layers or experts dropped) that are above 0, as "name rate"."""
+    return [f"{name} {rate:g}" for name, rate in config.get_text_config().to_dict().items()
+            if ("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0]
+
+
 def plain_decoding(ends: Collection[int], **ids):
     """A generation config that names these end tokens (and `ids`) and nothing else: greedy, or what a caller adds."""
     from transformers import GenerationConfig

@@ -65,12 +65,6 @@ class Found:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def dropouts(config) -> list[str]:
-    """The config's rates of dropout (and of layers or experts dropped) that are above 0, as "name rate"."""
-    return [f"{name} {rate:g}" for name, rate in config.get_text_config().to_dict().items()
-            if ("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0]
-
-
 # ---- texts
 
 

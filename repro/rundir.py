@@ -34,7 +34,6 @@ from repro.constitutions import (
 )
 from repro.datasets import check_queries, disjoint, load_queries
 from repro.endpoint import Endpoint
-from repro.probe import dropouts
 from repro.prompts import Form, marks
 from repro.records import (
     MARKER,
@@ -228,7 +227,7 @@ class Run:
         if found.way is None:
             raise UserError(f"--model {spec.model.name}: {found.refusal}")
         self.backend, refusal = ("reference", found.refusal) if found.way == "reference" else ("shared", None)
-        if spec.train.dropout == "off" and (rates := ", ".join(dropouts(config))):
+        if spec.train.dropout == "off" and (rates := ", ".join(models.dropouts(config))):
             self.say(f"dropout is off in training (of the model's config: {rates}); --dropout drawn switches it on")
         if refusal and self.ranks * self.nodes > 1:  # its forwards are as many as a text is long, and ranks need equal ones
             raise UserError(f"--ranks {self.ranks * self.nodes}: the reference path works on one rank alone, and this "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from repro import probe, serving
+from repro import serving
 from repro.asking import Asker
 from repro.endpoint import Call, Ledger
 from repro.models import control_tokens, end_tokens, plain_decoding
@@ -80,8 +80,10 @@ def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens
                      batch_size: int = 32, done: Container[int] = ()) -> Iterator[tuple[list[int], list[dict]]]:
     """Greedy responses batch by batch: yields (indices into `prompts`, their answers as of `sample_batch`). A batch
     whose indices are all in `done` is passed over. Models that continue a padded prompt otherwise than alone get one prompt
-    at a time (`repro.probe.pads`)."""
-    batch_size = batch_size if probe.pads(model.config) else 1
+    at a time (repro/probe.py)."""
+    from repro.probe import pads
+
+    batch_size = batch_size if pads(model.config) else 1
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
     for batch in batches(lengths, batch_size):
         if all(i in done for i in batch):

@@ -400,15 +400,40 @@ def save_gpt2(folder: Path) -> Path:
     return folder
 
 
-def test_a_family_that_the_shared_path_does_not_know_runs_on_the_reference_and_says_so(tmp_path):
-    """To its end: training too, where no byte model says whether activations fit."""
+@pytest.mark.parametrize("dropout", ["off", "drawn"])
+def test_a_family_whose_byte_model_nobody_knows_runs_to_its_end_and_says_how(tmp_path, dropout):
+    """GPT-2 with its usual dropout: off, on the shared path; drawn, on the reference. The same bytes under another name."""
     experiment = dataclasses.replace(small(load_experiment("exp1", "mini")[0], save_gpt2(tmp_path / "gpt2"), learning_rate=1e-3),
                                      iterations=1)
-    said = []
-    folder = run(experiment, tmp_path, say=said.append)
-    record = json.loads((folder / "run.json").read_text())
-    assert record["backend"] == "reference" and all(step["loss"] > 0 for step in record["stages"]["train-1"]["trace"])
-    assert any("reference path" in line and "gpt2: not a family" in line for line in said)
+    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, dropout=dropout))
+    said, folders = [], []
+    for name in ("one", "two"):
+        folders.append(run(dataclasses.replace(experiment, name=name), tmp_path, say=said.append))
+    record = json.loads((folders[0] / "run.json").read_text())
+    assert record["config"]["train"]["dropout"] == dropout
+    assert record["backend"] == ("shared" if dropout == "off" else "reference")
+    assert all(step["loss"] > 0 for step in record["stages"]["train-1"]["trace"])
+    words = "dropout is off in training (of the model's config: " if dropout == "off" else "by the reference path, which is slower: dropout"
+    assert any(words in line for line in said)
+    for file in ("checkpoints/iteration-1/model.safetensors", "logprobs/evaluation-1.jsonl"):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
+
+
+def test_a_model_that_looks_ahead_is_refused_before_anything_is_written(tmp_path):
+    """An encoder that is run as a decoder, and attention that goes both ways."""
+    from conftest import byte_tokenizer
+    from transformers import BertConfig, BertLMHeadModel, Gemma3ForCausalLM, Gemma3TextConfig
+
+    size = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=2048)
+    for model in (BertLMHeadModel(BertConfig(**size)),
+                  Gemma3ForCausalLM(Gemma3TextConfig(**size, head_dim=8, num_key_value_heads=2, use_bidirectional_attention=True))):
+        place = tmp_path / model.config.model_type
+        model.save_pretrained(place)
+        byte_tokenizer().save_pretrained(place)
+        with pytest.raises(UserError, match=f"--model {place}: {model.config.model_type}: not a causal language model"):
+            run(small(load_experiment("exp1", "mini")[0], place), tmp_path / "out")
+        assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 def test_a_model_that_names_no_context_is_refused_in_one_line(tmp_path):

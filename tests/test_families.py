@@ -44,3 +44,26 @@ def test_what_begins_only_in_long_texts_is_tried_at_the_runs_length(monkeypatch)
     assert probe.of_config(config, score).way == "shared"
     assert probe.of_config(config, score, longest=200).way == "reference"
     assert probe.of_config(config, score, longest=50).way == "shared"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family, together", [("llama", True), ("gemma2", True), ("mamba", True), ("rwkv", False), ("bart", False)])
+def test_prompts_are_padded_together_where_that_changes_nothing(family, together):
+    assert probe.pads(families.default_config(family)) == together
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["rwkv", "llama"])
+def test_a_prompt_is_continued_in_a_batch_as_it_is_alone(family):
+    """RWKV reads pads: its prompts go one at a time, whatever batch is asked for."""
+    from conftest import byte_tokenizer
+
+    from repro.sampling import sample_responses
+
+    model = probe.tiny(families.default_config(family), vocab_size=259)
+    prompts = ["A long prompt, of many bytes.", "Short.", "Middling one."]
+    alone = [next(sample_responses(model, byte_tokenizer(), [p], max_new_tokens=8))[1][0]["text"] for p in prompts]
+    found = {}
+    for batch, answers in sample_responses(model, byte_tokenizer(), prompts, max_new_tokens=8, batch_size=3):
+        found |= dict(zip(batch, (a["text"] for a in answers)))
+    assert [found[k] for k in range(3)] == alone

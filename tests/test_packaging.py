@@ -48,7 +48,7 @@ def test_every_module_is_classified_and_torch_stays_where_it_belongs():
         if path.stem in NO_TORCH or path.stem == "__init__":
             assert "torch" not in imported(path, everywhere=False), path.name
         else:
-            assert path.stem in ("logprobs", "losses", "prefix", "training", "distributed", "steps"), path.name
+            assert path.stem in ("logprobs", "losses", "prefix", "probe", "training", "distributed", "steps"), path.name
 
 
 @pytest.mark.parametrize("statement", ["import repro", "import kernels", "from repro import metrics, figures, published, report"])

@@ -247,6 +247,19 @@ def test_checkpointed_layers_drop_what_they_dropped(monkeypatch, dropout):
     assert sum(grad for _, grad in calls) == 2 * 2 * passes  # layers, forward and again
 
 
+@pytest.mark.parametrize("dropout", ["off", "drawn"])
+def test_a_layer_that_drops_by_itself_does_not_when_it_is_checkpointed_at_rest(monkeypatch, dropout):
+    """OPT's layers ask their own `training`, which transformers needs to be on to checkpoint."""
+    spec = dataclasses.replace(SPEC, dropout=dropout)
+    plain, on = trained_with("opt", spec), []
+    enable = transformers.PreTrainedModel.activation_checkpointing_enable
+    monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda self: on.append(1) or enable(self))
+    for name, value in (("known_shape", lambda model: "known"), ("training_bytes", lambda *of: {}), ("peak", lambda of: ("", 1 << 62))):
+        monkeypatch.setattr(training, name, value)
+    tight = trained_with("opt", spec)
+    assert on and tight[0] == plain[0] and all(map(torch.equal, plain[1], tight[1]))
+
+
 def test_the_config_says_which_and_old_hashes_stay():
     with pytest.raises(UserError, match="TrainSpec.dropout: 'on' is unknown; allowed: 'off', 'drawn'"):
         TrainSpec(dropout="on")

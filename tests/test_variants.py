@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import byte_tokenizer
@@ -304,7 +305,8 @@ def test_a_plain_response_is_finished_where_the_format_ended_it(tiny, tmp_path, 
     shared = prepared(experiment, tmp_path)
     monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, **more: [
         {"text": sampled.removeprefix(shared.form.opening), "tokens": 9, "finished": False}] * len(prompts))
-    monkeypatch.setattr(shared, "model", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(shared, "model", lambda *args: contextlib.nullcontext(SimpleNamespace(config=None)))
+    monkeypatch.setattr("repro.probe.pads", lambda config: True)
     (row,) = sampling.sample_to_file(shared, [(shared.held_out[0], shared.items()[0].constitutions[0])], ["x"], 0, tmp_path / "r.jsonl", "r")
     assert (row["text"], row["finished"]) == (text, finished)
 

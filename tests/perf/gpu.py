@@ -240,7 +240,7 @@ def mask_of(layout) -> torch.Tensor:
     return layout.mask(DEVICE)
 
 
-def sdpa(q, k, v, layout, *, scale):
+def sdpa(q, k, v, layout, *, scale, **options):
     """The shared layout with torch's attention under a T x T mask, in the form that its fused kernels take."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask_of(layout), scale=scale)
