@@ -94,19 +94,19 @@ FAILED = {
     "infinity": lambda a: (200, json.dumps(a)[:-1].encode() + b', "x": 1e999}', ()), "NaN": _raw(b'{"choices": NaN}'),
     "deep": lambda a: (200, json.dumps(a)[:-1].encode() + b', "x": ' + b"[" * 400 + b"]" * 400 + b"}", ()),
     "gzip that is none": _changed(lambda a: None, headers=[("Content-Encoding", "gzip")]), "bytes": _raw(bytes(range(256))),
-    "429": _error(429), "429 wait 0": _error(429, None, [("Retry-After", "0")]), "429 wait -5": _error(429, None, [("Retry-After", "-5")]),
+    "HTTP 429": _error(429), "429 wait 0": _error(429, None, [("Retry-After", "0")]), "429 wait -5": _error(429, None, [("Retry-After", "-5")]),
     "429 wait nan": _error(429, None, [("Retry-After", "nan")]), "429 wait inf": _error(429, None, [("Retry-After", "inf")]),
     "429 wait absurd": _error(429, None, [("Retry-After", "1e99")]), "429 wait until 1970": _error(429, None, [("Retry-After", formatdate(0, usegmt=True))]),
-    "429 wait in words": _error(429, None, [("Retry-After", "a while")]), "408": _error(408), "409": _error(409), "425": _error(425),
-    "500": _error(500), "500 with a list": _error(500, [{"msg": WHY}]), "500 in plain text": _raw(WHY.encode(), 500), "500 empty": _raw(b"", 500),
-    "502 with a page": _raw(PAGE, 502), "503": _error(503, {"message": WHY}), "504": _error(504, {"errors": [WHY]}),
-    "529": _error(529, {"type": "error", "error": {"type": "overloaded_error", "message": WHY}})}
+    "429 wait in words": _error(429, None, [("Retry-After", "a while")]), "HTTP 408": _error(408), "HTTP 409": _error(409), "HTTP 425": _error(425),
+    "HTTP 500": _error(500), "500 with a list": _error(500, [{"msg": WHY}]), "500 in plain text": _raw(WHY.encode(), 500), "500 empty": _raw(b"", 500),
+    "502 with a page": _raw(PAGE, 502), "HTTP 503": _error(503, {"message": WHY}), "HTTP 504": _error(504, {"errors": [WHY]}),
+    "HTTP 529": _error(529, {"type": "error", "error": {"type": "overloaded_error", "message": WHY}})}
 # refused: asked again by the next command
-REFUSED = {"501": _error(501), "400": _error(400), "400 with a control character": _error(400, {"error": {"message": f"\x1b[31m\u202e{WHY}\r\n\n"}}), "402": _error(402),
-           "405": _error(405), "413": _error(413, {"error": {"message": WHY, "param": "messages"}}), "422": _error(422, DETAIL),
-           "422 in a message": _error(422, {"object": "error", "message": DETAIL}), "451": _raw(PAGE, 451)}
+REFUSED = {"HTTP 501": _error(501), "HTTP 400": _error(400), "400 with a control character": _error(400, {"error": {"message": f"\x1b[31m\u202e{WHY}\r\n\n"}}), "HTTP 402": _error(402),
+           "HTTP 405": _error(405), "HTTP 413": _error(413, {"error": {"message": WHY, "param": "messages"}}), "HTTP 422": _error(422, DETAIL),
+           "422 in a message": _error(422, {"object": "error", "message": DETAIL}), "HTTP 451": _raw(PAGE, 451)}
 # nothing else will fare better: the command ends
-ENDS = {"401": _error(401), "403": _error(403), "404": _error(404),
+ENDS = {"HTTP 401": _error(401), "HTTP 403": _error(403), "HTTP 404": _error(404),
         "quota": _error(429, {"error": {"message": WHY, "code": "insufficient_quota"}}),
         **{f"{code} {where}": _raw(b"", code, [("Location", where)]) for code in (301, 302, 303, 307, 308)
            for where in ("/v1/chat/completions", "http://127.0.0.1:9/v2/chat/completions")},

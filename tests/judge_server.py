@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault:
                 judge.fired.append(fault)
             time.sleep(judge.latency)
-            if fault in HABITS:
+            if fault in HABITS:  # no name is both a habit's and a fault's (tests/test_judge_server.py)
                 answer = judge.answer(body)
                 status, data, headers = HABITS[fault](answer)
                 if status == 200:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from judge_habits import ENDS, FAILED, HABITS, READ, SILENT, WHY
-from judge_server import RATES, JudgeServer
+from judge_server import RATES, Handler, JudgeServer
 
 from repro import metrics
 from repro.archive import LOCAL
@@ -447,12 +447,13 @@ def test_judge_loses_nothing_to_a_habit_and_keeps_nothing_of_it(habit, undisturb
 
 def test_judge_habits_are_at_least_forty():
     assert len(HABITS) >= 80 and len(READ) >= 20 and len(FAILED) >= 40
+    assert not any(hasattr(Handler, f"fault_{name}") for name in HABITS)
 
 
 def test_judge_backs_off_from_a_server_that_says_wait_zero(undisturbed, tmp_path):
     """A third of the answers are 429 with `Retry-After: 0`: all verdicts come, in as many attempts as without the header,
     and the waits double."""
-    for name in ("429", "429 wait 0", "429 wait -5"):
+    for name in ("HTTP 429", "429 wait 0", "429 wait -5"):
         server = JudgeServer(lambda k, body, name=name: name if k % 3 == 0 else None)
         verdicts, _ = judged(server, undisturbed[0], tmp_path / f"{name}.jsonl", attempts=6)
         assert [v.to_json() for v in verdicts] == undisturbed[1], name

@@ -53,6 +53,7 @@ def judge_faults(work: Path, quick: bool) -> dict:
         kinds[habit] = found.pop("fired")
         for name, count in found.items():
             bad[name] += count
+    assert sum(kinds.values()) == fired
     return {"value": fired - sum(bad.values()), "of": fired, "bad": {k: n for k, n in bad.items() if n},
             "detail": {"fired": kinds, **bad}, "habits": len(HABITS), "answers_of_each_habit": 2 * len(some),
             "counted": f"answers of {len(TRANSIENT)} faults at random requests and of {len(HABITS)} habits of servers, each at every request and "
