@@ -217,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
     def fault_429_30(self, body):
         self.error(429, [("Retry-After", "30")])
 
-    def fault_quota(self, body):
+    def fault_no_credit(self, body):
         self.error(429, code="insufficient_quota")
 
     def fault_500(self, body):
@@ -298,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
     def fault_error_in_200(self, body):
         self.give({"error": {"message": f"overloaded, {self.headers['Authorization']}"}})
 
-    def fault_null(self, body):
+    def fault_null_content(self, body):
         answer = self.judge.answer(body)
         answer["choices"][0] = {"index": 0, "finish_reason": "content_filter", "message": {"role": "assistant", "content": None}}
         self.give(answer)

@@ -100,7 +100,7 @@ def test_judge_loses_nothing_to_a_fault_that_passes(fault, undisturbed, tmp_path
 
 
 @pytest.mark.parametrize("fault, says", [
-    ("revoked", r"the server refused the key in \$OPENAI_API_KEY \(HTTP 401"), ("quota", "the account has no credit left"),
+    ("revoked", r"the server refused the key in \$OPENAI_API_KEY \(HTTP 401"), ("no_credit", "the account has no credit left"),
     ("404", "has no model 'judge-1'"), ("429_hour", r"asks to wait 3600 s: come back at \d\d:\d\d")])
 def test_judge_stops_at_a_fault_that_no_retry_mends(fault, says, undisturbed, tmp_path, monkeypatch):
     """From the 9th request on: one clear line, few requests after the first, and the rest once it is mended."""
@@ -154,7 +154,7 @@ def test_judge_gives_up_on_a_dead_server_in_one_line(tmp_path):
 
 def test_judge_null_answers_are_unparsed_and_asked_again_once_in_all(undisturbed, tmp_path):
     pairs = undisturbed[0][:3]
-    server = JudgeServer(lambda k, body: "null")
+    server = JudgeServer(lambda k, body: "null_content")
     verdicts, said = judged(server, pairs, tmp_path / "l.jsonl")
     assert {v.outcome for v in verdicts} == {"unparsed"} and {v.score for v in verdicts} == {None}
     assert len(server.requests) == 12 and len(set(server.requests)) == 12  # a second time with another seed
@@ -455,7 +455,7 @@ def test_judge_backs_off_from_a_server_that_says_wait_zero(undisturbed, tmp_path
     and the waits double."""
     for name in ("HTTP 429", "429 wait 0", "429 wait -5"):
         server = JudgeServer(lambda k, body, name=name: name if k % 3 == 0 else None)
-        verdicts, _ = judged(server, undisturbed[0], tmp_path / f"{name}.jsonl", attempts=6)
+        verdicts, _ = judged(server, undisturbed[0], tmp_path / f"{name}.jsonl", attempts=10)
         assert [v.to_json() for v in verdicts] == undisturbed[1], name
     times = []
     server = JudgeServer(lambda k, body: times.append(time.monotonic()) or "429 wait 0")
