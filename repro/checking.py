@@ -46,8 +46,11 @@ def check_run(folder: Path) -> list[tuple[str, str, int, str]]:
     if "config" not in record or "stages" not in record:
         raise UserError(f"{folder / 'run.json'}: not the record of a run")
     experiment, inputs = Experiment.from_json(record["config"]), record.get("inputs", {})
-    out = [("config", *_verdict(["run.json: the hash is not that of its config"] if config_hash(
-        experiment, inputs) != record["config_hash"] else [], 1))]
+    wrong = ["run.json: the hash is not that of its config"] if config_hash(
+        experiment, inputs) != record["config_hash"] else []
+    dates = {facts.get("date") for facts in record.get("spoken", {}).values()} - {None, inputs.get("date")}
+    wrong += [f"run.json: a chat template prints {', '.join(map(str, dates))}, not the run's date"] if dates else []
+    out = [("config", *_verdict(wrong, 1))]
     out.append(("inputs", *_group(lambda: _inputs(folder, experiment, inputs))))
     out.append(("files", *_group(lambda: _files(folder, record["stages"]))))
     if "metrics" not in record["stages"]:

@@ -89,13 +89,15 @@ class SamplingSpec:
     `engine`: "transformers" samples in this process, `batch_size` prompts at a time; "vllm" and "server" behind an
     OpenAI-compatible server (repro/serving.py), which gets token ids ("vllm") or text. `dtype`: weights while sampling.
     `spare`: pairs sampled beyond the need, as a share, to make up for drops.
-    `full_stop`: drop a pair whose first response does not end in one. `reasoning_tokens`: with chain of thought, tokens
-    beyond `max_new_tokens` for the reasoning.
+    `full_stop`: drop a pair whose first response does not end in one. `reasoning_tokens`: tokens beyond
+    `max_new_tokens` for the reasoning, of a chain of thought or of a model that reasons by itself. `reasoning`: switch that
+    on where the chat template can (repro/speaker.py); else it is off where it can be.
     """
 
     engine: str = "transformers"
     max_new_tokens: int = 48
     reasoning_tokens: int = 150
+    reasoning: bool = False
     batch_size: int = 32
     dtype: str = "bfloat16"
     spare: float = 0.25
@@ -302,6 +304,9 @@ class Experiment:
         choose("Experiment.task", self.task, ("dialogue", "summary"))
         if self.cot and (self.task, self.model.prompt) == ("dialogue", "plain"):
             raise UserError("Experiment.cot: chain of thought in a dialogue needs a chat template (--prompt chat)")
+        if self.sampling.reasoning and (self.cot or self.model.prompt == "plain"):
+            raise UserError("SamplingSpec.reasoning: a model that reasons by itself needs a chat template (--prompt chat) "
+                            "and is not asked for a chain of thought too (--reasoning without --cot)")
 
     @property
     def path(self) -> str:
@@ -351,7 +356,7 @@ def training_hash(experiment: Experiment, inputs: dict) -> str:
 
 def _named_fields(experiment: Experiment, inputs: dict) -> dict:
     fields = flatten(experiment.to_json())
-    for name, first in (("sampling.engine", "transformers"), ("train.dropout", "off")):
+    for name, first in (("sampling.engine", "transformers"), ("sampling.reasoning", False), ("train.dropout", "off")):
         if fields[name] == first:  # the only one there was: what it left keeps its hash
             del fields[name]
     return fields | inputs

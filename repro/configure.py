@@ -125,7 +125,8 @@ def _with_flags(base: Experiment, args: Run) -> Experiment:
     return dataclasses.replace(
         over(base, name=args.name or name, seed=args.seed, constitutions=args.constitutions, task=args.task,
               cot=args.cot or None, data=data, judge=judge, iterations=args.iterations,
-              sampling=over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens),
+              sampling=over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens,
+                            reasoning=args.reasoning or None),
               train=over(base.train, batch_size=args.batch_size, learning_rate=rate, precision=args.precision,
                           dose=args.dose, dropout=args.dropout, pack_tokens=args.pack_tokens, lora=lora),
               model=over(base.model, name=args.model, label=label, prompt=args.prompt)),

@@ -54,6 +54,9 @@ class Run:
     cot: bool = False
     """Chain of thought: samples reason first; the reasoning is not trained on. The run is named <experiment>_cot. (In
     profile paper exp3 has a variant of its own for it.)"""
+    reasoning: bool = False
+    """Let a model reason before it responds, where its chat template has a switch for it; by default that is off where it
+    can be. The reasoning is not trained on."""
     truncate: bool = False
     """Cut queries that are longer than the context, instead of refusing them."""
     judge: tuple[str, ...] | None = None
@@ -108,7 +111,7 @@ class Run:
     learning_rate: float | None = None
     """Of training; by default the experiment's, with --lora 1e-4."""
     max_new_tokens: int | None = None
-    """Tokens of one response, at most (the reasoning of a chain of thought not counted)."""
+    """Tokens of one response, at most (reasoning not counted)."""
 
 
 @dataclass(frozen=True)

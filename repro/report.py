@@ -34,6 +34,7 @@ from repro.run_figures import (
     select,
     telling,
 )
+from repro.speaker import told
 
 SHOWN_QUERIES = 12
 
@@ -168,6 +169,7 @@ def _facts(folders: list[Path], writer_of: str) -> str:
         f"Measured on {record['device']}, {record['threads']} threads, torch {record['packages']['torch']}; {seconds}; "
         f"config {record['config_hash'][:12]}, commit {_short(record['commit'])}.",
         "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + ".",
+        *(line + "." for line in told(record)),
         *(line + "." for line in cut_answers(folders[0]))]
     if config["profile"] == "mini":
         lines.insert(0, "A mini run: its own model, principles and queries. None of these numbers is the paper's.")

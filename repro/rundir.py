@@ -15,12 +15,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date as Date
 from importlib.metadata import version
 from pathlib import Path
-
-import jinja2
 
 from repro import lora, models, serving
 from repro.config import Experiment, ModelSpec, config_hash, flatten, training_hash
@@ -42,13 +41,14 @@ from repro.records import (
     checked,
     digest,
     file_sha256,
-    first_line,
     read_json,
     read_jsonl,
     sealed,
     write_json,
     write_jsonl,
 )
+from repro.speaker import Speaker, told
+from repro.writing import speaker_of_writer
 
 BY_HAND = "by_hand.json"  # beside constitutions that a model wrote: those whose rules measure following
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
@@ -120,7 +120,8 @@ class Run:
             raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so "
                             "what stands in for it must be a set too")
         queries, self.dropped = load_queries(spec.data.source, spec=spec.data)
-        self.place, self.tokenizer, self.form = self._speaker(spec.model)
+        self.place, self.tokenizer, self.form, self.speaker = self._speaker(spec.model)
+        self.speakers = {"model": self.speaker}
         queries = self._fit(queries)
         self.training = [q for q in queries if q.split == "train"]
         self.held_out = [q for q in queries if q.split == spec.data.evaluation_split]
@@ -129,11 +130,15 @@ class Run:
         self._places = {"model.name": self.place}
         if spec.writer and spec.writer.kind == "local":
             self._places["writer.model"] = writer = models.resolve_model(spec.writer.model)
-            models.end_tokens(models.load_tokenizer(writer), writer)
+            tokenizer = models.load_tokenizer(writer)
+            models.end_tokens(tokenizer, writer)
+            self.speakers["writer"] = speaker_of_writer(tokenizer, spec.writer.label, self.date)
         if spec.baseline:
             other = self.answering_as(spec.baseline)
+            self.speakers["baseline"] = other.speaker
             other._frame(self.constitutions)
             check_control_tokens(((q.where or q.id, q.text) for q in self.held_out), other.controls())
+            other._said((q.where or q.id, q.text) for q in self.held_out)
             self._places["baseline.name"] = other.place
 
     def prepare(self) -> None:
@@ -143,26 +148,41 @@ class Run:
         self._bind({"data.source": digest([asdict(q) | {"where": ""} for q in queries]),
                     "constitutions": digest(self.constitutions.to_json()),
                     **{field: digest(models.fingerprint(Path(place))) if Path(place).is_dir() else place
-                       for field, place in self._places.items()}})
+                       for field, place in self._places.items()},
+                    **({"date": self.date} if any(s.date for s in self.speakers.values()) else {})})
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
+        for line in told(self.record):
+            self.say(line)
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
                                                     for q in queries])
 
+    @functools.cached_property
+    def date(self) -> str:
+        """What chat templates that print a date print for today: the day on which the run began."""
+        path = self.folder / "run.json"
+        began = read_json(path).get("inputs", {}).get("date") if path.exists() else None
+        return began or Date.today().isoformat()
+
     def _speaker(self, spec: ModelSpec):
-        """Where a model lies, its tokenizer, and how it is prompted."""
+        """Where a model lies, its tokenizer, how it is prompted, and how it is spoken to (a baseline without reasoning)."""
         place = models.resolve_model(spec.name)
         tokenizer = models.load_tokenizer(place)
         models.end_tokens(tokenizer, place)  # a file that cannot be read is told now
         if self.sampler_url and self.experiment.sampling.engine == "server":
             serving.check_plain(place)
-        return place, tokenizer, Form(spec.prompt, self.experiment.task, bool(self.experiment.cot))
+        form = Form(spec.prompt, self.experiment.task, bool(self.experiment.cot))
+        if spec.prompt == "plain":
+            return place, tokenizer, form, Speaker.plain(tokenizer)
+        return place, tokenizer, form, Speaker.of(tokenizer, reasoning=self.experiment.sampling.reasoning, date=self.date,
+                                                  name=spec.name)
 
     def answering_as(self, spec: ModelSpec) -> "Run":
         """This run with another model in the policy's place, for a baseline's responses (without chain of thought)."""
         other = copy.copy(self)
-        other.experiment = replace(self.experiment, model=spec, baseline=None, cot=None)
-        other.place, other.tokenizer, other.form = other._speaker(spec)
+        other.experiment = replace(self.experiment, model=spec, baseline=None, cot=None,
+                                   sampling=replace(self.experiment.sampling, reasoning=False))
+        other.place, other.tokenizer, other.form, other.speaker = other._speaker(spec)
         return other
 
     def controls(self) -> list[str]:
@@ -180,8 +200,8 @@ class Run:
             write_json(self.folder / BY_HAND, self.by_hand.to_json())
 
     def _frame(self, constitutions: ConstitutionSet | Pool) -> int:
-        """The tokens of the longest prompt without its query. Raises UserError for control tokens and for a tokenizer
-        that cannot render the prompt."""
+        """The tokens of the longest prompt without its query. Raises UserError for control tokens and for principles that
+        are rendered otherwise than they are."""
         spec = self.experiment
         check_control_tokens(((f"{spec.constitutions}: principle {p.name}", s)
                               for p in constitutions.principles for s in (p.text, p.antithesis)), self.controls())
@@ -191,11 +211,9 @@ class Run:
             every = [Constitution(principles=longest, sides=tuple(len(p.text) >= len(p.antithesis) for p in longest))]
         else:
             every = constitutions.constitutions
-        try:
-            frames = [self.prompt(c, None, sample=True, reason=self.form.cot) for c in every]
-        except (ValueError, jinja2.TemplateError) as e:
-            raise UserError(f"--prompt chat: the tokenizer of {spec.model.name} has no chat template that takes a user "
-                            f"turn ({first_line(e)}); use --prompt plain") from e
+        self._said((f"{spec.constitutions}: principle {p.name}", s)
+                   for p in constitutions.principles for s in (p.text, p.antithesis))
+        frames = [self.prompt(c, None, sample=True, reason=self.form.cot) for c in every]
         frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
         context = models.context_of(models.load_config(self.place))
         if context - frame - self.response_tokens() - 8 < self.longest:
@@ -206,7 +224,15 @@ class Run:
     def response_tokens(self) -> int:
         """Tokens that a sample may have."""
         spec = self.experiment.sampling
-        return spec.max_new_tokens + (spec.reasoning_tokens if self.form.cot else 0)
+        return spec.max_new_tokens + spec.reasoning_tokens * (self.form.cot + bool(self.speaker.closing))
+
+    def _said(self, texts: Iterable[tuple[str, str]]) -> None:
+        """texts: (where, text) pairs. Raises UserError where a prompt would not say one word for word."""
+        for where, text in texts:
+            try:
+                self.form.render(self.speaker, (text,), text, sample=True)
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from e
 
     def _fit(self, queries: list[Query]) -> list[Query]:
         """The queries as the model can take them: no control tokens, within the context. Decides the backend."""
@@ -220,6 +246,7 @@ class Run:
                                 say=self.say)
         if spec.data.truncate:  # texts that differ only beyond the cut are now the same
             queries = disjoint(queries, spec.data, self.dropped)
+        self._said((q.where or q.id, q.text) for q in queries)
         self.longest = max(len(self.tokenizer(q.text, add_special_tokens=False).input_ids) for q in queries)
         from repro.logprobs import way_for
 
@@ -270,7 +297,7 @@ class Run:
                           else f"{k} (another content)"
                           for k in sorted(fields.keys() | theirs.keys(), key=lambda k: (k.startswith("judge."), k))
                           if fields.get(k) != theirs.get(k)]
-                if not all(d.startswith("judge.") for d in differ):
+                if not differ or not all(d.startswith("judge.") for d in differ):
                     raise UserError(f"{self.folder} holds a run of another config: {'; '.join(differ[:4])}; choose another "
                                     "OUT or --name, or delete the folder")
                 self._judge_anew(hash, differ)
@@ -283,6 +310,7 @@ class Run:
         self.record = {"config": self.experiment.to_json(), "config_hash": hash,
                        "training_hash": training_hash(self.experiment, inputs), "inputs": inputs, "commit": commit(),
                        **here, "seeds": [self.experiment.seed], "values": "measured", "backend": self.backend,
+                       "spoken": {k: s.facts() for k, s in self.speakers.items() if s.cue},
                        "dropped_queries": dict(self.dropped), "not_run": [*self.experiment.not_run, *self._without_rule()],
                        "stages": {}}
         write_json(path, checked(self.record))
@@ -410,7 +438,7 @@ class Run:
         order = list(range(len(constitution.principles)))
         if query is not None:
             rng(*keys, query.id).shuffle(order)
-        return self.form.render(self.tokenizer, constitution.statements(tuple(order)), query.text if query else "",
+        return self.form.render(self.speaker, constitution.statements(tuple(order)), query.text if query else "",
                                 sample=sample, reason=reason)
 
     # ---- models

@@ -12,15 +12,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import jinja2
-
 from repro import prompts
 from repro.asking import Asker
 from repro.constitutions import ConstitutionSet, constitutions_of
 from repro.endpoint import HOSTED, Call, Endpoint, Ledger, text_of
 from repro.offers import agree
-from repro.records import UserError, append_jsonl, digest, first_line, read_jsonl
+from repro.records import UserError, append_jsonl, digest, read_jsonl
 from repro.rules import words
+from repro.speaker import Speaker
 from repro.verdicts import own
 
 ATTEMPTS = 8  # at each question: the two principles, then each antithesis
@@ -38,13 +37,15 @@ class LocalWriter:
     """A model that transformers runs in this process: the embedded LM, a folder or a hub name.
 
     It is asked afresh after an answer that cannot be used: a small model repeats what a conversation shows it. Answers
-    are drawn `ATTEMPTS` at a time, in a batch: eight cost little more than one.
+    are drawn `ATTEMPTS` at a time, in a batch: eight cost little more than one. `date`: what its chat template prints for
+    today.
     """
 
     converses = False
 
-    def __init__(self, model: str, *, label: str | None = None, max_tokens: int = 100, temperature: float | None = None):
-        self.model, self.name, self.max_tokens = model, label or Path(model).name, max_tokens
+    def __init__(self, model: str, *, label: str | None = None, max_tokens: int = 100, temperature: float | None = None,
+                 date: str | None = None):
+        self.model, self.name, self.max_tokens, self.date = model, label or Path(model).name, max_tokens, date
         self.temperature = 0.7 if temperature is None else temperature
         self._loaded, self._drawn = None, {}
 
@@ -57,19 +58,27 @@ class LocalWriter:
         from repro.sampling import sample_batch
 
         if self._loaded is None:
-            self._loaded = load_model(self.model), load_tokenizer(self.model)
-        model, tokenizer = self._loaded
-        try:
-            prompt = prompts.chat(tokenizer, messages)
-        except (ValueError, jinja2.TemplateError) as e:
-            raise UserError(f"writer {self.name}: the tokenizer has no chat template that takes a user turn "
-                            f"({first_line(e)}); a writer must be instruction-tuned") from e
+            tokenizer = load_tokenizer(self.model)
+            self._loaded = speaker_of_writer(tokenizer, self.name, self.date), tokenizer, load_model(self.model)
+        speaker, tokenizer, model = self._loaded
+        prompt = speaker.chat(messages)
         batch, k = divmod(seed, ATTEMPTS)
         if (prompt, opening, batch) not in self._drawn:
             self._drawn = {(prompt, opening, batch): sample_batch(
                 model, tokenizer, [prompt + opening] * ATTEMPTS, max_new_tokens=self.max_tokens,
                 temperature=self.temperature, seed=batch, stop="\n\n")}
         return opening + self._drawn[prompt, opening, batch][k]["text"]
+
+
+def speaker_of_writer(tokenizer, name: str, date: str | None = None) -> Speaker:
+    """How a writer on this machine is spoken to. Raises UserError where it reasons in any case: it has to continue a text
+    that is begun for it."""
+    speaker = Speaker.of(tokenizer, date=date, name="", flag=f"writer {name}",
+                         instead="a writer must be instruction-tuned")
+    if speaker.closing:
+        raise UserError(f"writer {name}: it writes {speaker.mark!r} before it responds, which nothing switches off; choose "
+                        "a writer that begins with its response (--writer-model)")
+    return speaker
 
 
 class ServerWriter:

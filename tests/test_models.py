@@ -57,6 +57,7 @@ def test_the_embedded_model_answers_and_its_bound_beats_chance():
     from repro.logprobs import logprob_matrix
     from repro.metrics import infonce
     from repro.sampling import sample_batch
+    from repro.speaker import Speaker
 
     model, tokenizer = models.load_model(models.EMBEDDED), models.load_tokenizer(models.EMBEDDED)
     plain = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False,
@@ -64,7 +65,7 @@ def test_the_embedded_model_answers_and_its_bound_beats_chance():
     assert "Paris" in sample_batch(model, tokenizer, [plain], max_new_tokens=24)[0]["text"]
     constitutions = load_constitutions("dialogue_mini").constitutions
     form = prompts.Form()
-    texts = [form.render(tokenizer, c.statements(), "How can I keep weeds out of a gravel path?", sample=True)
+    texts = [form.render(Speaker.of(tokenizer), c.statements(), "How can I keep weeds out of a gravel path?", sample=True)
              for c in constitutions]
     answers = [a["text"] for a in sample_batch(model, tokenizer, texts, max_new_tokens=24)]
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from repro.records import UserError
 from repro.report import gather, leaves, publish
 from repro.rules import RULES
 from repro.rundir import Run
+from repro.speaker import Speaker
 
 WRITTEN = ("Principle 1: Clear: Summaries should say what happened in the order of the post.\n"
            "Principle 2: Kind: Summaries should speak well of the author of the post.")
@@ -249,9 +250,9 @@ def test_a_template_without_a_system_turn_has_it_in_the_users(tiny):
     from repro.prompts import CHAT_SYSTEM
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    assert "system\n" + CHAT_SYSTEM in Form().render(tokenizer, ["Be brief."], "Why?", sample=True)
+    assert "system\n" + CHAT_SYSTEM in Form().render(Speaker.of(tokenizer), ["Be brief."], "Why?", sample=True)
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + tokenizer.chat_template
-    text = Form().render(tokenizer, ["Be brief."], "Why?", sample=True)
+    text = Form().render(Speaker.of(tokenizer), ["Be brief."], "Why?", sample=True)
     assert f"user\n{CHAT_SYSTEM}\n\nWhy?\n\nBe brief.<|im_end|>" in text and "system\n" not in text
 
 
@@ -324,9 +325,9 @@ def test_the_response_is_what_follows_the_mark():
 
 def test_base_models_see_the_form_once_more_when_they_sample():
     form = Form("plain", "summary", True)
-    tokenizer = byte_tokenizer()
-    sample = form.render(tokenizer, ["Be brief.", "Be kind."], "A post.", sample=True, reason=True)
-    train = form.render(tokenizer, ["Be brief.", "Be kind."], "A post.", sample=False)
+    speaker = Speaker.plain(byte_tokenizer())
+    sample = form.render(speaker, ["Be brief.", "Be kind."], "A post.", sample=True, reason=True)
+    train = form.render(speaker, ["Be brief.", "Be kind."], "A post.", sample=False)
     assert sample.count("Constitution:\n") == 2 and "[insert" in sample and sample.endswith("Reasoning:")
     assert train.count("Constitution:\n1. Be brief.\n2. Be kind.\n\nPOST: A post.\n\nSummary:") == 1
     assert "[insert" not in train and "Reasoning" not in train and train.endswith("Summary:")
@@ -345,9 +346,9 @@ def test_a_base_models_prompt_begins_as_its_tokenizer_begins_a_text():
     adding._tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     how = {"statements": ["Be brief."], "query": "A post.", "sample": True}
     for tokenizer, count in ((plain, 0), (adding, 1)):
-        ids = tokenizer(Form("plain", "summary").render(tokenizer, **how), add_special_tokens=False).input_ids
+        ids = tokenizer(Form("plain", "summary").render(Speaker.plain(tokenizer), **how), add_special_tokens=False).input_ids
         assert ids.count(1) == count and (ids[0] == 1) == bool(count)
-    assert Form().render(adding, **how) == Form().render(plain, **how)
+    assert Form().render(Speaker.of(adding), **how) == Form().render(Speaker.of(plain), **how)
 
 
 # ---- an LLM judge on variants and pools
