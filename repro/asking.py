@@ -13,13 +13,17 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
+from html import unescape
+from urllib.parse import urljoin
 
 from tqdm import tqdm
 
-from repro.endpoint import PICO, Call, Endpoint, Ledger, wrong_shape
-from repro.records import first_line, loads
+from repro.endpoint import PICO, Call, Endpoint, Ledger, shown, wrong_shape
+from repro.records import UserError, dumps, first_line, loads
 
 MAX_BODY = 4 * 2**20   # bytes of one answer
+MAX_DEPTH = 50         # objects and lists in one another; Python's parser reads more than its writer writes
+MAX_COUNT = 10**9      # tokens that a server can have counted
 MAX_WAIT = 60.0        # seconds of a Retry-After that are waited; a longer one ends the run
 IN_A_ROW = 8           # calls that fail one after the other before the server counts as down
 ASKED_AGAIN = 1        # how often an answer that cannot be used is asked for again, in all
@@ -43,6 +47,48 @@ def redact(text: str, key: str) -> str:
         while (at := text.find(piece, at + 1)) >= 0:
             hidden[at: at + size] = b"\1" * size
     return re.sub("\0+", "[key]", "".join("\0" if h else c for c, h in zip(text, hidden))) if any(hidden) else text
+
+
+def _redacted(value, key: str, depth: int = 0):
+    """A JSON value whose texts are redacted: a key that is spelled with escapes is one only after parsing. Raises
+    ValueError for one that could not be kept."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict):
+        return {redact(k, key): _redacted(v, key, depth + 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_redacted(v, key, depth + 1) for v in value]
+    return redact(value, key) if isinstance(value, str) else value
+
+
+_TITLE = re.compile(r"<title[^<>]*>([^<]*[^<\s])", flags=re.I)
+_TAG = re.compile(r"<[^<>]*>")
+
+
+def reason(body: str) -> str:
+    """Why a server refuses, out of the body of its error, in one line: OpenAI's {"error": {"message"}}, pydantic's
+    {"detail": [{"loc", "msg"}]}, a page's title, or the text as it is."""
+    try:
+        text = _said(loads(body))
+    except ValueError:
+        text, title = body[:10**5], _TITLE.search(body[:10**5])
+        text = unescape(title[1] if title else _TAG.sub(" ", text) if text.lstrip().startswith("<") else text)
+    return shown((text.strip() or body.strip() or "no reason given").rstrip("."))
+
+
+def _said(value, depth: int = 0) -> str:
+    if isinstance(value, str) or depth > 8:
+        return str(value)
+    if isinstance(value, list):
+        return "; ".join(filter(None, (_said(v, depth + 1) for v in value[:3])))
+    if not isinstance(value, dict):
+        return ""
+    if isinstance(value.get("msg"), str):
+        loc = value.get("loc")
+        return (".".join(map(str, loc)) + ": " if isinstance(loc, list) else "") + value["msg"]
+    parts = (_said(value.get(k), depth + 1) for k in ("error", "message", "detail", "errors", "title"))
+    text, param = next(filter(None, parts), ""), value.get("param")
+    return f"{text} ({param})" if text and isinstance(param, str) and param not in text else text
 
 
 class Asker:
@@ -69,18 +115,22 @@ class Asker:
     def run(self, calls: Iterable[Call], *, label: str = "requests") -> None:
         todo = self.missing(calls)
         if todo:
+            self.endpoint.check()
             key = self.endpoint.key()
-            self.endpoint.rates()
             asyncio.run(self._run(todo, key, label))
 
     async def _run(self, todo: list[Call], key: str, label: str) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpx2Client
 
-        direct = {"http_client": DefaultAsyncHttpx2Client(trust_env=False)} if self.endpoint.local else {}  # past any proxy
+        try:  # openai's own client (3.52) follows 20 redirects of a POST, each a request that nobody counts
+            http = DefaultAsyncHttpx2Client(trust_env=not self.endpoint.local, follow_redirects=False)
+        except Exception as e:  # of proxies and certificates that the environment names
+            raise UserError(f"no connection can be set up: {first_line(e)} (see $SSL_CERT_FILE, $SSL_CERT_DIR, $NO_PROXY "
+                            "and the proxies' variables)") from None
         self._settled, self._end = asyncio.Condition(), asyncio.Event()
         queue = iter(todo)
         async with AsyncOpenAI(api_key=key or "none", base_url=self.endpoint.url, max_retries=0,
-                               timeout=self.endpoint.deadline_s, **direct) as client:
+                               timeout=self.endpoint.deadline_s, http_client=http) as client:
             with tqdm(total=len(todo), desc=label, unit="request", disable=None) as bar:
                 async def worker():
                     for call in queue:
@@ -123,7 +173,7 @@ class Asker:
             jitter = random.Random(f"{call.key}/{failures}").uniform(0.5, 1)
             wait = min(MAX_WAIT, self.endpoint.backoff_s * 2 ** (failures - 1)) * jitter
             if failure.wait is not None:  # everyone waits: the limit is the account's, not this request's
-                wait = max(0.0, failure.wait)
+                wait = max(wait, failure.wait)  # a server that says 0 is not asked in a loop
                 self._not_before = max(self._not_before, time.monotonic() + wait)
             await self._pause(wait)
 
@@ -170,8 +220,9 @@ class Asker:
 
     def _billed(self, answer: dict, otherwise: int | None) -> int | None:
         usage = answer.get("usage")
-        counts = [usage.get(k) for k in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-        if len(counts) != 2 or not all(type(n) is int and n >= 0 for n in counts):
+        usage = usage if isinstance(usage, dict) else {}
+        counts = [_count(usage.get(k)) for k in ("prompt_tokens", "completion_tokens")]
+        if None in counts:
             return otherwise
         return self.endpoint.cost(*counts)
 
@@ -200,33 +251,64 @@ class Asker:
             raise _Failed(f"no connection to {self.endpoint.host}: {redact(first_line(cause), key)}",
                           cost=0 if refused else None) from None
         except (openai.OpenAIError, httpx2.HTTPError, OSError) as e:
-            raise _Failed(f"the answer was cut: {redact(first_line(e), key)[:200]}", cost=None) from None
-        text = redact(body.decode("utf-8", "replace"), key)
+            raise _Failed(f"the answer was cut: {shown(redact(first_line(e), key))}", cost=None) from None
+        except (ValueError, httpx2.InvalidURL) as e:
+            raise _Failed(f"no request can be made of this ({shown(redact(first_line(e), key))})", fatal=True) from None
+        text = body.decode("utf-8-sig", "replace")
         try:
-            answer = loads(text)
-        except ValueError:
-            raise _Failed(f"not JSON: {text[:80]!r}", cost=None) from None
-        wrong = wrong_shape(answer) or self.wrong(answer, request)
+            answer = _redacted(loads(text), key)
+            dumps(answer)  # a number that no JSON holds (1e999) could not be kept
+        except (ValueError, RecursionError):
+            stream = " but a stream of events, which was not asked for" * bool(re.match(r"\s*(data|event|id|:)", text))
+            raise _Failed(f"not JSON{stream}: {_begins(text, key)}", cost=None) from None
+        wrong = wrong_shape(answer, chat="messages" in request) or self.wrong(answer, request)
         if wrong:
-            raise _Failed(f"{wrong}: {text[:120]!r}", cost=self._billed(answer, None) if isinstance(answer, dict) else None)
+            said = reason(dumps(answer)) if isinstance(answer, dict) and answer.get("error", answer.get("detail")) else ""
+            raise _Failed(f"{wrong}: {said or _begins(text, key)}",
+                          cost=self._billed(answer, None) if isinstance(answer, dict) else None)
         return answer
 
     def _refused(self, e, key: str) -> _Failed:
         """An HTTP error as what to do about it. Servers do not bill these."""
-        said = redact(f"HTTP {e.status_code}: {first_line(e)}", key)[:240]
+        try:
+            text = e.response.content.decode("utf-8-sig", "replace")
+        except RuntimeError:  # a body that was not read
+            text = first_line(e)
+        said = redact(f"HTTP {e.status_code}: {reason(text)}", key)
         body = e.body if isinstance(e.body, dict) else {}
+        if 300 <= e.status_code < 400 and (to := e.response.headers.get("location")):
+            to = urljoin(f"{self.endpoint.url}/", to).removesuffix("/chat/completions").removesuffix("/completions")
+            return _Failed(f"{self.endpoint.url} sends its requests on to {shown(redact(to, key))} (HTTP {e.status_code}), "
+                           f"where none goes unless {self.endpoint.flag} names it", fatal=True)
         if e.status_code in (401, 403):
             return _Failed(f"the server refused the key in ${self.endpoint.key_env} ({said})", fatal=True)
         if e.status_code == 404:
             return _Failed(f"{self.endpoint.url} has no model {self.endpoint.model!r} or no such path ({said})", fatal=True)
         if e.status_code == 429 and "insufficient_quota" in (body.get("code"), body.get("type")):
             return _Failed(f"the account has no credit left ({said})", fatal=True)
-        again = e.status_code in (408, 409, 425, 429) or e.status_code >= 500
+        again = e.status_code in (408, 409, 425, 429) or (e.status_code >= 500 and e.status_code not in (501, 505))
         return _Failed(said, wait=_retry_after(e.response.headers.get("retry-after")), again=again)
 
 
+def _begins(text: str, key: str) -> str:
+    """How an answer that is none begins; of a page with a title, that."""
+    if _TITLE.search(text[:10**5]):
+        return repr(redact(reason(text), key))
+    return repr(redact(shown(text, 120), key)) if text.strip() else "nothing at all"
+
+
+def _count(value) -> int | None:
+    """A count of tokens, which some servers write as 10.0 or "10"; None where it is none."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        return int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT and value == int(value):
+        return int(value)
+    return None
+
+
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header (a number or a date); None where there is none, or none that makes sense."""
+    """Seconds of a Retry-After header (a number or a date); None where there is none, or none that makes sense: 0, the
+    past, months from now. Then the wait is ours, which doubles."""
     if value is None:
         return None
     try:
@@ -234,6 +316,6 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, OSError):
             return None
-    return seconds if 0 <= seconds < 10**7 else None
+    return seconds if 0 < seconds < 10**7 else None

@@ -129,7 +129,8 @@ def _judgments(folder: Path) -> tuple[str, int, str]:
     for name in dict.fromkeys(row["judge"] for row in kept):
         facts = run.record.get("judges", {}).get(name)
         if facts:
-            run.endpoint = Endpoint(model=facts["model"], base_url=_address(facts["host"]))
+            run.endpoint = Endpoint(model=facts["model"], base_url=_address(facts["host"]),
+                                    leave_out=tuple(facts.get("left_out", ())))
             again = llm_judgments(run, JudgeSpec(judges=("openai",), name=name, **{
                 k: facts[k] for k in ("model", "answer", "max_tokens", "temperature")}), reparse=True)
         else:

@@ -72,11 +72,11 @@ def run_command(args: Run) -> None:
     from repro.report import gather
 
     runs = configure(args)
-    limits = {"price": args.price, "max_usd": args.max_usd}
+    limits = {"price": args.price, "max_usd": args.max_usd, "leave_out": args.leave_out}
     servers = [{"endpoint": Endpoint(model=e.judge.model, base_url=args.base_url, **limits) if "openai" in e.judge.judges
                 else None,
-                "writer_endpoint": Endpoint(model=e.writer.model, base_url=args.writer_url, **limits) if e.writer
-                and e.writer.kind == "openai" else None,
+                "writer_endpoint": Endpoint(model=e.writer.model, base_url=args.writer_url, flag="--writer-url", **limits)
+                if e.writer and e.writer.kind == "openai" else None,
                 "sampler_url": args.sampler_url} for e in runs]
     if len(runs) > 1:
         check_together(runs, args.out, servers)
@@ -129,7 +129,7 @@ def judge_command(args: Judge) -> int:
                          max_tokens=args.max_tokens, temperature=args.temperature)
     endpoint = Endpoint(model=args.model, base_url=args.base_url, key_env=args.key_env, price=args.price,
                         max_usd=args.max_usd, concurrency=args.concurrency, deadline_s=args.deadline,
-                        attempts=args.attempts)
+                        attempts=args.attempts, leave_out=args.leave_out)
     how = {"dry_run": args.dry_run, "reparse": args.reparse}
     if args.admit:
         record = admission.admit(spec, endpoint, archive=args.archive, wanted=args.files, count=args.items, work=args.work,

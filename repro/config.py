@@ -365,12 +365,21 @@ def _tuples(fields: dict) -> dict:
 def config_hash(experiment: Experiment, inputs: dict) -> str:
     """Names a configuration: its fields, with files replaced by what they hold (`inputs`: field -> content hash),
     so that the same files elsewhere give the same hash."""
+    return digest(_named_fields(experiment, inputs))
+
+
+def training_hash(experiment: Experiment, inputs: dict) -> str:
+    """Names what a run's responses and weights are bound to: the configuration without its judges, who see them when all
+    is done."""
+    return digest({k: v for k, v in _named_fields(experiment, inputs).items() if not k.startswith("judge.")})
+
+
+def _named_fields(experiment: Experiment, inputs: dict) -> dict:
     fields = flatten(experiment.to_json())
     for name, first in (("sampling.engine", "transformers"), ("sampling.reasoning", False), ("train.dropout", "off")):
         if fields[name] == first:  # the only one there was: what it left keeps its hash
             del fields[name]
-    fields.update(inputs)
-    return digest(fields)
+    return fields | inputs
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

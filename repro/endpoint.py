@@ -7,8 +7,10 @@ an outcome (a kill) the most that it can have cost.
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,12 +23,16 @@ PRICES = {  # USD per million prompt and completion tokens on that date; --price
     "gpt-4.1": (2.0, 8.0), "gpt-4.1-mini": (0.4, 1.6), "gpt-4.1-nano": (0.1, 0.4),
     "gpt-4o": (2.5, 10.0), "gpt-4o-mini": (0.15, 0.6)}
 PICO = 10**12
+BASE_URL = "OPENAI_BASE_URL"
+LEAVABLE = ("seed", "temperature", "max_tokens")  # the last is sent as max_completion_tokens instead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """A server and the limits of its use. `key_env` names the environment variable that holds the key; `price` is
-    USD per million prompt and completion tokens; `deadline_s` bounds one whole request, to its last byte."""
+    USD per million prompt and completion tokens; `deadline_s` bounds one whole request, to its last byte. `leave_out`:
+    the fields of `LEAVABLE` that this server is not sent ("nothing": none); None: found out (repro/offers.py). `flag` gives
+    its address, in messages."""
 
     model: str
     base_url: str | None = None
@@ -37,13 +43,27 @@ class Endpoint:
     deadline_s: float = 120.0
     attempts: int = 5
     backoff_s: float = 1.0
+    leave_out: tuple[str, ...] | None = None
+    flag: str = "--base-url"
 
     def __post_init__(self):
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("--base-url: expected http(s)://host[:port]/path, such as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password or parts.query:
-            raise UserError(f"--base-url: no user, password or query in it; a key comes from ${self.key_env} alone")
+        named = self.flag if self.base_url else f"{self.flag} (${BASE_URL})"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):  # not shown: it may be the key itself
+            raise UserError("--key-env: must be the name of an environment variable (letters, digits and _)")
+        try:
+            parts = urlsplit(self.url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is none, half an IPv6 address
+            good = False
+        if not good or " " in self.url or not self.url.isprintable():  # urlsplit drops line breaks; httpx2 (2.16) refuses
+            raise UserError(f"{named}: expected http(s)://host[:port]/path, such as http://127.0.0.1:8000/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise UserError(f"{named}: no user, password or query in it; a key comes from ${self.key_env} alone")
+        for name in self.leave_out or ():
+            if name not in (*LEAVABLE, "nothing") or (name == "nothing" and len(self.leave_out) > 1):
+                raise UserError(f"--leave-out: {name!r}; allowed: any of {', '.join(LEAVABLE)}, or nothing alone")
+        if self.leave_out is not None:
+            object.__setattr__(self, "leave_out", tuple(n for n in LEAVABLE if n in self.leave_out))
         if self.price is not None and not all(0 <= p < 10**6 for p in self.price):
             raise UserError(f"--price: {self.price}; both must be USD per million tokens, 0 or more")
         for name in ("concurrency", "deadline_s", "attempts"):
@@ -54,7 +74,7 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        return (self.base_url or os.environ.get("OPENAI_BASE_URL") or HOSTED).rstrip("/")
+        return (self.base_url or os.environ.get(BASE_URL) or HOSTED).rstrip("/")
 
     @property
     def host(self) -> str:
@@ -67,9 +87,19 @@ class Endpoint:
     def key(self) -> str:
         """The key, from the environment; a server on this machine or network may need none."""
         key = os.environ.get(self.key_env, "").strip()
+        _in_header(self.key_env, key)
         if not key and self.url == HOSTED:
             raise UserError(f"{HOSTED} needs a key in ${self.key_env}, which is not set")
         return key
+
+    def check(self) -> None:
+        """Raise UserError, before any request, for whatever in the environment no request can be made with: openai (3.52)
+        and httpx2 (2.16) raise UnicodeEncodeError, ImportError or ValueError, in the first request or before it."""
+        self.key(), self.rates()
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):  # the client sends them as headers
+            _in_header(name, os.environ.get(name, ""))
+        if not self.local:  # else no proxy stands between
+            _check_proxies()
 
     def rates(self) -> tuple[int, int]:
         """Picodollars per prompt and per completion token. A server on this machine is free unless a price is given."""
@@ -84,6 +114,36 @@ class Endpoint:
         """Picodollars."""
         into, out = self.rates()
         return prompt_tokens * into + completion_tokens * out
+
+
+def _in_header(name: str, value: str) -> None:
+    """Raise UserError, without the value, where an HTTP header cannot hold it."""
+    for k, c in enumerate(value, start=1):
+        if not "!" <= c <= "~":
+            what = unicodedata.name(c, f"U+{ord(c):04X}")
+            raise UserError(f"${name}: character {k} is {what}, which no HTTP header takes; set it again, typed or pasted "
+                            "as plain text")
+
+
+def _check_proxies() -> None:
+    """Raise UserError, naming the variable, for a proxy that httpx2 cannot take. Its address is not shown: it may hold a
+    password."""
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        if not (value := os.environ.get(name)):
+            continue
+        try:
+            parts = urlsplit(value if "://" in value else f"http://{value}")
+            good = parts.hostname and value.isprintable() and value.isascii() and parts.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError(f"${name}: not the address of a proxy; expected http://host:port, or unset it")
+        if parts.scheme in ("socks5", "socks5h") and not find_spec("socksio"):
+            raise UserError(f"${name}: a {parts.scheme} proxy needs the package socksio (pip install socksio); or name an "
+                            "http:// proxy, or unset it")
+        if parts.scheme not in ("http", "https", "socks5", "socks5h"):
+            raise UserError(f"${name}: a proxy of the scheme {parts.scheme!r}; allowed are http, https, socks5 and "
+                            "socks5h; or unset it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +182,10 @@ def count_tokens(text: str) -> int:
                for piece in re.findall(r"[^\W\d_]+|\d{1,3}|_|[^\w\s]|\n+", text))
 
 
-def wrong_shape(answer) -> str | None:
-    """What keeps a completion (of a chat or a prompt) from being one, in words; None where nothing does."""
+# ---- a server's answer
+
+def wrong_shape(answer, *, chat: bool = True) -> str | None:
+    """What keeps a completion (of a chat, else of a prompt) from being one, in words; None where nothing does."""
     if not isinstance(answer, dict):
         return "not a JSON object"
     if answer.get("error"):
@@ -131,12 +193,37 @@ def wrong_shape(answer) -> str | None:
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices:
         return "no choices"
-    if isinstance(choices[0], dict) and isinstance(choices[0].get("text"), str):
-        return None
-    message = choices[0].get("message") if isinstance(choices[0], dict) else None
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str | None):
+    first = choices[0] if isinstance(choices[0], dict) else {}
+    if not chat:
+        return None if isinstance(first.get("text"), str) else "no text in the first choice"
+    message = first.get("message")
+    if not isinstance(message, dict):
         return "no message in the first choice"
-    return None
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, str | dict) for part in content):
+        return None
+    return None if isinstance(content, str | None) else "a message whose content is neither text nor parts"
+
+
+def text_of(answer: dict) -> str:
+    """The text of a chat's answer, "" where there is none: of a content in parts, those that are text and no thoughts."""
+    content = answer["choices"][0]["message"].get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, dict) and part.get("type", "text") in ("text", "output_text") else part
+             for part in parts)
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def was_cut(answer: dict) -> bool:
+    """Whether the answer ended at the cap on its tokens."""
+    return answer["choices"][0].get("finish_reason") in ("length", "max_tokens", "MAX_TOKENS")
+
+
+def shown(text: str, most: int = 200, *, end: bool = False) -> str:
+    """A stranger's text for a message: one line, at most `most` characters of it (`end`: its last), and nothing in it that
+    a terminal obeys."""
+    flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return flat if len(flat) <= most else f"...{flat[-most:]}" if end else f"{flat[:most]}..."
 
 
 # ---- the ledger
@@ -146,11 +233,12 @@ class Ledger:
 
     `answers`: key -> the server's answers, oldest first. `errors`: key -> why its last attempt failed, if it did;
     `failures`: how often each. `spent`: picodollars billed, and at most billed where no
-    outcome was written. `open`: attempts without outcome, left by a kill: possibly paid twice.
+    outcome was written. `open`: attempts without outcome, left by a kill: possibly paid twice. `chat`: what the answers
+    must be. One that is none, as older versions kept, is paid for and a failure: asked for again.
     """
 
-    def __init__(self, path: Path, owner: dict):
-        self.path, self.owner = Path(path), owner
+    def __init__(self, path: Path, owner: dict, *, chat: bool = True):
+        self.path, self.owner, self.chat = Path(path), owner, chat
         self.answers: dict[str, list[dict]] = {}
         self.errors: dict[str, str] = {}
         self.failures: Counter[str] = Counter()
@@ -174,14 +262,13 @@ class Ledger:
 
     def _settle(self, row: dict) -> None:
         self.spent += round(row["usd"] * PICO)
-        if row["status"] == "answered":
-            if wrong := wrong_shape(row["answer"]):
-                raise TypeError(wrong)
+        error = wrong_shape(row["answer"], chat=self.chat) if row["status"] == "answered" else row["error"]
+        if error is None:
             self.answers.setdefault(row["key"], []).append(row["answer"])
             self.errors.pop(row["key"], None)
         else:
-            self.errors[row["key"]] = row["error"]
-            self.failures[row["error"]] += 1
+            self.errors[row["key"]] = error
+            self.failures[error] += 1
 
     def begin(self, call: Call, reserved: int) -> int:
         """The attempt line; returns the attempt's number."""

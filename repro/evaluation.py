@@ -10,8 +10,9 @@ from tqdm import tqdm
 from repro import judging, lora, metrics, seam, worker
 from repro.config import JudgeSpec
 from repro.constitutions import Pool
-from repro.llm_judge import Pair, ask_judge, judge_shares
-from repro.records import checked, read_jsonl, write_json, write_jsonl
+from repro.endpoint import Ledger
+from repro.llm_judge import Pair, ask_judge, judge_shares, probe_judge
+from repro.records import UserError, checked, read_jsonl, write_json, write_jsonl
 from repro.rundir import Item, Run, checkpoint, evaluation_file, logprob_file
 from repro.sampling import sample_to_file
 
@@ -117,6 +118,23 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
         initial = own if iteration == 0 else score(0, slice(1), "under the initial model")
         rows = [row | {"initial": [line[0] for line in m]} for row, m in zip(rows, initial)]
     return rows
+
+
+def greet_judge(run: Run) -> None:
+    """One small request to the LLM judge, where there is one, before the first response: with a wrong name or address all
+    would be sampled and trained first. Raises UserError; a folder that holds nothing else is left as it was found."""
+    if "openai" not in run.experiment.judge.judges or "judge" in run.record["stages"]:
+        return
+    path, spec = run.folder / JUDGMENTS, run.experiment.judge
+    try:
+        probe_judge(spec, run.endpoint, path, run.say, seed=run.experiment.seed)
+    except UserError as e:
+        if run.record["stages"]:
+            raise
+        if not Ledger(path, {"judge": spec.label}).spent:
+            for name in (JUDGMENTS, "queries.jsonl", "run.json"):
+                (run.folder / name).unlink(missing_ok=True)
+        raise UserError(f"{e} (nothing was sampled or trained yet)") from None
 
 
 def judge(run: Run) -> None:

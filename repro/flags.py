@@ -67,6 +67,9 @@ class Run:
     """The openai judge's server, such as http://127.0.0.1:8000/v1; by default the hosted one."""
     answer: str | None = None
     """How that judge answers: schema, text, logprobs, or auto."""
+    leave_out: tuple[str, ...] | None = None
+    """What the servers of judge and writer are not sent: any of seed, temperature, max_tokens (max_completion_tokens goes
+    in its place), or nothing. By default found out by a small request."""
     price: tuple[float, float] | None = None
     """USD per million prompt and completion tokens of judge and writer, where the table does not know the model."""
     max_usd: float = 10.0
@@ -173,6 +176,9 @@ class Judge:
     answer: str = "auto"
     """schema: a JSON object; text: Comparison / Final Response; logprobs: which of A and B is likelier (one token);
     auto: schema where the server keeps to it, else text."""
+    leave_out: tuple[str, ...] | None = None
+    """What the server is not sent: any of seed, temperature, max_tokens (max_completion_tokens goes in its place), or
+    nothing. By default found out by a small request."""
     max_tokens: int = 300
     """Completion tokens of one answer, at most (a reasoning model needs more)."""
     temperature: float | None = 0.0

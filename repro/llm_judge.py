@@ -7,7 +7,6 @@ Verdicts are read from the stored answers each time: a better parser needs no ca
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,10 @@ from pathlib import Path
 from repro import prompts
 from repro.asking import Asker
 from repro.config import JudgeSpec
-from repro.endpoint import HOSTED, PICO, PRICES_OF, Call, Endpoint, Ledger, count_tokens
-from repro.records import UserError, digest, loads
+from repro.endpoint import HOSTED, PICO, PRICES_OF, Call, Endpoint, Ledger, count_tokens, shown, text_of, was_cut
+from repro.offers import agree, known
+from repro.records import UserError, digest, dumps
+from repro.verdicts import read_logprobs, read_schema, read_text
 
 EXPECTED_TOKENS = {"schema": 125, "text": 120, "logprobs": 1}  # a comparison of about 80 words and the form around it
 TOP = 20  # log-probs asked for: as many as servers give
@@ -40,7 +41,8 @@ class LLMJudge:
     """What makes a judge: all of it is part of each request's key. `name` is its name in records and figures.
 
     `answer`: "schema" (a JSON object), "text" (Comparison / Final Response) or "logprobs" (which of A and B is
-    likelier as the first token). `temperature` None leaves it to the server.
+    likelier as the first token). `temperature` None leaves it to the server. `left_out`: what its server does not take
+    (`Endpoint.leave_out`).
     """
 
     name: str
@@ -51,6 +53,7 @@ class LLMJudge:
     temperature: float | None = 0.0
     seed: int = 0
     tokens_field: str = "max_tokens"
+    left_out: tuple[str, ...] = ()
 
     def calls(self, pair: Pair) -> dict[str, Call]:
         """The requests in both orders: "AB" shows `ours` first, "BA" second. None for identical texts."""
@@ -68,9 +71,11 @@ class LLMJudge:
         return f"[{mark}]"
 
     def _call(self, messages: list[dict], seed: int, about: dict) -> Call:
-        request = {"messages": messages, self.tokens_field: 1 if self.answer == "logprobs" else self.max_tokens,
-                   "seed": seed}
-        if self.temperature is not None:
+        field = "max_completion_tokens" if "max_tokens" in self.left_out else self.tokens_field
+        request = {"messages": messages, field: 1 if self.answer == "logprobs" else self.max_tokens}
+        if "seed" not in self.left_out:
+            request["seed"] = seed
+        if self.temperature is not None and "temperature" not in self.left_out:
             request["temperature"] = self.temperature
         if self.answer == "schema":
             request["response_format"] = {"type": "json_schema", "json_schema": {
@@ -82,84 +87,55 @@ class LLMJudge:
     def all_calls(self, pairs: Iterable[Pair]) -> list[Call]:
         return [call for pair in pairs for call in self.calls(pair).values()]
 
+    def probe(self) -> Call:
+        """A small request of the same form about nothing."""
+        messages = [{"role": "system", "content": prompts.JUDGE_SYSTEM},
+                    {"role": "user", "content": f"Neither response is shown yet. {prompts.JUDGE_ASKS[self.answer]}"}]
+        return self._call(messages, 0, {"item": "which form of answer", "order": None})
+
     def usable(self, answer: dict) -> bool:
         return self.verdict(answer) is not None
 
-    def verdict(self, answer: dict) -> str | None:
-        """"A", "B", or None where the server's answer holds no verdict. Total: no answer raises."""
-        choice = answer["choices"][0]
+    def verdict(self, answer: dict, quoted: Sequence[str] = ()) -> str | None:
+        """"A", "B", or None where the server's answer holds no verdict. Total: no answer raises. `quoted`: what was
+        judged."""
         if self.answer == "logprobs":
-            return read_logprobs(choice.get("logprobs"))
-        content = choice["message"].get("content")
-        if not isinstance(content, str):
-            return None
-        return read_schema(content) if self.answer == "schema" else read_text(content)
+            return read_logprobs(answer["choices"][0].get("logprobs"))
+        text = text_of(answer)
+        return read_schema(text) if self.answer == "schema" else read_text(text, quoted=quoted, cut=was_cut(answer))
 
 
-# ---- parsers: the judge's own answer in, "A", "B" or None out
+# ---- what the server takes, and which form of answer it offers
 
-_VERDICT = re.compile(r"[*_ ]*Final Response[*_ ]*:[*_ ]*([AB])[*_ ]*\.?[*_ ]*")
-
-
-def read_text(text: str) -> str | None:
-    """The verdict of the last line, which must hold a verdict and nothing else: `Final Response: A`, markdown's
-    emphasis allowed. Another such line with the other letter makes the answer a contradiction: None."""
-    lines = [line.strip() for line in text.strip().split("\n")]
-    found = [m[1] for line in lines if (m := _VERDICT.fullmatch(line))]
-    return found[-1] if found and _VERDICT.fullmatch(lines[-1]) and len(set(found)) == 1 else None
+def judge_of(spec: JudgeSpec, endpoint: Endpoint, seed: int) -> LLMJudge:
+    """The judge of `spec` as its server is asked before anything is known of it."""
+    return LLMJudge(name=spec.label, host=endpoint.host, model=endpoint.model, seed=seed, max_tokens=spec.max_tokens,
+                    answer="schema" if spec.answer == "auto" else spec.answer, temperature=spec.temperature,
+                    tokens_field="max_completion_tokens" if endpoint.url == HOSTED else "max_tokens",
+                    left_out=endpoint.leave_out or ())
 
 
-def read_schema(text: str) -> str | None:
-    """The verdict of a JSON object of exactly the schema's fields."""
-    try:
-        value = loads(text)
-    except ValueError:
-        return None
-    if not isinstance(value, dict) or set(value) != set(prompts.JUDGE_SCHEMA["required"]):
-        return None
-    letter = value["final_response"]
-    return letter if letter in ("A", "B") and isinstance(value["comparison"], str) else None
+def settle(spec: JudgeSpec, judge: LLMJudge, endpoint: Endpoint, ledger: Ledger, say: Callable[[str], None]) -> LLMJudge:
+    """The judge as its server takes it: for "auto", in a JSON schema where one small request shows that the server keeps to
+    it, else in text; less the fields that it refuses. Found out once, counted and billed like any other request; every
+    judge is, so that a server that cannot be used is told before anything depends on it. Raises UserError for one."""
+    def build(form: str, left: tuple[str, ...]) -> Call:
+        return replace(judge, answer=form, left_out=left).probe()
+
+    def keeps(form: str, answer: dict) -> bool:
+        return form == "text" or replace(judge, answer=form).verdict(answer) is not None
+
+    form, left = agree(endpoint, ledger, build, _forms(spec), keeps, who=f"judge {judge.name}", say=say)
+    return replace(judge, answer=form, left_out=left)
 
 
-def read_logprobs(logprobs) -> str | None:
-    """The likelier of A and B as the first token, spaces around it ignored; None where neither is listed, or both as
-    likely. With one of them listed, the other is less likely than every listed token."""
-    try:
-        listed = logprobs["content"][0]["top_logprobs"]
-        best = {letter: max((float(t["logprob"]) for t in listed if t["token"].strip() == letter), default=float("-inf"))
-                for letter in "AB"}
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError):
-        return None
-    return None if best["A"] == best["B"] else max(best, key=best.get)
+def _forms(spec: JudgeSpec) -> tuple[str, ...]:
+    return ("schema", "text") if spec.answer == "auto" else (spec.answer,)
 
 
-# ---- which form of answer the server offers
-
-def choose_answer(endpoint: Endpoint, judge: LLMJudge, answer: str, ledger: Ledger) -> str:
-    """`answer`, or for "auto" a JSON schema where one small request shows that the server keeps to it, else text.
-
-    The request is made once, and counted and billed like any other. Raises UserError where the server does not
-    offer the log-probs or the schema that was asked for, or cannot be reached.
-    """
-    if answer == "text":
-        return answer
-    form = "schema" if answer == "auto" else answer
-    probe, name = replace(judge, answer=form), judge.name
-    messages = [{"role": "system", "content": prompts.JUDGE_SYSTEM},
-                {"role": "user", "content": f"Neither response is shown yet. {prompts.JUDGE_ASKS[form]}"}]
-    call = probe._call(messages, 0, {"item": "which form of answer", "order": None})
-    asker = Asker(endpoint, ledger)
-    asker.run([call], label=f"{name}: {form}?")
-    answers, error = ledger.answers.get(call.key), ledger.errors.get(call.key, "")
-    refused = asker.stopped is None and re.match(r"HTTP 4", error) and not error.startswith("HTTP 429")
-    if answers and probe.verdict(answers[0]) is not None:
-        return form
-    if not answers and not refused:
-        raise UserError(f"judge {name}: {asker.stopped or error}")
-    if answer == "auto":
-        return "text"
-    raise UserError(f"judge {name}: {endpoint.url} does not offer --answer {answer} "
-                    f"({error or 'it ignores the request for it'}); use --answer text")
+def probe_judge(spec: JudgeSpec, endpoint: Endpoint, path: Path, say: Callable[[str], None], *, seed: int = 0) -> None:
+    """`settle` alone, with its ledger in `path`, before the first response to be judged is there."""
+    settle(spec, judge_of(spec, endpoint, seed), endpoint, Ledger(path, {"judge": spec.label}), say)
 
 
 # ---- judging
@@ -185,10 +161,10 @@ def read_verdict(judge: LLMJudge, pair: Pair, ledger: Ledger) -> Verdict:
     calls = judge.calls(pair)
     if not calls:
         return Verdict(outcome="tie", orders={})
-    orders, errors = {}, []
+    orders, errors, quoted = {}, [], (pair.ours, pair.theirs, pair.query, *pair.principles)
     for order, call in calls.items():
         answers = ledger.answers.get(call.key, [])
-        orders[order] = next(filter(None, map(judge.verdict, answers)), None)
+        orders[order] = next(filter(None, (judge.verdict(answer, quoted) for answer in answers)), None)
         if not answers:
             errors.append(ledger.errors.get(call.key, "not asked"))
     if errors:
@@ -223,13 +199,11 @@ def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: 
     and asks nothing. Raises UserError where the run stopped early (key refused, budget used up, server down): the
     ledger keeps all.
     """
-    ledger = Ledger(path, {"judge": spec.label})
-    judge = LLMJudge(name=spec.label, host=endpoint.host, model=endpoint.model, answer=spec.answer, seed=seed,
-                     max_tokens=spec.max_tokens, temperature=spec.temperature,
-                     tokens_field="max_completion_tokens" if endpoint.url == HOSTED else "max_tokens")
-    if spec.answer == "auto":  # for now the form of the stored answers, else a schema
-        forms = [replace(judge, answer=form) for form in ("schema", "text")]
-        judge = max(forms, key=lambda j: sum(c.key in ledger.answers for c in j.all_calls(pairs)))
+    ledger, judge = Ledger(path, {"judge": spec.label}), judge_of(spec, endpoint, seed)
+    lefts = known(endpoint, ledger, lambda form, left: replace(judge, answer=form, left_out=left).probe(), _forms(spec))
+    trials = [replace(judge, answer=form, left_out=left) for left in lefts for form in _forms(spec)]
+    if len(trials) > 1:  # for now, the one that has most answers
+        judge = max(trials, key=lambda j: sum(c.key in ledger.answers for c in j.all_calls(pairs)))
     if not reparse:
         say(estimate(endpoint, judge, Asker(endpoint, ledger, judge.usable).missing(judge.all_calls(pairs))))
         if ledger.open:
@@ -237,7 +211,8 @@ def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: 
                 "cost, and possibly paid twice")
     stopped = None
     if not (dry_run or reparse):
-        judge = replace(judge, answer=choose_answer(endpoint, judge, spec.answer, ledger))
+        if Asker(endpoint, ledger, judge.usable).missing(judge.all_calls(pairs)):
+            judge = settle(spec, judge, endpoint, ledger, say)
         asker = Asker(endpoint, ledger, judge.usable)
         asker.run(judge.all_calls(pairs), label=judge.name)
         stopped = asker.stopped
@@ -247,10 +222,11 @@ def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: 
         raise UserError(f"judge {judge.name}: {stopped}. {have} of {len(pairs)} verdicts are kept in {path}; run the same "
                         "command to go on")
     if not dry_run:
-        for line in summary(judge, verdicts, ledger):
+        for line in summary(judge, verdicts, ledger, pairs):
             say(line)
     return verdicts, {"model": judge.model, "host": judge.host, "answer": judge.answer, "max_tokens": judge.max_tokens,
-                      "temperature": judge.temperature, "seed": seed, "usd": ledger.spent / PICO,
+                      "temperature": judge.temperature, "seed": seed, "left_out": list(judge.left_out),
+                      "usd": ledger.spent / PICO,
                       "served": [list(s) for s in served(ledger)]}
 
 
@@ -266,7 +242,28 @@ def judge_shares(rows: Sequence[dict]) -> dict[str, list[float]]:
     return {k: v for k, v in out.items() if v}
 
 
-def summary(judge: LLMJudge, verdicts: Sequence[Verdict], ledger: Ledger) -> Iterable[str]:
+def unread(judge: LLMJudge, verdicts: Sequence[Verdict], pairs: Sequence[Pair], ledger: Ledger) -> list[dict]:
+    """The last answer to each request whose answers hold no verdict."""
+    calls = ((v, order, call) for v, pair in zip(verdicts, pairs) for order, call in judge.calls(pair).items())
+    return [ledger.answers[call.key][-1] for v, order, call in calls if not v.orders[order] and call.key in ledger.answers]
+
+
+INSTEAD = {"refusal": "a refusal", "tool_calls": "a call of a tool", "reasoning_content": "reasoning",
+           "reasoning": "reasoning"}  # where a message has no text
+
+
+def example(answer: dict) -> str:
+    """What a judge wrote in the place of a verdict, for a reader: the end of its text, or what there is instead."""
+    message, text = answer["choices"][0]["message"], text_of(answer)
+    if text.strip():
+        return repr(shown(text, 100, end=True))
+    for field, what in INSTEAD.items():
+        if said := message.get(field):
+            return f"no text, but {what}: {shown(said if isinstance(said, str) else dumps(said), 100)!r}"
+    return f"no text (finish_reason {shown(str(answer['choices'][0].get('finish_reason')), 40)})"
+
+
+def summary(judge: LLMJudge, verdicts: Sequence[Verdict], ledger: Ledger, pairs: Sequence[Pair] = ()) -> Iterable[str]:
     """What was judged, and what was not and why: one line each."""
     counts = Counter(v.outcome for v in verdicts)
     says = [letter for v in verdicts for letter in v.orders.values() if letter]
@@ -279,7 +276,14 @@ def summary(judge: LLMJudge, verdicts: Sequence[Verdict], ledger: Ledger) -> Ite
         why = Counter(v.error for v in verdicts if v.error).most_common(1)[0][0]
         yield f"judge {judge.name}: {counts['failed']} failed ({why}): no score; the same command asks for them again"
     if counts["unparsed"]:
-        yield f"judge {judge.name}: {counts['unparsed']} unparsed: no score; their answers are kept in {ledger.path}"
+        answers = unread(judge, verdicts, pairs, ledger)
+        cut = sum(map(was_cut, answers)) if judge.answer != "logprobs" else 0
+        yield (f"judge {judge.name}: {counts['unparsed']} unparsed: no score; their answers are kept in {ledger.path}"
+               + (f", such as {example(answers[0])}" if answers else ""))
+        if cut:
+            many = "all" if cut == len(answers) else f"{cut} of"
+            yield (f"judge {judge.name}: {many} {len(answers)} answers without a verdict were cut at {judge.max_tokens} "
+                   "tokens: `repro judge` with a higher --max-tokens asks again")
     if len(found := served(ledger)) > 1:
         yield f"judge {judge.name}: the server changed while it judged: {', '.join(map(str, found))}"
 
@@ -287,4 +291,7 @@ def summary(judge: LLMJudge, verdicts: Sequence[Verdict], ledger: Ledger) -> Ite
 def served(ledger: Ledger) -> list[tuple]:
     """(model, system fingerprint) as the server named them; more than one means that it changed on the way."""
     answers = [a for each in ledger.answers.values() for a in each]
-    return sorted({(a.get("model"), a.get("system_fingerprint")) for a in answers}, key=str)
+    def name(value) -> str | None:  # whatever the server put there
+        return value if isinstance(value, str | None) else shown(dumps(value), 100)
+
+    return sorted({(name(a.get("model")), name(a.get("system_fingerprint"))) for a in answers}, key=str)

@@ -23,6 +23,7 @@ from repro.evaluation import (
     add_judgments,
     evaluate,
     evaluate_baseline,
+    greet_judge,
     held_out_pairs,
     judge,
     llm_judgments,
@@ -56,6 +57,7 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
         new = not (folder / "run.json").exists()
         try:
             run.prepare()
+            greet_judge(run)
             write(run)
             evaluate(run, 0)
         except Exception:
@@ -125,7 +127,7 @@ def write(run: Run) -> None:
         return run.adopt(constitutions_of(read_json(path), str(path)))
     how = {"label": spec.label, "temperature": spec.temperature}
     writer = LocalWriter(spec.model, **how, date=run.date) if spec.kind == "local" else ServerWriter(
-        run.writer_endpoint, run.folder / "writer_requests.jsonl", **how)
+        run.writer_endpoint, run.folder / "writer_requests.jsonl", say=run.say, **how)
     run.adopt(written_constitutions(writer, spec.asked, run.folder, instead=run.by_hand, say=run.say,
                                     controls=run.controls(), seed=run.experiment.seed))
     if run.constitutions is run.by_hand:

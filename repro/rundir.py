@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from repro import lora, models, seam, serving
-from repro.config import Experiment, ModelSpec, config_hash, flatten
+from repro.config import Experiment, ModelSpec, config_hash, flatten, training_hash
 from repro.constitutions import (
     Constitution,
     ConstitutionSet,
@@ -120,10 +120,10 @@ class Run:
             models.check_model(name)  # a licence that is missing is told before anything else
         if "openai" in spec.judge.judges:
             self.endpoint = self.endpoint or Endpoint(model=spec.judge.model)
-            self.endpoint.key(), self.endpoint.rates()
+            self.endpoint.check()
         if spec.writer and spec.writer.kind == "openai":
             self.writer_endpoint = self.writer_endpoint or Endpoint(model=spec.writer.model)
-            self.writer_endpoint.key(), self.writer_endpoint.rates()
+            self.writer_endpoint.check()
         self.constitutions = self.by_hand = load_constitutions(spec.constitutions)
         if spec.writer and isinstance(self.constitutions, Pool):
             raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so "
@@ -328,27 +328,49 @@ class Run:
         if path.exists():
             self.record = read_json(path)
             if self.record.get("config_hash") != hash and self.record.get("stages"):
-                theirs = flatten(self.record.get("config", {})) | self.record.get("inputs", {})
                 there, here_ = flatten(self.record.get("config", {})), flatten(self.experiment.to_json())
+                with contextlib.suppress(UserError):  # what an older version did not know was at its default
+                    there = flatten(Experiment.from_json(self.record["config"]).to_json())
+                theirs = there | self.record.get("inputs", {})
                 differ = [f"{k} ({there.get(k)!r} there, {here_.get(k)!r} here)" if there.get(k) != here_.get(k)
                           else f"{k} (another content)"
-                          for k in sorted(fields.keys() | theirs.keys()) if fields.get(k) != theirs.get(k)]
-                instead = "choose another OUT or --name, or delete the folder"
-                if all(d.startswith("judge.") for d in differ):
-                    instead = f"`repro judge {self.folder}` adds a judge to a finished run"
-                raise UserError(f"{self.folder} holds a run of another config: {'; '.join(differ[:4])}; {instead}")
+                          for k in sorted(fields.keys() | theirs.keys(), key=lambda k: (k.startswith("judge."), k))
+                          if fields.get(k) != theirs.get(k)]
+                if not differ or not all(d.startswith("judge.") for d in differ):
+                    raise UserError(f"{self.folder} holds a run of another config: {'; '.join(differ[:4])}; choose another "
+                                    "OUT or --name, or delete the folder")
+                self._judge_anew(hash, differ)
             if self.record.get("config_hash") == hash:
                 changed = [key for key in here if self.record[key] != here[key]]
                 if changed:
                     self.say(f"going on with another {', '.join(changed)}: what is still to do will not be byte-comparable")
                     self.record.setdefault("resumed_with", []).append(here)
                 return
-        self.record = {"config": self.experiment.to_json(), "config_hash": hash, "inputs": inputs, "commit": commit(),
+        self.record = {"config": self.experiment.to_json(), "config_hash": hash,
+                       "training_hash": training_hash(self.experiment, inputs), "inputs": inputs, "commit": commit(),
                        **here, "seeds": [self.experiment.seed], "values": "measured", "backend": self.backend,
                        "spoken": {k: s.facts() for k, s in self.speakers.items() if s.cue},
                        "dropped_queries": dict(self.dropped), "not_run": [*self.experiment.not_run, *self._without_rule()],
                        "stages": {}}
         write_json(path, checked(self.record))
+
+    def _judge_anew(self, hash: str, differ: list[str]) -> None:
+        """Bind the folder to other judges: what was sampled and trained stays. The likelihood judge needs log-probs that
+        an evaluation without it has not left."""
+        had, stages = self.record["config"].get("judge", {}).get("judges", ()), self.record["stages"]
+        again = [name for name in stages if name == "judge" or (
+            name.startswith("evaluate-") and "likelihood" in self.experiment.judge.judges and "likelihood" not in had)]
+        for name in again:
+            del stages[name]
+        self.say(f"other judges than before: {'; '.join(differ[:4])}; what was sampled and trained stays")
+        kept = [line for line in self.record["not_run"] if not line.startswith("judge rule")]
+        self.record |= {"config": self.experiment.to_json(), "config_hash": hash, "training_hash": self._bound_to(),
+                        "not_run": [*kept, *self._without_rule()]}
+        write_json(self.folder / "run.json", checked(self.record))
+
+    def _bound_to(self) -> str:
+        """What the stages' keys hold: the digest without the judges; in a folder that is older than it, the whole one."""
+        return self.record.get("training_hash", self.record["config_hash"])
 
     def _without_rule(self) -> list[str]:
         """What the rule judge leaves out."""
@@ -443,8 +465,9 @@ class Run:
         return output.with_suffix(".partial.jsonl")
 
     def key(self, inputs: list[str]) -> str:
-        """Names what the stage depends on: the config and the recorded outputs of the stages before it."""
-        return digest([self.record["config_hash"],
+        """Names what the stage depends on: the config less its judges, whose own stage goes where they change (`_bind`),
+        and the recorded outputs of the stages before it."""
+        return digest([self._bound_to(),
                        {name: self.record["stages"][name]["outputs"] for name in inputs}])
 
     # ---- prompts
@@ -481,7 +504,8 @@ def open_run(folder: Path, say: Callable[[str], None]) -> Run:
         raise UserError(f"{folder}: no run.json; give the folder of a finished run, such as runs/exp1_dialogue/mini")
     record = read_json(folder / "run.json")
     if "metrics" not in record.get("stages", {}):
-        raise UserError(f"{folder}: the run is not finished; run the same command again to finish it first")
+        raise UserError(f"{folder}: the run is not finished; run its command again to finish it first (with other judge "
+                        "flags, where a judge is in its way)")
     run = Run(Experiment.from_json(record["config"]), folder, say, record)
     run.constitutions = constitutions_of(read_json(folder / "constitutions.json"), f"{folder / 'constitutions.json'}")
     by_hand = folder / BY_HAND

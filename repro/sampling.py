@@ -166,7 +166,7 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     ends = end_tokens(run.tokenizer, run.place) | run.speaker.ends
     requests = {i: serving.request(spec.engine, run.tokenizer, texts[i], most, ends, run.form.stops) for i in todo}
     calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
-    ledger = Ledger(partial, {"sampler": spec.engine})
+    ledger = Ledger(partial, {"sampler": spec.engine}, chat=False)
     if spec.engine == "server":
         run.once("the server answers with text: what is trained and scored are the token ids of that text behind its "
                  "prompt, which need not be those that were sampled (--sampler vllm gives them)")

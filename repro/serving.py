@@ -6,6 +6,7 @@ stands between a run and the server that it starts. It holds the run's end of a 
 whatever way the run did, it ends the server and all that this one has started.
 """
 
+import http.client
 import os
 import shutil
 import signal
@@ -23,7 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from repro import models
-from repro.endpoint import Endpoint
+from repro.asking import reason, redact
+from repro.endpoint import Endpoint, shown, wrong_shape
 from repro.records import UserError, dumps, first_line, loads, open_log
 
 HOST = "127.0.0.1"
@@ -41,7 +43,7 @@ def check(engine: str, url: str | None) -> None:
         if url:
             raise UserError("--sampler-url: the engine transformers samples in this process; add --sampler vllm or server")
     elif url:
-        Endpoint(model="-", base_url=url)
+        Endpoint(model="-", base_url=url, flag="--sampler-url", key_env=KEY).key()
     elif engine == "vllm":
         _vllm()
     elif not (find_spec("fastapi") and find_spec("uvicorn")):
@@ -146,7 +148,8 @@ class Server:
             return f"an answer by the model {answer.get('model')!r}, not {self.endpoint.model!r}"
         if choice.get("finish_reason") not in ("stop", "length"):
             return f"finish_reason {choice.get('finish_reason')!r}, neither stop nor length"
-        if self.engine == "vllm" and not isinstance(choice.get("token_ids"), list):
+        ids = choice.get("token_ids")
+        if self.engine == "vllm" and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
             return "no token_ids in the answer: vLLM 0.10.2 or newer gives them"
         read, said = (usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens"))
         if type(read) is not int or type(said) is not int:
@@ -201,8 +204,8 @@ def served(engine: str, model: str, *, url: str | None, dtype: str, share: int |
 
 
 def _limits(engine: str) -> dict:
-    return {"key_env": KEY, "price": (0.0, 0.0), "max_usd": 0.0, "concurrency": CONCURRENCY[engine],
-            "deadline_s": DEADLINE_S}
+    return {"key_env": KEY, "flag": "--sampler-url", "price": (0.0, 0.0), "max_usd": 0.0, "deadline_s": DEADLINE_S,
+            "concurrency": CONCURRENCY[engine]}
 
 
 def _free_gpus() -> int:
@@ -248,19 +251,22 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
     except urllib.error.HTTPError as e:
         rows = []
         if e.code in (401, 403):
-            raise UserError(f"the sampling server {endpoint.url} refused the key in ${KEY} (HTTP {e.code})") from None
-    except (OSError, ValueError, AttributeError) as e:
+            raise UserError(f"the sampling server {endpoint.url} refused the key in ${KEY} ({_why(e, endpoint)})") from None
+    except (OSError, ValueError, AttributeError, http.client.HTTPException) as e:
         raise UserError(f"no sampling server answers at {endpoint.url} ({first_line(e)})") from None
-    named = {row["id"]: row.get("root") or row["id"] for row in rows if isinstance(row, dict) and row.get("id")}
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    named = {row["id"]: row.get("root") or row["id"] for row in rows if row.get("id") and isinstance(row["id"], str)}
     found = next((name for name, root in named.items() if place in (_real(name), _real(root))), place)
     server = Server(engine, Endpoint(model=found, base_url=endpoint.url, **_limits(engine)))
     body = {"model": found, "prompt": [1] if engine == "vllm" else ".", "max_tokens": 1, "temperature": 0.0}
     try:
         answer = _get(f"{endpoint.url}/completions", endpoint.key(), body | (
             {"return_token_ids": True} if engine == "vllm" else {}), timeout=DEADLINE_S)
-        wrong = server.wrong(answer, body)
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        wrong = str(e)
+        wrong = wrong_shape(answer, chat=False) or server.wrong(answer, body)
+    except urllib.error.HTTPError as e:
+        wrong = _why(e, endpoint)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        wrong = first_line(e)
     if wrong is None:
         return server
     serves = f"serves {', '.join(sorted(named))}" if named else "does not list it"
@@ -270,17 +276,40 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
                     "the same command to go on")
 
 
-def _real(name: str) -> str:
+def _why(e: urllib.error.HTTPError, endpoint: Endpoint) -> str:
+    """An HTTP error with the server's own reason."""
+    to = e.headers.get("Location") if 300 <= e.code < 400 else None
+    said = f"it sends on to {to}, where none goes unless --sampler-url names it" if to else reason(e.body)
+    return redact(f"HTTP {e.code}: {shown(said)}", endpoint.key())
+
+
+def _real(name) -> str:
+    if not isinstance(name, str) or "\0" in name:
+        return ""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
+class _Here(urllib.request.HTTPRedirectHandler):
+    """urllib would follow a redirect, of a POST with a GET: here it is the error that it is."""
+
+    def redirect_request(self, *args):
+        return None
+
+
 def _get(url: str, key: str = "", body: dict | None = None, timeout: float = 10.0):
-    """The JSON that a GET, or a POST of `body`, is answered with ({} where there is none). No proxy stands between."""
+    """The JSON that a GET, or a POST of `body`, is answered with ({} where there is none). No proxy stands between, and
+    no redirect is followed."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else dumps(body).encode()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
-        text = answer.read().decode("utf-8", "replace")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Here)
+    try:
+        with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
+            text = answer.read().decode("utf-8", "replace")
+    except urllib.error.HTTPError as e:  # it holds the connection until its body is read
+        with e, suppress(OSError, http.client.HTTPException):
+            e.body = ""
+            e.body = e.read(10**5).decode("utf-8", "replace")
+        raise
     return loads(text) if text.strip() else {}
 
 

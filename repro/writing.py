@@ -15,10 +15,12 @@ from pathlib import Path
 from repro import prompts
 from repro.asking import Asker
 from repro.constitutions import ConstitutionSet, constitutions_of
-from repro.endpoint import HOSTED, Call, Endpoint, Ledger
+from repro.endpoint import HOSTED, Call, Endpoint, Ledger, text_of
+from repro.offers import agree
 from repro.records import UserError, append_jsonl, digest, read_jsonl
 from repro.rules import words
 from repro.speaker import Speaker
+from repro.verdicts import own
 
 ATTEMPTS = 8  # at each question: the two principles, then each antithesis
 ROUNDS = 4  # how often a writer that is asked afresh may begin with other principles
@@ -86,7 +88,8 @@ class ServerWriter:
     converses = True
 
     def __init__(self, endpoint: Endpoint, ledger: Path, *, label: str | None = None, max_tokens: int = MAX_TOKENS,
-                 temperature: float | None = None):
+                 temperature: float | None = None, say: Callable[[str], None] = lambda line: None):
+        self.say, self.left_out = say, endpoint.leave_out
         self.endpoint, self.model, self.max_tokens, self.temperature = endpoint, endpoint.model, max_tokens, temperature
         self.name = label or re.sub(r"[^A-Za-z0-9_.-]+", "-", endpoint.model).strip("-.")
         self.ledger = Ledger(ledger, {"writer": self.name})
@@ -95,12 +98,19 @@ class ServerWriter:
         return [self.endpoint.host, self.model, self.max_tokens, self.temperature]
 
     def answer(self, messages: list[dict], *, opening: str = "", seed: int = 0) -> str:
-        """The answer; a server cannot be made to continue `opening`."""
-        field = "max_completion_tokens" if self.endpoint.url == HOSTED else "max_tokens"
-        request = {"messages": messages, field: self.max_tokens, "seed": seed}
-        if self.temperature is not None:
-            request["temperature"] = self.temperature
-        call = Call(key=digest(["writer", self.name, self.endpoint.host, self.model, request]), request=request)
+        """The answer; a server cannot be made to continue `opening`. The first request shows what the server takes."""
+        def build(form: str, left: tuple[str, ...]) -> Call:
+            more = self.endpoint.url == HOSTED or "max_tokens" in left
+            request = {"messages": messages, "max_completion_tokens" if more else "max_tokens": self.max_tokens}
+            if "seed" not in left:
+                request["seed"] = seed
+            if self.temperature is not None and "temperature" not in left:
+                request["temperature"] = self.temperature
+            return Call(key=digest(["writer", self.name, self.endpoint.host, self.model, request]), request=request)
+
+        if self.left_out is None:
+            _, self.left_out = agree(self.endpoint, self.ledger, build, ("text",), who=f"writer {self.name}", say=self.say)
+        call = build("text", self.left_out)
         asker = Asker(self.endpoint, self.ledger, lambda answer: bool(_content(answer).strip()))
         asker.run([call], label=f"writer {self.name}")
         answers = self.ledger.answers.get(call.key)
@@ -110,7 +120,8 @@ class ServerWriter:
 
 
 def _content(answer: dict) -> str:
-    return answer["choices"][0]["message"].get("content") or ""
+    """The text without a draft that some servers leave in it."""
+    return own(text_of(answer))
 
 
 # ---- the parser: a writer's texts in, a constitution file's principles out

@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from judge_habits import HABITS
+
 RATES = (3_000_000, 12_000_000)  # picodollars per token: 3 and 12 USD per million
 WORDS = ("the first answer keeps close to what was asked while the second one wanders off and adds details that nobody wanted "
          "although it is written with care and ends on a friendly note that many readers will like").split()
@@ -21,15 +23,18 @@ def number(*texts: str) -> int:
 
 class JudgeServer:
     """`faults(k, body)` names the fault of the k-th request (0, 1, ...), or None. `requests` holds (prompt, seed) of
-    each; `billed` picodollars; `latency` seconds before each answer; `offers` what it knows beyond plain text."""
+    each; `billed` picodollars; `latency` seconds before each answer; `offers` what it knows beyond plain text. The small
+    requests by which a client finds out what it may ask are counted apart: `probes`, `probe_faults`."""
 
-    def __init__(self, faults=lambda k, body: None, *, latency=0.0, offers=("schema", "logprobs"), flips=5, unparsed=17):
+    def __init__(self, faults=lambda k, body: None, *, latency=0.0, offers=("schema", "logprobs"), flips=5, unparsed=17,
+                 probe_faults=lambda k, body: None):
+        self.probe_faults, self.probes = probe_faults, []
         self.faults, self.latency, self.offers, self.flips, self.unparsed = faults, latency, offers, flips, unparsed
         self.requests, self.bodies, self.fired, self.billed, self.in_flight = [], [], [], 0, 0
         self.lock = threading.Lock()
 
     def key(self, body: dict) -> tuple:
-        return body["messages"][-1]["content"], body["seed"]
+        return body["messages"][-1]["content"], body.get("seed")
 
     def verdict(self, prompt: str, seed: int) -> str | None:
         """The same text wins in both orders, but where the pair's hash says A (a flip) or nothing (unparsed)."""
@@ -51,7 +56,7 @@ class JudgeServer:
 
     def answer(self, body: dict) -> dict:
         prompt = body["messages"][-1]["content"]
-        letter = self.verdict(prompt, body["seed"])
+        letter = self.verdict(prompt, body.get("seed"))
         words = [WORDS[number(prompt, str(k)) % len(WORDS)] for k in range(75 + number(prompt) % 30)]
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
         form = body.get("response_format", {}).get("type")
@@ -154,17 +159,26 @@ class Handler(BaseHTTPRequestHandler):
         lists = getattr(judge, "lists", None)
         if lists is not None and body["model"] not in lists:
             return self.error(404)
+        probe = "messages" in body and "Neither response is shown" in body["messages"][-1]["content"]
         with judge.lock:
-            k = len(judge.requests)
-            judge.requests.append(judge.key(body))
-            judge.bodies.append(body)
+            k = len(judge.probes if probe else judge.requests)
+            (judge.probes if probe else judge.requests).append(judge.key(body))
+            if not probe:
+                judge.bodies.append(body)
             judge.in_flight += 1
         try:
-            fault = judge.faults(k, body)
+            fault = (judge.probe_faults if probe else judge.faults)(k, body)
             if fault:
                 judge.fired.append(fault)
             time.sleep(judge.latency)
-            getattr(self, f"fault_{fault}")(body) if fault else self.give(judge.answer(body))
+            if fault in HABITS:  # no name is both a habit's and a fault's (tests/test_judge_server.py)
+                answer = judge.answer(body)
+                status, data, headers = HABITS[fault](answer)
+                if status == 200:
+                    judge.bill(answer)
+                self.raw(data, status, headers)
+            else:
+                getattr(self, f"fault_{fault}")(body) if fault else self.give(judge.answer(body))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
@@ -179,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def raw(self, data: bytes, status=200, headers=(), length=None):
         self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(length or len(data))), *headers):
+        for name, value in ({"Content-Type": "application/json", "Content-Length": str(length or len(data))} | dict(headers)).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -203,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
     def fault_429_30(self, body):
         self.error(429, [("Retry-After", "30")])
 
-    def fault_quota(self, body):
+    def fault_no_credit(self, body):
         self.error(429, code="insufficient_quota")
 
     def fault_500(self, body):
@@ -284,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
     def fault_error_in_200(self, body):
         self.give({"error": {"message": f"overloaded, {self.headers['Authorization']}"}})
 
-    def fault_null(self, body):
+    def fault_null_content(self, body):
         answer = self.judge.answer(body)
         answer["choices"][0] = {"index": 0, "finish_reason": "content_filter", "message": {"role": "assistant", "content": None}}
         self.give(answer)

@@ -13,15 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from judge_server import RATES, JudgeServer
+from judge_habits import ENDS, FAILED, HABITS, READ, SILENT, WHY
+from judge_server import RATES, Handler, JudgeServer
 
 from repro import metrics
 from repro.archive import LOCAL
 from repro.config import JudgeSpec
 from repro.datasets import load_queries
-from repro.endpoint import PICO, Endpoint, Ledger
-from repro.llm_judge import Pair, ask_judge
+from repro.endpoint import PICO, Endpoint, Ledger, text_of
+from repro.llm_judge import Pair, ask_judge, judge_of
 from repro.records import UserError, read_jsonl
+from repro.verdicts import read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-canary-q7Wz3xK9mN2pR5tV8yB1"
@@ -90,7 +92,7 @@ def test_judge_loses_nothing_to_a_fault_that_passes(fault, undisturbed, tmp_path
     if slow:  # a machine under load may add a timeout of its own
         assert failed >= len(server.fired)
     else:
-        assert failed == (0 if fault == "no_usage" else len(server.fired)) and len(attempts) == len(server.requests)
+        assert failed == (0 if fault == "no_usage" else len(server.fired)) and len(attempts) == len(server.requests) + len(server.probes)
     assert Ledger(tmp_path / "l.jsonl", {"judge": "judge-1"}).spent >= server.billed
     assert time.monotonic() - began < 20
     lines = [line for line in said if "attempts failed, most often with: " in line]
@@ -98,7 +100,7 @@ def test_judge_loses_nothing_to_a_fault_that_passes(fault, undisturbed, tmp_path
 
 
 @pytest.mark.parametrize("fault, says", [
-    ("revoked", r"the server refused the key in \$OPENAI_API_KEY \(HTTP 401"), ("quota", "the account has no credit left"),
+    ("revoked", r"the server refused the key in \$OPENAI_API_KEY \(HTTP 401"), ("no_credit", "the account has no credit left"),
     ("404", "has no model 'judge-1'"), ("429_hour", r"asks to wait 3600 s: come back at \d\d:\d\d")])
 def test_judge_stops_at_a_fault_that_no_retry_mends(fault, says, undisturbed, tmp_path, monkeypatch):
     """From the 9th request on: one clear line, few requests after the first, and the rest once it is mended."""
@@ -141,15 +143,18 @@ def test_judge_says_what_failed_and_asks_it_again_at_the_next_run(undisturbed, t
 
 
 def test_judge_gives_up_on_a_dead_server_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="8 requests in a row failed, the last with: no connection to 127.0.0.1") as e:
+    with pytest.raises(UserError, match="judge judge-1: no connection to 127.0.0.1: .*; run the command again once") as e:
         ask_judge(SPEC, made_pairs(30), endpoint("http://127.0.0.1:9/v1", attempts=2), tmp_path / "l.jsonl", lambda line: None)
     assert "\n" not in str(e.value)
-    assert Ledger(tmp_path / "l.jsonl", {"judge": "judge-1"}).spent == 0
+    assert len(list(read_jsonl(tmp_path / "l.jsonl"))) == 4  # one small request, twice
+    server = JudgeServer(lambda k, body: "reset")
+    with pytest.raises(UserError, match="8 requests in a row failed, the last with: no connection to 127.0.0.1"):
+        judged(server, made_pairs(30), tmp_path / "l.jsonl", attempts=2)
 
 
 def test_judge_null_answers_are_unparsed_and_asked_again_once_in_all(undisturbed, tmp_path):
     pairs = undisturbed[0][:3]
-    server = JudgeServer(lambda k, body: "null")
+    server = JudgeServer(lambda k, body: "null_content")
     verdicts, said = judged(server, pairs, tmp_path / "l.jsonl")
     assert {v.outcome for v in verdicts} == {"unparsed"} and {v.score for v in verdicts} == {None}
     assert len(server.requests) == 12 and len(set(server.requests)) == 12  # a second time with another seed
@@ -162,7 +167,7 @@ def test_judge_rereads_stored_answers_without_a_call(undisturbed, tmp_path, monk
     """A better parser: what was unparsed has a verdict, and no request is made."""
     pairs, expected = undisturbed
     judged(JudgeServer(), pairs, tmp_path / "l.jsonl")
-    monkeypatch.setattr("repro.llm_judge.read_text", lambda text: "A" if text.endswith(": neither") else None)
+    monkeypatch.setattr("repro.llm_judge.read_text", lambda text, **how: "A" if text.endswith(": neither") else None)
     verdicts, _ = judged(server := JudgeServer(), pairs, tmp_path / "l.jsonl", reparse=True)
     assert not server.requests
     assert [v.outcome == "flip" for v in verdicts] == [v["outcome"] == "unparsed" for v in expected]
@@ -179,8 +184,8 @@ def test_judge_finds_out_what_the_server_offers(offers, form, undisturbed, tmp_p
                                         lambda line: said.append((line, len(server.requests))))
         assert facts["answer"] == form and [v.outcome for v in verdicts] == [v["outcome"] for v in expected]
     assert "10 requests to make, about" in said[0][0] and said[0][1] == 0  # the estimate comes before any request
-    assert sum("Neither response is shown" in r[0] for r in server.requests) == 1
-    kinds = {body.get("response_format", {}).get("type") for body in server.bodies[1:]}
+    assert len(server.probes) == 1 and "Neither response is shown" in server.probes[0][0]
+    kinds = {body.get("response_format", {}).get("type") for body in server.bodies}
     assert kinds == ({"json_schema"} if form == "schema" else {None})
 
 
@@ -386,3 +391,253 @@ def test_judge_asks_from_a_fresh_event_loop_each_time():
 
 def test_judge_rates_of_the_server_are_those_of_the_tests():
     assert endpoint("http://127.0.0.1:1/v1").rates() == RATES
+
+
+# ---- habits of servers
+
+def habit_run(habit: str, pairs, expected, folder: Path) -> dict:
+    """What a habit does at every request, at some, and what is left of it with a good server: {lost, wrong, poisoned, ends}."""
+    rng = random.Random(habit)
+    always, at_times = JudgeServer(lambda k, body: habit), JudgeServer(
+        lambda k, body: habit if (k % 37 == 36 if habit in ENDS else rng.random() < 0.2) else None)
+    found = {"fired": 0, "lost": 0, "wrong": 0, "poisoned": 0, "not_one_line": 0, "no_reason": 0, "twice": 0}
+
+    def command(server, path, **more):
+        try:
+            verdicts, said = judged(server, pairs, path, **{"attempts": 3, "backoff_s": 0.004, "concurrency": 8} | more)
+        except UserError as e:
+            verdicts, said = None, [str(e)]
+        found["not_one_line"] += any("\n" in line or not line.isprintable() for line in said)
+        return verdicts, said
+
+    path = folder / "always.jsonl"
+    verdicts, said = command(always, path)
+    if habit in READ:
+        found["lost"] += sum(v.outcome == "failed" for v in verdicts)
+        found["wrong"] += sum(v.to_json() != want for v, want in zip(verdicts, expected))
+    else:
+        found["no_reason"] += habit not in SILENT and WHY in str(HABITS[habit](always.answer(always.bodies[0]))) and not any(
+            WHY in line for line in said)
+        found["poisoned"] += bool(Ledger(path, {"judge": "judge-1"}).answers.keys() - {SMALL})
+        found["not_one_line"] += verdicts is not None
+    mended = command(JudgeServer(), path)[0]
+    found["poisoned"] += sum(v.to_json() != want for v, want in zip(mended, expected))
+    path = folder / "at_times.jsonl"
+    for _ in range(8):
+        verdicts, said = command(at_times, path, attempts=8)
+        if verdicts and all(v.outcome != "failed" for v in verdicts):
+            break
+    found["lost"] += sum(v.outcome == "failed" for v in verdicts) if verdicts else len(pairs)
+    found["wrong"] += sum(v.outcome != "failed" and v.to_json() != want for v, want in zip(verdicts or (), expected))
+    answers = Ledger(path, {"judge": "judge-1"}).answers
+    found["twice"] += sum(read_text(text_of(answer)) is not None for each in answers.values() for answer in each[:-1])
+    found["fired"] = len(always.fired) + len(at_times.fired)
+    return found
+
+
+SMALL = judge_of(SPEC, endpoint("http://127.0.0.1:1/v1"), 0).probe().key
+
+
+@pytest.mark.parametrize("habit", list(HABITS)[::5])
+def test_judge_loses_nothing_to_a_habit_and_keeps_nothing_of_it(habit, undisturbed, tmp_path):
+    """At every request, then with a good server; and at a fifth of the requests. All habits, 100 answers each: figure 5."""
+    found = habit_run(habit, undisturbed[0][:6], undisturbed[1][:6], tmp_path)
+    assert found.pop("fired") >= 3 and not any(found.values()), found
+
+
+def test_judge_habits_are_at_least_forty():
+    assert len(HABITS) >= 80 and len(READ) >= 20 and len(FAILED) >= 40
+    assert not any(hasattr(Handler, f"fault_{name}") for name in HABITS)
+
+
+def test_judge_backs_off_from_a_server_that_says_wait_zero(undisturbed, tmp_path):
+    """A third of the answers are 429 with `Retry-After: 0`: all verdicts come, in as many attempts as without the header,
+    and the waits double."""
+    for name in ("HTTP 429", "429 wait 0", "429 wait -5"):
+        server = JudgeServer(lambda k, body, name=name: name if k % 3 == 0 else None)
+        verdicts, _ = judged(server, undisturbed[0], tmp_path / f"{name}.jsonl", attempts=10)
+        assert [v.to_json() for v in verdicts] == undisturbed[1], name
+    times = []
+    server = JudgeServer(lambda k, body: times.append(time.monotonic()) or "429 wait 0")
+    judged(server, undisturbed[0][:1], tmp_path / "l.jsonl", attempts=5, backoff_s=0.1, concurrency=1)
+    first = [b - a for a, b in zip(times[:5], times[1:5])]
+    assert all(gap >= 0.05 * 2 ** k for k, gap in enumerate(first)), first
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_judge_follows_no_redirect(code, undisturbed, tmp_path):
+    """A loop, and one to another server: each POST is one attempt in the ledger, and the other server hears nothing."""
+    other = JudgeServer()
+    with other.serve() as elsewhere:
+        for k, to in enumerate(("/v1/chat/completions", f"{elsewhere}/chat/completions")):
+            HABITS["to"] = lambda answer, to=to: (code, b"", [("Location", to)])
+            try:
+                server, path = JudgeServer(lambda k, body: "to"), tmp_path / f"{k}.jsonl"
+                with pytest.raises(UserError, match=rf"sends its requests on to http://127.0.0.1:\d+/v1 \(HTTP {code}\), .*--base-url"):
+                    judged(server, undisturbed[0], path)
+                with pytest.raises(UserError, match=f"HTTP {code}"):
+                    judged(probed := JudgeServer(probe_faults=lambda k, body: "to"), undisturbed[0], tmp_path / f"{k}-probe.jsonl")
+            finally:
+                del HABITS["to"]
+            sent = sum(row["record"] == "attempt" for _, row in read_jsonl(path))
+            assert sent == len(server.requests) + len(server.probes) <= 9 and len(probed.probes) == 1 and not probed.requests
+    assert not other.requests and not other.probes
+
+
+# ---- what servers take
+
+def refusing(fields, *, named=True, status=400, schema=None):
+    """A server that refuses the fields, and answers a schema with `schema`."""
+    def habit(k, body):
+        if schema and "response_format" in body:
+            HABITS["refusal"] = lambda answer: (schema, json.dumps({"error": {"message": f"grammar failed, {WHY}"}}).encode(), ())
+            return "refusal"
+        bad = [f for f in fields if f in body]
+        if not bad:
+            return None
+        detail = {"detail": [{"type": "extra_forbidden", "loc": ["body", bad[0]], "msg": WHY}]} if named else {"error": {"message": WHY}}
+        HABITS["refusal"] = lambda answer: (status, json.dumps(detail).encode(), ())
+        return "refusal"
+
+    return JudgeServer(habit, probe_faults=habit, latency=0.001)
+
+
+@pytest.fixture
+def no_refusal():
+    yield
+    HABITS.pop("refusal", None)
+
+
+@pytest.mark.parametrize("answer", ["auto", "text", "schema", "logprobs"])
+@pytest.mark.parametrize("fields, named, status", [
+    (("seed",), True, 422), (("max_tokens",), True, 400), (("temperature",), True, 400), (("seed", "max_tokens", "temperature"), True, 422),
+    (("seed",), False, 400), (("max_tokens",), False, 422), (("temperature", "seed"), False, 400)])
+def test_judge_finds_out_once_what_the_server_does_not_take(fields, named, status, answer, undisturbed, tmp_path, no_refusal):
+    """One line names it, with the server's reason; the verdicts are the same; the record holds it, and the next command
+    asks nothing; `--leave-out` decides."""
+    pairs, expected = undisturbed[0][:4], [v["outcome"] for v in undisturbed[1][:4]]
+    spec, path = replace(SPEC, answer=answer), tmp_path / "l.jsonl"
+    server, said = refusing(fields, named=named, status=status), []
+    with server.serve() as url:
+        verdicts, facts = ask_judge(spec, pairs, endpoint(url), path, said.append)
+        assert [v.outcome for v in verdicts] == expected and set(facts["left_out"]) == set(fields)
+        (line,) = [line for line in said if "does not take" in line]
+        assert all(f in line for f in fields) and WHY in line and f"HTTP {status}" in line and "--leave-out" in line and "\n" not in line
+        assert ("max_completion_tokens" in line) == ("max_tokens" in fields) == ("max_completion_tokens" in server.bodies[0])
+        assert not any(f in body for f in fields for body in server.bodies) and len(server.probes) <= 8
+        assert not server.fired or len(server.fired) < len(server.probes)  # no request but the small ones was refused
+        probes, asked = len(server.probes), len(server.requests)
+        again, facts2 = ask_judge(spec, pairs, endpoint(url), path, said.append)
+        reread, facts3 = ask_judge(spec, pairs, endpoint(url), path, said.append, reparse=True)
+        assert again == reread == verdicts and (len(server.probes), len(server.requests)) == (probes, asked)
+        assert facts["left_out"] == facts2["left_out"] == facts3["left_out"] and facts2["answer"] == facts["answer"]
+        ask_judge(spec, undisturbed[0][:5], endpoint(url), path, said.append)  # one pair more: nothing is found out again
+        assert len(server.probes) == probes
+        told = ask_judge(spec, pairs, endpoint(url, leave_out=fields), tmp_path / "told.jsonl", said.append)[1]
+        assert set(told["left_out"]) == set(fields) and len(server.probes) == probes + 1
+        with pytest.raises(UserError, match="--leave-out names what it is not sent|does not offer --answer") as e:
+            ask_judge(replace(spec, answer="text"), pairs, endpoint(url, leave_out=("nothing",)), tmp_path / "none.jsonl", said.append)
+        assert WHY in str(e.value)
+
+
+@pytest.mark.parametrize("status", [400, 422, 500, 501, 503])
+def test_judge_goes_on_in_text_where_a_schema_fails(status, undisturbed, tmp_path, no_refusal):
+    pairs, expected = undisturbed[0][:4], [v["outcome"] for v in undisturbed[1][:4]]
+    server, said = refusing(("seed",), schema=status), []
+    with server.serve() as url:
+        for _ in range(2):
+            verdicts, facts = ask_judge(replace(SPEC, answer="auto"), pairs, endpoint(url), tmp_path / "l.jsonl", said.append)
+            assert [v.outcome for v in verdicts] == expected and (facts["answer"], facts["left_out"]) == ("text", ["seed"])
+        (line,) = [line for line in said if "does not answer in a JSON schema" in line]
+        assert f"HTTP {status}: grammar failed, {WHY}" in line
+        with pytest.raises(UserError, match=f"HTTP {status}: grammar failed|does not offer --answer schema"):
+            ask_judge(replace(SPEC, answer="schema"), pairs, endpoint(url), tmp_path / "s.jsonl", said.append)
+
+
+def test_judge_whose_name_the_server_refuses_with_a_400_is_not_told_to_take_another_form(undisturbed, tmp_path):
+    HABITS["named"] = lambda a: (400, b'{"error": {"message": "Model judge-1 not found."}}', ())
+    try:
+        for answer in ("auto", "text"):
+            server = JudgeServer(probe_faults=lambda k, body: "named")
+            with pytest.raises(UserError, match=r"refuses every request \(HTTP 400: Model judge-1 not found\); --leave-out names") as e:
+                judged(server, undisturbed[0], tmp_path / f"{answer}.jsonl", spec=replace(SPEC, answer=answer))
+            assert len(server.probes) <= 2 and not server.requests and "--answer" not in str(e.value)
+    finally:
+        del HABITS["named"]
+
+
+def test_judge_shows_an_answer_that_was_not_read_and_says_when_the_cap_cut_them(undisturbed, tmp_path):
+    def answering(text, finish_reason="stop", **message):
+        choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text} | message}
+        HABITS["says"] = lambda a: (200, json.dumps(a | {"choices": [choice]}).encode(), ())
+        return JudgeServer(lambda k, body: "says")
+
+    try:
+        _, said = judged(answering("I like both.\x1b[2J\u202e\nFinal Response: hm"), undisturbed[0][:3], tmp_path / "a.jsonl")
+        (line,) = [line for line in said if "3 unparsed: " in line]
+        assert r"such as 'I like both.\\x1b[2J\\u202e Final Response: hm'" in line and line.isprintable() and not any("cut at" in x for x in said)
+        _, said = judged(answering("", finish_reason="length", reasoning_content="Hm " * 99), undisturbed[0][:3], tmp_path / "b.jsonl")
+        assert any("such as no text, but reasoning: 'Hm Hm" in line for line in said)
+        assert any("all 6 answers without a verdict were cut at 300 tokens: `repro judge` with a higher --max-tokens" in line for line in said)
+        _, said = judged(answering(None, refusal="I can't."), undisturbed[0][:3], tmp_path / "c.jsonl")
+        assert any("no text, but a refusal: \"I can't.\"" in line for line in said)
+    finally:
+        del HABITS["says"]
+
+
+@pytest.mark.parametrize("env, says", [
+    ({"OPENAI_API_KEY": "\u201csk-canary-q7Wz3x\u201d"}, r"\$OPENAI_API_KEY: character 1 is LEFT DOUBLE QUOTATION MARK"),
+    ({"OPENAI_API_KEY": "sk-canary-q7\u00e9"}, r"\$OPENAI_API_KEY: character 13 is LATIN SMALL LETTER E WITH ACUTE"),
+    ({"OPENAI_API_KEY": "sk-canary\n-q7Wz3x"}, r"\$OPENAI_API_KEY: character 10 is U\+000A"),
+    ({"OPENAI_API_KEY": "sk-canary q7Wz3x"}, r"\$OPENAI_API_KEY: character 10 is SPACE"),
+    ({"OPENAI_ORG_ID": "caf\u00e9"}, r"\$OPENAI_ORG_ID: character 4"), ({"OPENAI_PROJECT_ID": "p\n"}, r"\$OPENAI_PROJECT_ID: character 2"),
+    ({"ALL_PROXY": "socks5://u:sk-canary@127.0.0.1:9"}, r"\$ALL_PROXY: a socks5 proxy needs the package socksio"),
+    ({"all_proxy": "socks://127.0.0.1:9"}, r"\$all_proxy: a proxy of the scheme 'socks'; allowed are http"),
+    ({"HTTPS_PROXY": "ftp://127.0.0.1:9"}, r"\$HTTPS_PROXY: a proxy of the scheme 'ftp'"), ({"https_proxy": "http://["}, r"\$https_proxy: not the address"),
+    ({"HTTP_PROXY": "http://h:99999"}, r"\$HTTP_PROXY: not the address"), ({"HTTPS_PROXY": "h:9\n"}, r"\$HTTPS_PROXY: not the address"),
+    ({"HTTPS_PROXY": "http:///"}, r"\$HTTPS_PROXY: not the address"), ({"SSL_CERT_FILE": "/nowhere/x"}, r"see \$SSL_CERT_FILE")])
+def test_judge_environment_that_no_request_can_be_made_with_names_its_variable(env, says, undisturbed, tmp_path, monkeypatch):
+    import httpx2
+
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-fine")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", lambda *a: pytest.fail("a request was sent"))
+    with pytest.raises(UserError, match=says) as e:
+        ask_judge(replace(SPEC, model="gpt-4.1-mini"), undisturbed[0], Endpoint(model="gpt-4.1-mini", backoff_s=0.01), tmp_path / "l.jsonl", lambda line: None)
+    assert "canary" not in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "l.jsonl").exists()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://h:99999/v1", "http://h:x/v1", "http://h /v1", "http://h/v1\n", "https://h/v1#x", "ftp://h", "h:80", "http://"])
+def test_judge_address_that_is_none_is_one_line_and_names_where_it_came_from(url, monkeypatch):
+    with pytest.raises(UserError, match=r"^--base-url: ") as e:
+        Endpoint(model="m", base_url=url)
+    assert "\n" not in str(e.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(UserError, match=r"^--writer-url \(\$OPENAI_BASE_URL\): "):
+        Endpoint(model="m", flag="--writer-url")
+
+
+def test_judge_key_that_stands_in_the_place_of_its_name_is_not_shown():
+    with pytest.raises(UserError, match="--key-env: must be the name") as e:
+        Endpoint(model="m", key_env=KEY)
+    assert KEY[:8] not in str(e.value)
+    with pytest.raises(UserError, match="--leave-out: 'stop'; allowed: any of seed, temperature, max_tokens, or nothing alone"):
+        Endpoint(model="m", leave_out=("seed", "stop"))
+
+
+def test_judge_key_spelled_with_escapes_is_redacted_too(undisturbed, tmp_path, monkeypatch):
+    """In an answer and in an error: JSON may write any letter of it as an escape."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    spelled = "".join(f"\\u{ord(c):04x}" for c in KEY).encode()
+    HABITS["spells"] = lambda a: (200, json.dumps(a).encode().replace(b"Comparison", b"Comparison " + spelled), ())
+    HABITS["spells in an error"] = lambda a: (400, b'{"error": {"message": "no: ' + spelled + b'"}}', ())
+    try:
+        judged(JudgeServer(lambda k, body: "spells" if k % 2 else "spells in an error"), undisturbed[0][:4], tmp_path / "l.jsonl")
+    finally:
+        del HABITS["spells"], HABITS["spells in an error"]
+    text = (tmp_path / "l.jsonl").read_text()
+    assert text.count("[key]") >= 8 and KEY[:8] not in text

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["kernels", "repro", "experiments"]  # each may import those before it, and itself
 NO_TORCH = {"metrics", "published", "checking", "archive", "beyond", "readers_page", "figures", "intake", "run_figures", "report", "records",
             "config", "datasets", "constitutions", "prompts", "rules", "writing", "judging", "endpoint", "asking",
-            "llm_judge", "admission", "shapes", "sizes", "plan", "plan_page", "rundir", "pipeline", "evaluation", "sampling", "serving", "models",
-            "lora", "worker", "cli", "flags", "configure", "speaker", "template"}
+            "llm_judge", "offers", "verdicts", "admission", "shapes", "sizes", "plan", "plan_page", "rundir", "pipeline", "evaluation",
+            "sampling", "serving", "models", "lora", "worker", "cli", "flags", "configure", "speaker", "template"}
 
 
 def sources(folder: str) -> list[Path]:

@@ -261,6 +261,82 @@ def test_a_key_is_sent_and_its_refusal_said(tiny, tmp_path, monkeypatch):
         sample(run)
 
 
+WRONG = {  # what a server may say to a completion, and what is said of it
+    "a chat": {"choices": [{"message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}]}, "choices null": {"choices": None},
+    "a choice null": {"choices": [None]}, "a choice that is text": {"choices": ["x"]}, "ids as text": {"choices": [{"text": "", "token_ids": ["5"]}]},
+    "ids below 0": {"choices": [{"text": "", "token_ids": [-1]}]}, "text a number": {"choices": [{"text": 3}]}}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_answer_of_another_shape_is_no_answer(tiny, tmp_path, wrong):
+    """Neither where the server is looked at nor later: no traceback, nothing kept, and a good one goes on."""
+    class Server(TextServer):
+        good = 0
+
+        def answer(self, body):
+            right = super().answer(body)
+            bad = WRONG[wrong]
+            if self.good and len(self.requests) > self.good:
+                first = bad["choices"][0] if bad["choices"] else None
+                return right | bad | ({"choices": [right["choices"][0] | first]} if isinstance(first, dict) and "message" not in first else {})
+            return right if self.good else right | bad
+
+    server = Server(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)})
+    with server.serve() as url:
+        run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
+        with pytest.raises(UserError, match="must serve .* now, but serves") as e:
+            sample(run)
+        assert "\n" not in str(e.value)
+        server.good = len(server.requests) + 4
+        with pytest.raises(UserError, match=r"x: \d+ of 16 responses are missing: .*(no choices|no text in|no token_ids)"):
+            sample(run)
+        server.good = 10**9
+        rows = sample(run)
+    with TextServer(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)}).serve() as url:
+        assert sample(prepared(tiny, tmp_path / "calm", "vllm", sampler_url=url)) == rows
+
+
+def raw_server(answer: bytes):
+    """A server that says these bytes to whatever it is asked."""
+    import socket
+    import threading
+
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(10**6)
+                connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+@pytest.mark.parametrize("answer, says", [
+    (b"HTTP/9 hm\r\n\r\n", "no sampling server answers at"), (b"hello\r\n", "no sampling server answers at"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{}", "no sampling server answers at"), (b"HTTP/1.1 200 OK\r\n\r\n<html>", "no sampling server answers"),
+    (b'HTTP/1.1 200 OK\r\n\r\n{"data": [{"id": ["m"]}, 3, {"id": "m", "root": 5}]}', "but serves m .no choices"),
+    (b'HTTP/1.1 422 No\r\n\r\n{"detail": [{"loc": ["body", "max_tokens"], "msg": "too few"}]}', r"but does not list it .HTTP 422: body.max_tokens: too few"),
+    (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/v1/models\r\n\r\n", "HTTP 302: it sends on to http://127.0.0.1:9/v1/models, where none goes"),
+    (b'HTTP/1.1 403 No\r\n\r\n{"error": "not you"}', r"refused the key in .VLLM_API_KEY .HTTP 403: not you")])
+def test_a_sampling_server_that_is_none_is_one_line_with_its_reason(tiny, tmp_path, answer, says):
+    listener, url = raw_server(answer)
+    with listener, pytest.raises(UserError, match=says) as e:
+        sample(prepared(tiny, tmp_path / "run", "vllm", sampler_url=url))
+    assert "\n" not in str(e.value)
+
+
+def test_a_key_that_no_header_takes_is_told_before_a_run(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "\u2018secret\u2019")
+    with pytest.raises(UserError, match=r"\$VLLM_API_KEY: character 1 is LEFT SINGLE QUOTATION MARK"):
+        serving.check("vllm", "http://127.0.0.1:9/v1")
+
+
 # ---- what a run starts ends with it
 
 def pids(log: Path, patience=20.0) -> list[int]:

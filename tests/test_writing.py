@@ -1,10 +1,12 @@
 """Principle writers: the parser and what it refuses, answers asked for again, raw answers kept, the user's fallback."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
+from judge_habits import HABITS
 from judge_server import JudgeServer
 
 from repro import prompts
@@ -284,3 +286,41 @@ def test_a_server_that_is_down_or_too_dear(tmp_path):
             write_principles(server_writer(url, path, price=(1000.0, 1000.0), max_usd=0.01), TASK, path)
         assert len(server.bodies) == 3
     assert not any(row["record"] == "written" for _, row in read_jsonl(path))
+
+
+@pytest.mark.parametrize("fields", [("seed",), ("max_tokens",), ("seed", "max_tokens")])
+def test_a_server_that_refuses_a_field_is_asked_without_it(tmp_path, fields):
+    """Said once, with the server's reason; --leave-out decides; and a content in parts, after a draft, is read."""
+    class Picky(WriterServer):
+        def answer(self, body):
+            answer = super().answer(body)
+            message = answer["choices"][0]["message"]
+            message["content"] = [{"type": "text", "text": "<think>hm</think>\n"}, {"type": "text", "text": message["content"]}]
+            return answer
+
+    def refuse(k, body):
+        bad = next((f for f in fields if f in body), None)
+        HABITS["refusal"] = lambda answer: (422, json.dumps({"detail": [{"loc": ["body", bad], "msg": "not here"}]}).encode(), ())
+        return bad and "refusal"
+
+    try:
+        server, said = Picky(GOOD, faults=refuse), []
+        with server.serve() as url:
+            end = Endpoint(model="org/strong-model", base_url=url, backoff_s=0.01)
+            data = write_principles(ServerWriter(end, tmp_path / "a.jsonl", say=said.append), TASK, tmp_path / "a.jsonl")
+            assert data["principles"] == ROWS and len(server.fired) == len(fields)
+            (line,) = [line for line in said if "does not take" in line]
+            assert all(f in line for f in fields) and "not here" in line and "\n" not in line
+            told = dataclasses.replace(end, leave_out=("nothing",))
+            with pytest.raises(UserError, match=f"refuses every request .HTTP 422: body.{fields[0]}: not here.*--leave-out|HTTP 422"):
+                write_principles(ServerWriter(told, tmp_path / "b.jsonl"), TASK, tmp_path / "b.jsonl")
+    finally:
+        HABITS.pop("refusal", None)
+
+
+def test_a_server_that_answers_with_text_and_no_message_writes_nothing(tmp_path):
+    server = WriterServer(GOOD, faults=lambda k, body: "text, no message")
+    with server.serve() as url, pytest.raises(UserError, match="writer org-strong-model: no message in the first choice"):
+        write_principles(server_writer(url, tmp_path / "w.jsonl"), TASK, tmp_path / "w.jsonl")
+    with WriterServer(GOOD).serve() as url:
+        assert write_principles(server_writer(url, tmp_path / "w.jsonl"), TASK, tmp_path / "w.jsonl")["principles"] == ROWS

@@ -18,13 +18,15 @@ TESTS, ROOT = Path(__file__).resolve().parents[1], Path(__file__).resolve().pare
 
 
 def judge_faults(work: Path, quick: bool) -> dict:
-    """Every fault of the server, at random requests: which verdicts come, and which answers are paid for twice."""
+    """Every fault of the server at random requests, then every habit at each request and at some: which verdicts come, which
+    answers are paid for twice, what is kept of an answer that is none, and how each command ends."""
+    from judge_habits import HABITS
     from test_judge import JUDGE
-    from test_judge_server import TRANSIENT, judged, made_pairs
+    from test_judge_server import TRANSIENT, habit_run, judged, made_pairs
 
     pairs = made_pairs(10 if quick else 60)
     expected = [v.to_json() for v in judged(JudgeServer(), pairs, work / "quiet.jsonl")[0]]
-    fired, lost, wrong, twice, kinds = 0, 0, 0, 0, {}
+    fired, kinds, bad = 0, {}, dict.fromkeys(("lost", "wrong", "twice", "poisoned", "not_one_line", "no_reason"), 0)
     for fault in TRANSIENT:
         rng = random.Random(fault)
         share = 0.1 if fault in ("timeout", "drip", "429_date") else 0.2
@@ -36,16 +38,27 @@ def judge_faults(work: Path, quick: bool) -> dict:
         slow = fault in ("timeout", "drip")
         verdicts, _ = judged(server, pairs, work / f"{fault}.jsonl", attempts=12, deadline_s=1.0 if slow else 30.0, concurrency=16)
         for verdict, want in zip(verdicts, expected):
-            lost += verdict.outcome == "failed"
-            wrong += verdict.outcome != "failed" and verdict.to_json() != want
+            bad["lost"] += verdict.outcome == "failed"
+            bad["wrong"] += verdict.outcome != "failed" and verdict.to_json() != want
         ledger = Ledger(work / f"{fault}.jsonl", {"judge": "judge-1"})
-        twice += sum(JUDGE.verdict(answer) is not None for answers in ledger.answers.values() for answer in answers[:-1])
+        bad["twice"] += sum(JUDGE.verdict(answer) is not None for answers in ledger.answers.values() for answer in answers[:-1])
         fired += len(server.fired)
         kinds[fault] = len(server.fired)
-    return {"value": fired - lost - wrong - twice, "of": fired, "detail": {"fired": kinds, "lost": lost, "wrong": wrong,
-                                                                           "asked again though answered": twice},
-            "counted": "faults of 16 kinds that the server fired at random requests (J1 to J5, J10); of the verdicts none lost, none "
-                       "other than undisturbed, no answered request asked again",
+    some = made_pairs(50)[:10 if quick else 50]
+    expected = [v.to_json() for v in judged(JudgeServer(), some, work / "quiet-50.jsonl")[0]]
+    for k, habit in enumerate(list(HABITS)[::6 if quick else 1]):
+        (work / str(k)).mkdir()
+        found = habit_run(habit, some, expected, work / str(k))
+        fired += found["fired"]
+        kinds[habit] = found.pop("fired")
+        for name, count in found.items():
+            bad[name] += count
+    assert sum(kinds.values()) == fired
+    return {"value": fired - sum(bad.values()), "of": fired, "bad": {k: n for k, n in bad.items() if n},
+            "detail": {"fired": kinds, **bad}, "habits": len(HABITS), "answers_of_each_habit": 2 * len(some),
+            "counted": f"answers of {len(TRANSIENT)} faults at random requests and of {len(HABITS)} habits of servers, each at every request and "
+                       "at some; in the end all verdicts are those of an undisturbed run, no answered request is asked again, nothing is kept "
+                       "as an answer that is none, and every command ends with one line that holds the server's reason",
             "not_counted": "kills in flight (J6, J9: figure 1 and tests/test_judge_server.py), attempts that failed after the server had "
                            "billed them: those are paid for, and counted against the budget"}
 
