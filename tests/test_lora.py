@@ -319,7 +319,7 @@ def test_refusals(tiny, monkeypatch, tmp_path):
         run(experiment, tmp_path, ranks=2)
     with pytest.raises(UserError, match="--lora: mixtral is a mixture"):
         lora.check(transformers.MixtralConfig(), 1)
-    with pytest.raises(UserError, match="LoraSpec.rank: 0; must be above 0"):
+    with pytest.raises(UserError, match="--lora: 0; must be above 0"):
         configure(parse(["run", "exp1", "--lora", "0"]))
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--lora needs peft: pip install 'sami-repro\[lora\]'"):
