@@ -59,7 +59,7 @@ def test_every_shipped_experiment_runs(shipped, tiny, tmp_path):
     said = []
     experiment = small(shipped, tiny, **({"dose": "as_run"} if shipped.profile == "paper" else {}))
     if experiment.cot:  # nothing that the tiny model says holds the mark; all of it is reasoning, and no pair is left
-        with pytest.raises(UserError, match="0 training pairs left of 4 needed"):
+        with pytest.raises(UserError, match="0 pairs of responses are left of the 4"):
             run(experiment, tmp_path, say=said.append)
         return
     folder = run(experiment, tmp_path, say=said.append)
@@ -380,7 +380,7 @@ def test_a_cut_response_has_the_length_of_what_is_left(tiny, tmp_path, monkeypat
     experiment = small(load_experiment("exp1", "paper")[0], tiny)
     monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, **_: [
         {"text": " Yes.\n\nHuman: and more", "tokens": 99, "finished": False} for _ in prompts])
-    with pytest.raises(UserError, match="0 training pairs left"):  # every pair is identical
+    with pytest.raises(UserError, match="0 pairs of responses are left"):  # every pair is identical
         run(experiment, tmp_path, say=lambda text: None)
     (path,) = tmp_path.rglob("responses/evaluation-0.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]

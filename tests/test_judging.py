@@ -46,8 +46,10 @@ def test_control_tokens_that_a_response_spells_out_do_not_come_back(text):
 
     from repro.sampling import sample_batch
 
+    from transformers import PreTrainedConfig
+
     class Model:
-        device, generation_config = "cpu", None
+        device, generation_config, config = "cpu", None, PreTrainedConfig()
 
         def generate(self, input_ids, **kwargs):
             import torch

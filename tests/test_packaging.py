@@ -14,7 +14,7 @@ LAYERS = ["kernels", "repro", "experiments"]  # each may import those before it,
 NO_TORCH = {"metrics", "published", "checking", "archive", "beyond", "readers_page", "figures", "intake", "run_figures", "report", "records",
             "config", "datasets", "constitutions", "prompts", "rules", "writing", "judging", "endpoint", "asking",
             "llm_judge", "offers", "verdicts", "admission", "shapes", "sizes", "plan", "plan_page", "rundir", "pipeline", "evaluation",
-            "sampling", "serving", "models", "lora", "worker", "cli", "flags", "configure", "speaker", "template"}
+            "sampling", "seam", "serving", "models", "lora", "worker", "cli", "flags", "configure", "speaker", "template"}
 
 
 def sources(folder: str) -> list[Path]:

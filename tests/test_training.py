@@ -307,7 +307,7 @@ def test_settings_that_would_change_numbers_in_silence_are_refused(make, says):
 def test_flags_of_training_and_data():
     (e,) = cli.configure(cli.Run("exp1", profile="paper", precision="bf16", dose="as_run", leakage="keep"))
     assert (e.train.precision, e.train.dose, e.data.leakage) == ("bf16", "as_run", "keep")
-    with pytest.raises(UserError, match="TrainSpec.dose: 'as run' is unknown; allowed: 'as_printed', 'as_run'"):
+    with pytest.raises(UserError, match="--dose: 'as run' is unknown; allowed: 'as_printed', 'as_run'"):
         cli.configure(cli.Run("exp1", dose="as run"))
 
 

@@ -200,7 +200,7 @@ def test_a_resumed_writer_is_not_asked_again(variants):
     ({"asked": "sing"}, "need --writer"),
     ({"variant": "weak"}, "exp1 has one run"),
     ({"writer": "local", "writer_url": "http://127.0.0.1:1"}, "--writer-url needs --writer openai"),
-    ({"writer": "local", "writer_model": "somewhere/hand"}, "WriterSpec.label: 'hand'.*other than hand"),
+    ({"writer": "local", "writer_model": "somewhere/hand"}, "--writer-model: 'hand'.*other than hand"),
 ])
 def test_flags_of_the_writer_that_do_not_fit(flags, reason):
     with pytest.raises(UserError, match=reason):
