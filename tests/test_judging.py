@@ -43,10 +43,9 @@ def test_control_tokens_that_a_response_spells_out_do_not_come_back(text):
     """Removing one may make another: none is left."""
     from conftest import byte_tokenizer
     from marks import marked_tokenizer
+    from transformers import PreTrainedConfig
 
     from repro.sampling import sample_batch
-
-    from transformers import PreTrainedConfig
 
     class Model:
         device, generation_config, config = "cpu", None, PreTrainedConfig()
