@@ -6,7 +6,7 @@
 # given, and `is_activation_checkpointing` is still true. The memory that was counted on is not there.
 #
 # Seen with torch 2.13.0, transformers 5.23.0 on a CPU:
-# train mode: each layer's MLP is computed 2 times in a step; eval mode: 1 time; is_activation_checkpointing both times
+# computations of a layer's MLP in a step, by mode: {'train': 2, 'eval': 1}
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

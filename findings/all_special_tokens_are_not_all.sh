@@ -2,7 +2,7 @@
 # tokenizer.all_special_tokens lists the named ones alone; decode(skip_special_tokens=True) skips more
 #
 # One would expect `all_special_tokens` and `all_special_ids` to hold every token that the tokenizer treats as special. They
-# hold those with a name of their own (eos, unk, ...) and extra_special_tokens; a token that was added with `special=True`
+# hold those with a name of their own (eos, unk, ...); a token that was added with `special=True`
 # is in neither, yet it is matched whole in any text and vanishes in `decode(..., skip_special_tokens=True)`. A check of
 # texts for control tokens that goes by this list misses most of them (SmolLM2: 3 of 17). All are in
 # `added_tokens_decoder`.

@@ -9,7 +9,7 @@
 #
 # Seen with torch 2.13.0, transformers 5.23.0 on a CPU:
 # longrope: beside a longer text the logits of a short one differ by 13.1; beside one within the context by 0.0
-#   dynamic: beside a longer text the logits of a short one differ by 2.8; beside one within the context by 0.0
+# dynamic: beside a longer text the logits of a short one differ by 2.8; beside one within the context by 0.0
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -31,7 +31,7 @@ from repro.records import first_line
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
 ATTENTION = "shared_prefix"  # begins the names under which transformers finds kernels/attention.py
-WAYS = ("shared", "shared, model's head", "reference")
+WAYS = (*probe.SHARED, "reference")
 
 
 def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,

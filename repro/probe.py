@@ -26,7 +26,7 @@ from repro.records import first_line
 # stays at 2e-7 and what is wrong begins at 2.7e-3 (results/families.md); SmolLM2-135M: 5e-7 in float32, 1e-2 in bfloat16,
 # where the reference rounds its logits.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-WAYS = ("shared", "shared, model's head")
+SHARED = ("shared", "shared, model's head")  # the ways of the packed layout, in the order in which they are tried
 
 # of a tiny model, by the names that configs have for them
 SIZES = {name: size for size, names in {
@@ -97,16 +97,16 @@ def _try(model, score: Callable[[str, object, Sequence], Tensor], longest: int =
     groups, text, other = _texts(model.config, rows, longest)
     one, two = model(input_ids=torch.tensor([text, other], device=model.device), use_cache=False).logits.double()
     tolerance = TOLERANCE[model.dtype]
-    moved = (one[:8] - two[:8]).abs().max() if len(one) == len(text) else torch.tensor(torch.nan)
     if len(one) != len(text):
         return Found(None, f"{family}: {len(one)} logits for {len(text)} tokens (a prompt of its own?)")
     if not one.isfinite().all():
         return Found(None, f"{family}: its logits are not finite")
+    moved = (one[:8] - two[:8]).abs().max()
     if not moved <= tolerance * one.abs().max():
         return Found(None, f"{family}: not a causal language model: later tokens change the logits of earlier ones (by "
                            f"{moved:.2g})")
     truth, refusals, errors = score("reference", model, groups).double(), [], {}
-    for way in WAYS:
+    for way in SHARED:
         try:
             error = errors[way] = ((score(way, model, groups).double() - truth).abs() / (1 + truth.abs())).max().item()
         except Exception as e:  # whatever the model's own code makes of a layout that it does not know
@@ -140,9 +140,7 @@ def of_model(model, score: Callable[[str, object, Sequence], Tensor]) -> Found:
     known = getattr(model, "_found_way", None)
     if known is None or known[0] != state:
         with _at_rest(model):
-            found = _try(model, score)
-        state = hash((str(model.config.to_dict()), modules, model.dtype, model.device))
-        model._found_way = known = (state, found)
+            model._found_way = known = (state, _try(model, score))
     return known[1]
 
 
