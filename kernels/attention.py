@@ -1,6 +1,6 @@
 """Attention over the shared-prefix layout: each tail sees its group's prefix and itself, both causally.
 
-A packed sequence of T tokens is a run of groups [prefix | tail 1 | ... | tail R] (repro/prefix.py). As segments with
+A packed sequence of T tokens is a run of groups [prefix | tail 1 | ... | tail R] (repro/core/tree.py). As segments with
 queries and keys of different lengths and causality aligned at the end (bottom right):
     1: queries and keys [prefix, tail 1];    j = 2 .. R: queries tail j, keys [prefix, tail j].
 So the queries are the packed tokens in their order, and only keys and values are repeated, (R - 1) prefixes a group.
@@ -12,9 +12,8 @@ Axes: H query heads, K key-value heads (H a multiple of K), T tokens, d head siz
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -300,74 +299,3 @@ class _Varlen(torch.autograd.Function):
         with _in_a_fixed_order():
             dq, dk, dv = torch.autograd.grad(out, inputs, grad)
         return dq, index.ungather(dk), index.ungather(dv), None, None, None
-
-
-# ---- transformers' interfaces: who calls the model says for which layout
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The layout of a packed sequence and each token's position in its own text."""
-
-    layout: Layout
-    positions: Tensor  # [T] int64, on the CPU
-
-
-_PACKING: ContextVar[Packing | None] = ContextVar("packing", default=None)
-
-
-@contextmanager
-def packed(layout: Layout, positions: Tensor):
-    """Within the block a model with this attention computes a packed sequence; elsewhere SDPA, as before."""
-    token = _PACKING.set(Packing(layout, positions))
-    try:
-        yield
-    finally:
-        _PACKING.reset(token)
-
-
-def mask_interface(fallback: Callable):
-    """transformers' mask interface; `fallback`: its own, for a model that is called without `packed`.
-
-    What a layer sees is given as a function of two places in a text (causal, a sliding window, chunks); it is asked about
-    the tokens' positions, so that every layer's own mask holds within each text. The mask carries the layout to the
-    attention, through activation checkpointing too: bool [1, 1, T, T], or NaN [1, 1, 1, 1] where a layer sees all that
-    the layout lets it (were another attention called, the result would be NaN, not wrong).
-    """
-    def attention_mask(*, mask_function, device=None, **options) -> Tensor | None:
-        packing = _PACKING.get()
-        if packing is None:
-            return fallback(mask_function=mask_function, device=device, **options)
-        at, zero = packing.positions, torch.tensor(0)
-        P = int(at.max()) + 1
-        places = torch.arange(P)
-        sees = mask_function(zero, zero, places[:, None], places[None, :]).expand(P, P).cpu()
-        if sees[torch.ones(P, P).tril_() > 0].all():
-            mask = torch.full((1, 1, 1, 1), torch.nan, device=device)
-        else:
-            mask = (sees[at][:, at] & packing.layout.mask())[None, None].to(device)
-        mask.packing = packing
-        return mask
-
-    return attention_mask
-
-
-def attention_interface(fallback: Callable):
-    """transformers' attention interface: this attention where the mask carries a layout (`mask_interface`) or the model is
-    called for one (`packed`); else `fallback`, the model's own.
-
-    query [1, H, T, d] -> ([1, T, H, e], None). What the layout cannot have is refused: a batch, dropout.
-    """
-    def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-        packing = getattr(attention_mask, "packing", None) or _PACKING.get()
-        if packing is None:
-            return fallback(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
-        if len(query) != 1 or dropout:
-            raise ValueError("shared-prefix attention takes a batch of one and no dropout")
-        mask = attention_mask[0, 0] if attention_mask is not None and attention_mask.dtype == torch.bool else None
-        out = shared_prefix_attention(query[0], key[0], value[0], packing.layout, mask=mask,
-                                      softcap=options.get("softcap"), sinks=options.get("s_aux"),
-                                      scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return out.unsqueeze(0), None
-
-    return attention_forward

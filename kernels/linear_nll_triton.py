@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import interpreted, linear_nll
+from kernels import interpreted, modes
 
 U_SCALE = 1024.0
 ROW_BLOCK = 4096  # entries of a row at a time
@@ -203,7 +203,7 @@ def u_slabs(x, weight, target, bias, softcap, stats, kept) -> Iterator[tuple[sli
     columns: each part of dW is then written once, and only dX [N, D] is summed over them."""
     (N, D), V = x.shape, len(weight)
     dtype, scale, _ = operands(weight)
-    width = max(1, linear_nll.SLAB_ELEMENTS // max(N, D))
+    width = max(1, modes.SLAB_ELEMENTS // max(N, D))
     width = width // 128 * 128 or width
     for first in range(0, V, width):
         columns = slice(first, min(first + width, V))
@@ -230,7 +230,7 @@ def by_rows(x, weight, target, bias, softcap, *, keep_u: bool, keep_uw: bool):
     kept = x.new_empty(N, V, dtype=dtype) if keep_u else None
     uw = x.new_empty(N, D, dtype=torch.float32) if keep_uw else None
     second = second and keep_uw
-    for rows in linear_nll.slabs(N, V):
+    for rows in modes.slabs(N, V):
         z = product(x[rows], weight.T)
         u = kept[rows] if keep_u else z.new_empty(z.shape, dtype=dtype) if not second else None
         copy = z.new_empty(z.shape, dtype=x.dtype) if second else None

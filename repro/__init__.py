@@ -9,17 +9,17 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load_queries": "datasets",
-    "Constitution": "constitutions",
-    "sample_responses": "sampling",
-    "logprob_matrix": "logprobs",
-    "symmetric_infonce": "losses",
-    "train": "training",
+    "load_queries": "text.queries",
+    "Constitution": "text.principles",
+    "sample_responses": "sampling.local",
+    "logprob_matrix": "core.logprobs",
+    "symmetric_infonce": "core.losses",
+    "train": "core.loop",
     "mutual_information": "metrics",
-    "judge_pairwise": "judging",
+    "judge_pairwise": "judges.rule",
     "win_rate": "metrics",
     "Experiment": "config",
-    "run": "pipeline",
+    "run": "run.pipeline",
 }
 __all__ = list(_WHERE)
 

@@ -21,12 +21,13 @@ from typing import Annotated
 import tyro
 
 from repro.config import JudgeSpec
-from repro.configure import EXPERIMENTS, configure, load_experiment, only_variant, over, told_of
-from repro.endpoint import Endpoint
+from repro.experiment import EXPERIMENTS, configure, load_experiment, only_variant, over, told_of
 from repro.flags import Figures, Judge, Plan, Publish, Run, Verify
 from repro.records import UserError, read_json
-from repro.report import cut_answers, dropped_pairs, leaves
-from repro.run_figures import select, series, telling
+from repro.report.figures import select, series, telling
+from repro.report.page import cut_answers, dropped_pairs
+from repro.report.publish import leaves
+from repro.servers.endpoint import Endpoint
 
 
 def summary(folder: Path) -> list[str]:
@@ -68,8 +69,8 @@ def summary(folder: Path) -> list[str]:
 
 
 def run_command(args: Run) -> None:
-    from repro.pipeline import check_together, run
-    from repro.report import gather
+    from repro.report.publish import gather
+    from repro.run.pipeline import check_together, run
 
     runs = configure(args)
     limits = {"price": args.price, "max_usd": args.max_usd, "leave_out": args.leave_out}
@@ -94,10 +95,10 @@ PLANNED = ((8, "a100"), (1, "h200"), (1, "rtx4090"))  # what `repro plan all` is
 
 
 def plan_command(args: Plan) -> None:
-    from repro import plan_page
-    from repro.plan import plan
+    from repro.plan import page
+    from repro.plan.estimate import plan
+    from repro.plan.gpus import gpu_of
     from repro.records import write_text
-    from repro.sizes import gpu_of
 
     if args.usd_per_gpu_hour is not None and not 0 <= args.usd_per_gpu_hour < math.inf:
         raise UserError(f"--usd-per-gpu-hour {args.usd_per_gpu_hour:g}: must be a number of 0 or more")
@@ -110,15 +111,17 @@ def plan_command(args: Plan) -> None:
     plans = [plan(e, gpu, count, fraction=args.fraction, config=args.config, lora=args.lora, price=args.price,
                   judge_model=args.judge_model, response_tokens=args.response_tokens)
              for count, gpu in settings for e in runs]
-    text = plan_page.document(plans, args.usd_per_gpu_hour)
+    text = page.document(plans, args.usd_per_gpu_hour)
     print(text, end="")
     if args.out:
         write_text(args.out, text)
 
 
 def judge_command(args: Judge) -> int:
-    from repro import admission, pipeline
-    from repro.report import gather
+    from repro.judges import standing
+    from repro.paper import admission
+    from repro.report.publish import gather
+    from repro.run import pipeline
 
     if args.admit == (args.run is not None):
         raise UserError("judge: give the folder of a finished run, or --admit")
@@ -133,8 +136,8 @@ def judge_command(args: Judge) -> int:
     how = {"dry_run": args.dry_run, "reparse": args.reparse}
     if args.admit:
         record = admission.admit(spec, endpoint, archive=args.archive, wanted=args.files, count=args.items, work=args.work,
-                                 out=args.out or admission.ADMISSIONS, **how)
-        for line in admission.plain_words(record) if record else ():
+                                 out=args.out or standing.ADMISSIONS, **how)
+        for line in standing.plain_words(record) if record else ():
             print(line)
         missing = record["parsed_share"]["value"] < 1 or record["attacks"]["missing"] > 0 if record else False
     else:
@@ -145,12 +148,12 @@ def judge_command(args: Judge) -> int:
             gather(leaves(together))
         if not args.dry_run:
             print(f"judge {spec.label}: {args.run / 'judgments.jsonl'}, {args.run / 'report.html'}")
-            print(admission.standing(spec.label))
+            print(standing.standing(spec.label))
     return int(args.strict and missing)
 
 
 def publish_command(args: Publish) -> None:
-    from repro.report import publish
+    from repro.report.publish import publish
 
     if not args.runs:
         raise UserError("publish: name at least one run folder")
@@ -158,15 +161,16 @@ def publish_command(args: Publish) -> None:
 
 
 def verify_command(args: Verify) -> int:
-    from repro import checking, published
+    from repro.paper import cells
+    from repro.run import verify
 
     if args.run is not None:
-        return checking.verify_run(args.run, strict=args.strict)
-    return published.verify(args.archive, args.out, strict=args.strict, responses=args.responses)
+        return verify.verify_run(args.run, strict=args.strict)
+    return cells.verify(args.archive, args.out, strict=args.strict, responses=args.responses)
 
 
 def figures_command(args: Figures) -> None:
-    from repro.figures import draw
+    from repro.paper.figures import draw
 
     written = draw(args.archive, args.out, list(args.run))
     print(f"{len(written)} files in {args.out}")
@@ -208,7 +212,7 @@ def version() -> str:
     """The distribution's version, and the commit of a checkout."""
     from importlib import metadata
 
-    from repro.rundir import commit
+    from repro.identity import commit
 
     return f"sami-repro {metadata.version('sami-repro')}" + (f", commit {commit()}" if commit() else "")
 
@@ -246,6 +250,10 @@ def main(argv: list[str] | None = None) -> None:
         if e.code == 143:
             print("\nrepro: stopped; run the same command to go on", file=sys.stderr)
         raise
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":

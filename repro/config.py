@@ -1,50 +1,14 @@
 """What a run is: frozen dataclasses, their checks, and the hash that names a configuration."""
 
 import dataclasses
-import difflib
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from repro.models import EMBEDDED
-from repro.records import UserError, digest
+from repro.checks import _distinct, _not_negative, _positive, choose
+from repro.records import UserError
 
-
-def choose(field_name: str, value: str, allowed) -> str:
-    """`value` if it is one of `allowed`, else a UserError that names the field, the values and the nearest."""
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{field_name}: {value!r} is unknown; allowed: {', '.join(map(repr, allowed))}{hint}")
-
-
-def _number(owner, name: str):
-    """A field's value, if it is a finite number, and a whole one where the field holds such."""
-    value, kind = getattr(owner, name), type(owner).__dataclass_fields__[name].type
-    whole = kind in (int, int | None)
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
-        raise UserError(f"{type(owner).__name__}.{name}: {value!r}; must be a {'whole' if whole else 'finite'} number")
-    return value
-
-
-def _positive(owner, *names: str, most: float = math.inf) -> None:
-    for name in names:
-        if not 0 < _number(owner, name) <= most:
-            raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be above 0"
-                            + f" and at most {most:g}" * math.isfinite(most))
-
-
-def _distinct(owner, name: str) -> None:
-    if len(set(values := getattr(owner, name))) < len(values):
-        raise UserError(f"{type(owner).__name__}.{name}: {', '.join(values)}; each at most once")
-
-
-def _not_negative(owner, *names: str) -> None:
-    for name in names:
-        if not _number(owner, name) >= 0:
-            raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be 0 or more")
+EMBEDDED = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +29,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Queries. `source`: as of `load_queries` (repro/datasets.py). Counts are per subset; no `subsets`: all it has.
+    """Queries. `source`: as of `load_queries` (repro/text/queries.py). Counts are per subset; no `subsets`: all it has.
 
     `leakage`: "remove" takes training queries that are also evaluation queries out of training; "keep" is what
     the paper's runs did (about 100 of the 250 HH evaluation queries occur in the training rows).
@@ -95,15 +59,15 @@ ENGINES = ("transformers", "vllm", "server")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSpec:
-    """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases`, none by default (repro/pipeline.py
+    """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases`, none by default (repro/run/pipeline.py
     counts why).
 
     `engine`: "transformers" samples in this process, `batch_size` prompts at a time; "vllm" and "server" behind an
-    OpenAI-compatible server (repro/serving.py), which gets token ids ("vllm") or text. `dtype`: weights while sampling.
+    OpenAI-compatible server (sampling/launch.py), which gets token ids ("vllm") or text. `dtype`: weights while sampling.
     `spare`: pairs sampled beyond the need, as a share, to make up for drops.
     `full_stop`: drop a pair whose first response does not end in one. `reasoning_tokens`: tokens beyond
     `max_new_tokens` for the reasoning, of a chain of thought or of a model that reasons by itself. `reasoning`: switch that
-    on where the chat template can (repro/speaker.py); else it is off where it can be.
+    on where the chat template can (repro/models/speaker.py); else it is off where it can be.
     """
 
     engine: str = "transformers"
@@ -136,7 +100,7 @@ class Update:
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
     """Adapters of this `rank` on every linear layer of attention and MLP, their product scaled by `alpha` / `rank`; all
-    else is frozen (repro/lora.py). A deviation from the paper."""
+    else is frozen (repro/core/lora.py). A deviation from the paper."""
 
     rank: int = 16
     alpha: int = 32
@@ -158,7 +122,7 @@ class TrainSpec:
     in bf16, as Table 1 prints and the authors' code did for mixtral and llama; for mistral-7b it kept float32
     weights: at learning rate 5e-7 most bf16 updates round away).
     `max_grad_norm` None means no clipping. `pack_tokens`: tokens between two backward passes, by default the device's
-    (repro/training.py); another number gives the same step up to rounding.
+    (repro/core/loop.py); another number gives the same step up to rounding.
     `lora`: train adapters instead of all weights.
     `dropout`: "off" (what is trained is what is scored; the paper's models have none), or "drawn": at the rates of the
     model's config, a function of iteration, step and pass.
@@ -184,7 +148,7 @@ class TrainSpec:
         "as_printed": Table 1; each step averages `batch_size` queries at a constant rate; 2, 4, 6 steps.
         "as_run": what the authors' trainer did (their code and logs). Gradients were zeroed before every micro-step,
         so only the last micro-batch of each batch, 8 queries, reached the step; the rate warmed up over one step and
-        decayed linearly over 15, so the first step had rate 0; gradients were clipped (repro/training.py).
+        decayed linearly over 15, so the first step had rate 0; gradients were clipped (repro/core/loop.py).
         """
         steps = self.batches + (iteration - 1) * self.batches_increment
         if self.dose == "as_printed":
@@ -223,10 +187,10 @@ class JudgeSpec:
     """Judges of win rates against the initial model. "rule" is the headline; "likelihood" is a diagnostic, since it
     restates the training objective. A principle without a rule leaves the rule judge NOT RUN.
 
-    "openai" is the model `model` behind an OpenAI-compatible server (repro/llm_judge.py), known as `name` (by default
+    "openai" is the model `model` behind an OpenAI-compatible server (repro/judges/llm.py), known as `name` (by default
     the model's) in records and figures. `answer`: "schema", "text", "logprobs", or "auto": what the server offers of
     the first two. `temperature` None leaves it to the server. Where the server is and what it may cost is no part of
-    the configuration (repro/endpoint.py).
+    the configuration (repro/servers/endpoint.py).
     """
 
     judges: tuple[str, ...] = ("rule", "likelihood")
@@ -261,7 +225,7 @@ WRITERS = ("local", "openai")
 
 @dataclass(frozen=True, kw_only=True)
 class WriterSpec:
-    """A language model that writes the principles (repro/writing.py). `kind`: "local" runs in this process, "openai"
+    """A language model that writes the principles (repro/run/write.py). `kind`: "local" runs in this process, "openai"
     behind an OpenAI-compatible server. `label`: its name in records, by default the model's. `asked`: what it is told that
     the model has to do. `temperature`: None leaves it to the writer: 0.7 here, the server's own there."""
 
@@ -288,7 +252,7 @@ YOUNGER = ("pack_tokens", "lora")
 class Experiment:
     """One paper experiment in one profile. `constitutions`: a file of repro/data/ or a path (JSON or TOML).
 
-    `task`: "dialogue" answers queries, "summary" summarises posts (repro/prompts.py).
+    `task`: "dialogue" answers queries, "summary" summarises posts (repro/text/prompts.py).
     `writer`: a model that writes the principles; `constitutions` then holds what the run goes on with where nothing that
     it writes can be used, and its rules measure following, since no written principle has one.
     `baseline`: another model that is judged against, beside the initial one.
@@ -360,31 +324,3 @@ def _plain(value):
 
 def _tuples(fields: dict) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-
-def config_hash(experiment: Experiment, inputs: dict) -> str:
-    """Names a configuration: its fields, with files replaced by what they hold (`inputs`: field -> content hash),
-    so that the same files elsewhere give the same hash."""
-    return digest(_named_fields(experiment, inputs))
-
-
-def training_hash(experiment: Experiment, inputs: dict) -> str:
-    """Names what a run's responses and weights are bound to: the configuration without its judges, who see them when all
-    is done."""
-    return digest({k: v for k, v in _named_fields(experiment, inputs).items() if not k.startswith("judge.")})
-
-
-def _named_fields(experiment: Experiment, inputs: dict) -> dict:
-    fields = flatten(experiment.to_json())
-    for name, first in (("sampling.engine", "transformers"), ("sampling.reasoning", False), ("train.dropout", "off")):
-        if fields[name] == first:  # the only one there was: what it left keeps its hash
-            del fields[name]
-    return fields | inputs
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"train": {"dose": ...}} -> {"train.dose": ...}, for hashes and for naming a field that differs."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 MARKER = "complete.json"
@@ -28,34 +27,6 @@ CHECK = "check"  # in an object that carries its own check: the beginning of the
 
 class UserError(Exception):
     """A mistake of the user's, or an input that cannot be used: one clear line, exit code 2, no traceback."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """One prompt of the data set. `subset` is e.g. helpful, harmless, tldr; `where` is file and line, for messages."""
-
-    id: str
-    subset: str
-    split: str
-    text: str
-    where: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """One answer: to `query` under constitution `constitution` by the model of `iteration` (0 = initial).
-
-    `ids` are its tokens as they were sampled, without the end token (repro/seam.py), which are what is trained and scored:
-    `tokens` counts them. `text` is what they read as. `finished` is False where the length cap cut it.
-    """
-
-    query: str
-    constitution: str
-    iteration: int
-    text: str
-    ids: list[int]
-    tokens: int
-    finished: bool
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
     python tests/families.py [FAMILY ...]     # none: all of them, a minute or two -> results/families.md
 
 The truth is one unpacked text at a time in float64, eagerly where the class has an eager attention: nothing of the core is in
-it. The texts are not those that repro/probe.py tries (other lengths, three prompts and responses, longer than every window).
+it. The texts are not those that repro/core/probe.py tries (other lengths, three prompts and responses, longer than every window).
 "wrong" is a way that the probe lets pass and that differs from the truth.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from repro import probe
-from repro.logprobs import WAYS, score
-from repro.prefix import Scored
+from repro.core import probe
+from repro.core.logprobs import WAYS, score
+from repro.core.tree import Scored
 from repro.records import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def page(rows: dict[str, dict]) -> str:
              f"shorter than the texts. {len(tried)} could be tried, 9 pairs each (3 prompts, 3 responses), against one unpacked "
              "text at a time in float64.", "",
              f"Silently wrong: **{sum(n for name, n in counts.items() if 'WRONG' in name)}** of {len(tried)}. The largest error "
-             f"of what passes is {most:.1g} of 1 + the log-prob's size. Of what repro/probe.py tries in float32, what is right "
+             f"of what passes is {most:.1g} of 1 + the log-prob's size. Of what repro/core/probe.py tries in float32, what is right "
              f"differs by at most {max(right):.1g} and what is wrong by at least {min(wrong):.1g}; it draws the line at "
              f"{probe.TOLERANCE[torch.float32]:g}.", ""]
     for name in [*HEADINGS, *(name for name in counts if name not in HEADINGS)]:

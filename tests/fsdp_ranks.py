@@ -15,11 +15,12 @@ from conftest import byte_tokenizer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from repro import distributed, training, worker
 from repro.config import TrainSpec
+from repro.core import engines, loop
+from repro.core.checkpoints import StepCheckpoints
+from repro.core.engines import TrainingPair
 from repro.records import UserError, write_json
-from repro.steps import StepCheckpoints
-from repro.training import TrainingPair
+from repro.run import rank
 
 REDUCE = "reduce_scatter_single"  # what FSDP calls
 
@@ -35,7 +36,7 @@ def run_case(engine, case: dict, out: Path) -> dict:
     """Train as `case` says and leave the weights in `out`; returns what was seen, or what was raised."""
     spec = TrainSpec(**{"batch_size": 5, "batches": 3, "learning_rate": 1e-3, "precision": "fp32", "optimizer": "adamw"} | case.get("spec", {}))
     steps = StepCheckpoints(Path(case["steps"]), "key", worth=0) if "steps" in case else None
-    seen, passes, tight, reductions, infonce = [], [], [], [], training.symmetric_infonce
+    seen, passes, tight, reductions, infonce = [], [], [], [], loop.symmetric_infonce
     enable, before_backward, reduce = (PreTrainedModel.activation_checkpointing_enable, engine.before_backward,
                                        getattr(dist, REDUCE))
 
@@ -43,23 +44,23 @@ def run_case(engine, case: dict, out: Path) -> dict:
         passes.append(1)
         before_backward(module, last=last)
 
-    patches = [mock.patch.dict(training.PACK_TOKENS, cpu=case.get("budget", 300)),
+    patches = [mock.patch.dict(loop.PACK_TOKENS, cpu=case.get("budget", 300)),
                mock.patch.object(engine, "before_backward", note),
                mock.patch.object(dist, REDUCE, lambda *a, **k: reductions.append(str(k["input"].dtype)) or reduce(*a, **k)),
                mock.patch.object(PreTrainedModel, "activation_checkpointing_enable",
                                  lambda self, *a, **k: tight.append(1) or enable(self, *a, **k))]
     if "room" in case:  # bytes of the machine: too few to keep activations
-        patches += [mock.patch.object(module, "usable_bytes", lambda device: case["room"]) for module in (training, distributed)]
+        patches += [mock.patch.object(module, "usable_bytes", lambda device: case["room"]) for module in (loop, engines)]
     if "poison" in case:  # on this rank alone
-        patches.append(mock.patch.object(training, "symmetric_infonce",
+        patches.append(mock.patch.object(loop, "symmetric_infonce",
                                          lambda m: infonce(m) * (torch.nan if engine.rank == case["poison"] else 1)))
     for patch in patches:
         patch.start()
     try:
         if "score" in case:
-            return {"matrices": worker.work_scores(Path(case["score"]), "job.json", engine, seen.append), "queries": sum(seen)}
-        model = engine.load_model(case["model"], dtype=training.weights_dtype(spec))
-        trace = training.train(model, byte_tokenizer(), ragged(case.get("queries", 15)), spec, 1, engine=engine, steps=steps,
+            return {"matrices": rank.work_scores(Path(case["score"]), "job.json", engine, seen.append), "queries": sum(seen)}
+        model = engine.load_model(case["model"], dtype=engines.weights_dtype(spec))
+        trace = loop.train(model, byte_tokenizer(), ragged(case.get("queries", 15)), spec, 1, engine=engine, steps=steps,
                                on_query=seen.append, asked=list(case.get("asked", [])),
                                save_batch=lambda facts: write_json(out / f"{case['name']}-{engine.rank}.json", facts))
         engine.export(lambda plain: save_file({k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"
@@ -75,7 +76,7 @@ def run_case(engine, case: dict, out: Path) -> dict:
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    with distributed.sharded() as engine:
+    with engines.sharded() as engine:
         for case in cases:
             results = engine.together(lambda: run_case(engine, case, out))  # noqa: B023
             if engine.rank == 0:

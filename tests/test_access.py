@@ -5,7 +5,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from repro import cli, models
+from repro import cli
+from repro.models import hub as models
 from repro.records import UserError
 
 ANSWERS = {  # as the hub's: status and X-Error-Code for (repository, whether a token was sent)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from kernels import attention
+from kernels import attention, interfaces
 from kernels.attention import Layout, Varlen, shared_prefix_attention
 
 LAYOUTS = {
@@ -208,8 +208,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="impl: allowed are"):
         shared_prefix_attention(q, k, v, Layout(((5, (3, 4)),)), scale=1.0, impl="flash")
     layout = Layout(((5, (3, 4)),))
-    attend = attention.attention_interface(None)
-    with attention.packed(layout, torch.arange(12)):
+    attend = interfaces.attention_interface(None)
+    with interfaces.packed(layout, torch.arange(12)):
         for batch, options in ((2, {}), (1, {"dropout": 0.1})):
             with pytest.raises(ValueError, match="batch of one and no dropout"):
                 attend(None, *(x.expand(batch, *x.shape) for x in (q, k, v)), None, **options)

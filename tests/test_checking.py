@@ -10,12 +10,14 @@ import pytest
 from judge_server import JudgeServer
 from test_experiments import small
 
-from repro import checking, cli, published
+from repro import cli
 from repro.config import JudgeSpec
-from repro.endpoint import HOSTED, Endpoint
-from repro.pipeline import judge_run, run
+from repro.paper import cells
 from repro.records import CHECK, UserError, checked, file_sha256, read_json, write_json
-from repro.report import publish
+from repro.report.publish import publish
+from repro.run import verify
+from repro.run.pipeline import judge_run, run
+from repro.servers.endpoint import HOSTED, Endpoint
 
 GROUPS = ["config", "inputs", "files", "judgments", "metrics"]
 
@@ -38,12 +40,12 @@ def copy(finished, tmp_path) -> Path:
 
 @pytest.mark.parametrize("host, hosted", [("api.openai.com", True), ("api", False), ("openai", False), ("::1", False), ("127.0.0.1", False)])
 def test_a_judges_host_is_the_hosted_one_by_its_whole_name(host, hosted):
-    endpoint = Endpoint(model="m", base_url=checking._address(host))
+    endpoint = Endpoint(model="m", base_url=verify._address(host))
     assert (endpoint.url == HOSTED) == hosted and endpoint.host == host
 
 
 def failing(folder: Path) -> list[str]:
-    rows = checking.check_run(folder)
+    rows = verify.check_run(folder)
     assert [group for group, *_ in rows] == GROUPS
     return [group for group, status, *_ in rows if status == "FAIL"]
 
@@ -69,7 +71,7 @@ def again(data) -> str:
 
 
 def test_an_untouched_run_passes(finished, capsys):
-    assert checking.verify_run(finished) == 0
+    assert verify.verify_run(finished) == 0
     said = capsys.readouterr().out
     assert said.count(" PASS (n ") == 5 and "FAIL" not in said and "NOT RUN" not in said
     counts = {line.split()[-4]: int(line.split()[-1].rstrip(")")) for line in said.splitlines() if "PASS" in line}
@@ -78,11 +80,11 @@ def test_an_untouched_run_passes(finished, capsys):
     assert counts["judgments"] == len(judged) and {row["judge"] for row in judged} == {"likelihood", "judge-1"}
     assert counts["metrics"] == len(json.loads((finished / "metrics.json").read_text()))
     assert "not held against the paper's cells: its model is" in said and "Table" not in said
-    assert checking.verify_run(finished, strict=True) == 1  # nothing was compared
+    assert verify.verify_run(finished, strict=True) == 1  # nothing was compared
 
 
 def test_a_loaded_model_is_not_needed(finished, monkeypatch):
-    monkeypatch.setattr("repro.models.load_model", None)
+    monkeypatch.setattr("repro.models.load.load_model", None)
     assert failing(finished) == []
 
 
@@ -105,7 +107,7 @@ def test_a_loaded_model_is_not_needed(finished, monkeypatch):
 def test_what_was_altered_fails_in_its_group(copy, name, change, fits, groups):
     edit(copy, name, change, made_to_fit=fits)
     assert failing(copy) == groups
-    assert checking.verify_run(copy) == 1
+    assert verify.verify_run(copy) == 1
 
 
 def test_a_log_prob_decides_the_likelihood_judge(finished, tmp_path):
@@ -130,7 +132,7 @@ def test_a_raw_answer_of_the_judge_counts_not_only_its_verdict(copy):
 
 def test_what_is_missing(copy, finished, tmp_path):
     shutil.rmtree(copy / "checkpoints")  # often not kept: said, and no failure
-    rows = {group: (status, why) for group, status, _, why in checking.check_run(copy)}
+    rows = {group: (status, why) for group, status, _, why in verify.check_run(copy)}
     assert rows["files"] == ("PASS", "1 not kept here")
     (copy / "responses/evaluation-1.jsonl").unlink()
     assert failing(copy) == ["files", "judgments", "metrics"]
@@ -139,31 +141,31 @@ def test_what_is_missing(copy, finished, tmp_path):
     assert failing(tmp_path / "other") == ["files"]
     (copy / "run.json").write_text("{}")
     with pytest.raises(UserError, match="not the record of a run"):
-        checking.verify_run(copy)
+        verify.verify_run(copy)
 
 
 def test_a_published_folder_and_an_unfinished_run(copy, tmp_path, capsys):
     folder = publish([copy], tmp_path / "results", page=False)
     assert not (folder / "run.json").exists()
-    checking.verify_run(folder)  # numbers alone, as before: cell by cell
+    verify.verify_run(folder)  # numbers alone, as before: cell by cell
     assert "NOT COMPARABLE" in capsys.readouterr().out
     edit(copy, "run.json", lambda r: r["stages"].pop("metrics"), made_to_fit=False)
-    rows = {group: (status, why) for group, status, _, why in checking.check_run(copy)}
+    rows = {group: (status, why) for group, status, _, why in verify.check_run(copy)}
     assert rows["metrics"] == rows["judgments"] == ("NOT RUN", "the run is not finished") and rows["files"][0] == "PASS"
 
 
 def test_only_the_papers_models_by_name_are_held_against_the_paper(copy, monkeypatch):
     """A label alone is not enough: it is the user's to choose."""
     called = []
-    monkeypatch.setattr(published, "verify_run", lambda folder, strict: called.append(folder) or 0)
+    monkeypatch.setattr(cells, "verify_run", lambda folder, strict: called.append(folder) or 0)
     edit(copy, "run.json", lambda r: r["config"]["model"].update(label="mistral-7b"), made_to_fit=False)
-    checking.verify_run(copy)
+    verify.verify_run(copy)
     assert not called
     edit(copy, "run.json", lambda r: [r["config"][part].update(name=name, label=label) for part, name, label in (
         ("model", "mistralai/Mistral-7B-v0.1", "mistral-7b"),
         ("baseline", "mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b-instruct"))], made_to_fit=False)
-    checking.verify_run(copy)
+    verify.verify_run(copy)
     assert called == [copy]
     edit(copy, "run.json", lambda r: r["config"].update(profile="mini"), made_to_fit=False)
-    checking.verify_run(copy)
+    verify.verify_run(copy)
     assert len(called) == 1

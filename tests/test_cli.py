@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from repro import cli
-from repro.datasets import load_queries
+from repro.text.queries import load_queries
 
 GOOD_QUERIES = "".join(json.dumps({"query": f"question {k}?", "split": s}) + "\n"
                        for k, s in enumerate(["train"] * 20 + ["evaluation"] * 4))
@@ -152,7 +152,7 @@ def test_broken_models(capsys, tmp_path, tiny, harm, reason):
 
 def test_truncate_says_what_it_cuts(tmp_path, tiny):
     from repro.config import DataSpec
-    from repro.datasets import load_queries
+    from repro.text.queries import load_queries
 
     path = tmp_path / "queries.jsonl"
     path.write_text(json.dumps({"query": "long " * 900, "split": "train"}) + "\n")

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from repro.constitutions import DATA, check_control_tokens, load_constitutions
 from repro.records import UserError
-from repro.rules import RULES
+from repro.text.principles import DATA, check_control_tokens, load_constitutions
+from repro.text.rules import RULES
 
 GOOD = {"principles": [{"name": "short", "text": "Be short.", "antithesis": "Be long."},
                        {"name": "plain", "text": "Be plain.", "antithesis": "Be ornate."}]}

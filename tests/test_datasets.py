@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from repro.config import DataSpec
-from repro.datasets import check_queries, first_human_turn, load_queries, normalize, query_id
-from repro.records import Query, UserError
+from repro.records import UserError
+from repro.text.queries import Query, check_queries, first_human_turn, load_queries, normalize, query_id
 
 
 def everything(source="embedded", **changes):
@@ -60,7 +60,7 @@ def no_cache(monkeypatch, tmp_path):
 
 def test_tldr_is_read_from_its_parquet_files(tmp_path, monkeypatch, no_cache):
     """By name, each post once, news articles left out; the hub's branch and a local copy through the same function."""
-    from repro import datasets as ours
+    from repro.text import queries as ours
 
     place = tldr_parquet(tmp_path / "copy", train=[("t3_a", "My first post."), ("t3_a", "My first post."), ("t3_b", " Also held out. \n"), ("t3_c", None)],
                          validation=[("t3_d", "also held OUT."), ("t3_a", "In both by id alone.")])

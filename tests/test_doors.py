@@ -9,9 +9,10 @@ import pytest
 from conftest import byte_tokenizer
 from test_cli import GOOD_QUERIES, refused
 
-from repro import cli, intake, models
-from repro.config import config_hash
-from repro.configure import load_experiment
+from repro import cli
+from repro.experiment import load_experiment
+from repro.identity import config_hash
+from repro.models import embedded, files, load
 from repro.records import UserError, read_json, read_jsonl
 
 HASHES = {  # of the shipped experiments' settings, as they were when drop phrases were a default
@@ -165,12 +166,12 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_written(caps
 
 def test_no_end_token_is_refused_and_one_of_the_config_is_taken(capsys, tmp_path, made):
     named = made(edited("tokenizer_config.json", eos_token=...), "named")
-    assert models.load_tokenizer(str(named)).eos_token == "<|im_end|>"
+    assert load.load_tokenizer(str(named)).eos_token == "<|im_end|>"
     for file in ("config.json", "generation_config.json"):
         edited(file, eos_token_id=None)(named)
     assert "no end token" in refused(capsys, tmp_path, "run", "exp1", "--model", str(named))
     edited("tokenizer_config.json", eos_token="<|im_end|>")(named)  # what the line asks for
-    assert models.load_tokenizer(str(named)).eos_token_id == 2
+    assert load.load_tokenizer(str(named)).eos_token_id == 2
 
 
 def test_baseline_and_local_writer_are_looked_at_too(capsys, tmp_path, tiny, made):
@@ -189,41 +190,41 @@ def test_the_ways_out_that_a_line_names_work(tmp_path, made):
 
     folder = made(padded)
     with pytest.raises(UserError, match=r"resize_token_embeddings\(260\)"):
-        models.load_tokenizer(str(folder))
+        load.load_tokenizer(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(260)
     model.save_pretrained(folder)
-    assert models.load_tokenizer(str(folder)).pad_token_id == 259
+    assert load.load_tokenizer(str(folder)).pad_token_id == 259
     ADAPTER(folder)
     with pytest.raises(UserError, match="move adapter_config.json elsewhere"):
-        models.check_model(str(folder))
+        load.check_model(str(folder))
     (folder / "adapter_config.json").rename(tmp_path / "adapter_config.json")
-    models.check_model(str(folder))
+    load.check_model(str(folder))
     import torch
 
     torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="AutoModelForCausalLM.from_pretrained"):
-        models.check_model(str(folder))
+        load.check_model(str(folder))
     AutoModelForCausalLM.from_pretrained(str(folder)).save_pretrained(str(folder))
-    models.check_model(str(folder))
+    load.check_model(str(folder))
 
 
 def test_a_control_token_beyond_the_rows_that_nothing_writes_is_let_be(made):
     """As Gemma 3 1B's <image_soft_token>; whole shards too."""
-    assert len(models.load_tokenizer(str(made(added("<image_soft_token>", special=True))))) == 260
-    models.check_model(str(made(lambda folder: sharded(folder, keep=99), "shards")))
+    assert len(load.load_tokenizer(str(made(added("<image_soft_token>", special=True))))) == 260
+    load.check_model(str(made(lambda folder: sharded(folder, keep=99), "shards")))
 
 
 def test_rows_without_a_token_are_never_sampled_and_are_counted(capsys, tmp_path, made):
     """448 rows, 259 tokens; unmasked, most of what is sampled has no text."""
     import torch
 
-    from repro.sampling import sample_batch
+    from repro.sampling.local import sample_batch
 
     folder = made(rows(448))
-    model, tokenizer = models.load_model(str(folder)), models.load_tokenizer(str(folder))
-    assert intake.unsaid(tokenizer, 448) == list(range(259, 448)) and intake.unsaid(tokenizer, 259) == []
+    model, tokenizer = load.load_model(str(folder)), load.load_tokenizer(str(folder))
+    assert files.unsaid(tokenizer, 448) == list(range(259, 448)) and files.unsaid(tokenizer, 259) == []
     prompts = [f"<|im_start|>user\nquestion {k}<|im_end|>\n" for k in range(4)]
     inputs = tokenizer(prompts, add_special_tokens=False, return_tensors="pt")
     with torch.inference_mode():
@@ -259,12 +260,12 @@ def test_a_run_that_fails_before_its_first_stage_leaves_no_folder(capsys, tmp_pa
 def test_a_run_that_was_begun_stays_and_verify_says_that_it_is_not_finished(capsys, tmp_path, tiny, monkeypatch):
     from test_experiments import small
 
-    from repro import pipeline
+    from repro.run import pipeline, sample
 
     def stopped(run, iteration):
         raise UserError("no more")
 
-    monkeypatch.setattr(pipeline, "train_iteration", stopped)
+    monkeypatch.setattr(sample, "train_iteration", stopped)
     experiment = small(load_experiment("exp1", "mini")[0], tiny)
     with pytest.raises(UserError, match="no more"):
         pipeline.run(experiment, tmp_path, say=lambda line: None)
@@ -299,7 +300,7 @@ def test_drop_phrases_are_off_by_default_and_the_shipped_experiments_keep_theirs
 def test_too_few_pairs_say_why_and_what_to_change(tmp_path, tiny):
     from test_experiments import small
 
-    from repro.pipeline import run
+    from repro.run.pipeline import run
 
     experiment = small(load_experiment("exp1", "mini")[0], tiny)
     experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, drop_phrases=("e", "a", " ", "\ufffd", "i")))
@@ -318,5 +319,5 @@ def test_version_and_the_profile_of_a_users_file(capsys, tmp_path, tiny):
     assert load_experiment(str(tmp_path / "mine.py"), None) == load_experiment("exp1", "mini")
     assert "give --profile: one of 'small', 'big'" in refused(capsys, tmp_path, "plan", str(tmp_path / "two.py"))
     with pytest.raises(SystemExit) as stop:
-        cli.main(["plan", str(tmp_path / "mine.py"), "--config", str(models.embedded_model() / "config.json")])
+        cli.main(["plan", str(tmp_path / "mine.py"), "--config", str(embedded.embedded_model() / "config.json")])
     assert stop.value.code == 0 and "exp1_dialogue/mini" in capsys.readouterr().out

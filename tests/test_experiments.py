@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from repro import models
-from repro.cli import EXPERIMENTS, load_experiment
-from repro.pipeline import run
+from repro.experiment import EXPERIMENTS, load_experiment
+from repro.models import decoding, hub, load
 from repro.records import UserError, file_sha256, read_jsonl
+from repro.run.pipeline import run
 
 SHIPPED = [e for path in sorted(EXPERIMENTS.glob("exp*.py")) for profile in ("mini", "paper")
            for e in load_experiment(path.stem, profile)]
@@ -127,13 +127,13 @@ def test_metrics_agree_with_the_files_they_come_from(finished):
 
 def test_each_iteration_samples_with_the_model_before_it(finished):
     """Each iteration's responses come from the model before it: its greedy answers, sampled again, are the file's."""
-    from repro.rundir import Run
-    from repro.sampling import sample_batch
+    from repro.run.folder import Run
+    from repro.sampling.local import sample_batch
 
     experiment, folder = finished
     shared = Run(experiment, folder, lambda text: None)
     shared.prepare()
-    model = models.load_model(str(folder / "checkpoints/iteration-1"), dtype=experiment.sampling.dtype)
+    model = load.load_model(str(folder / "checkpoints/iteration-1"), dtype=experiment.sampling.dtype)
     rows = [json.loads(line) for line in (folder / "responses/training-2.jsonl").read_text().splitlines()]
     assert {r["iteration"] for r in rows} == {1}
 
@@ -147,19 +147,19 @@ def test_each_iteration_samples_with_the_model_before_it(finished):
 def test_every_iteration_trains_the_initial_weights(finished, tiny):
     """The first loss of iteration 3 is the initial model's on its first batch, not that of iteration 2's model; and six
     RMSprop steps, each at most 10 learning rates (the least denominator is sqrt(0.01 g^2)), bound how far it moves."""
-    from repro import training
-    from repro.logprobs import matrix_by
-    from repro.losses import symmetric_infonce
-    from repro.pipeline import usable_pairs
-    from repro.rundir import Run
+    from repro.core import engines
+    from repro.core.logprobs import matrix_by
+    from repro.core.losses import symmetric_infonce
+    from repro.run.folder import Run
+    from repro.run.sample import usable_pairs
 
     experiment, folder = finished
     shared = Run(experiment, folder, lambda text: None)
     shared.prepare()
-    model = models.load_model(str(tiny))
+    model = load.load_model(str(tiny))
     kept, _ = usable_pairs(shared, 3)
     losses = []
-    with training.matmul_precision(model, experiment.train.precision):
+    with engines.matmul_precision(model, experiment.train.precision):
         for query, pair, responses in kept[:experiment.train.batch_size]:
             prompts = [shared.prompt(c, query, experiment.seed, 3, "train", c.id, sample=False) for c in pair]
             losses.append(symmetric_infonce(matrix_by(
@@ -167,15 +167,15 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
                 score_eos=False)).item())
     trace = json.loads((folder / "run.json").read_text())["stages"]["train-3"]["trace"]
     assert trace[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
-    before = models.load_model(str(tiny)).state_dict()
-    after = models.load_model(str(folder / "checkpoints/iteration-3")).state_dict()
+    before = load.load_model(str(tiny)).state_dict()
+    after = load.load_model(str(folder / "checkpoints/iteration-3")).state_dict()
     farthest = max((after[k] - before[k]).abs().max().item() for k in before)
     assert 0 < farthest <= 60 * experiment.train.learning_rate * 1.01
 
 
 def test_halves_alternate_and_pairs_hold_the_positive(finished):
 
-    from repro.rundir import Run
+    from repro.run.folder import Run
 
     experiment, folder = finished
     shared = Run(experiment, folder, lambda text: None)
@@ -219,7 +219,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_experiments import small
 from repro.cli import load_experiment
-from repro.pipeline import run
+from repro.run.pipeline import run
 import repro.{module} as module
 calls, real = 0, module.{function}
 def dying(*args, **kwargs):
@@ -234,8 +234,8 @@ run(small(load_experiment("exp1", "mini")[0], Path({tiny!r})), {out!r})
 
 
 @pytest.mark.parametrize("module, function, nth", [
-    ("sampling", "append_jsonl", 2), ("sampling", "write_jsonl", 3), ("training", "symmetric_infonce", 9),
-    ("pipeline", "seal", 2), ("rundir", "write_json", 9), ("evaluation", "write_json", 1)])
+    ("run.sample", "append_jsonl", 2), ("run.sample", "write_jsonl", 3), ("core.loop", "symmetric_infonce", 9),
+    ("run.sample", "seal", 2), ("run.folder", "write_json", 9), ("run.measure", "write_json", 1)])
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(finished, tiny, tmp_path, module, function, nth):
     """A real SIGKILL in sampling, training, saving, recording and measuring."""
     experiment, folder = finished
@@ -271,13 +271,13 @@ def test_two_runs_in_one_directory(finished, tiny):
 
 
 def test_the_report_says_that_a_checkout_was_modified():
-    from repro.report import _short
+    from repro.report.page import _short
 
     assert (_short("0123456789abcdef"), _short("0123456789abcdef-dirty"), _short(None)) == ("0123456789ab", "0123456789ab-dirty", "unknown")
 
 
 def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp_path):
-    from repro.report import publish, write_report
+    from repro.report.publish import publish, write_report
 
     experiment = small(load_experiment("exp1", "paper")[0], tiny)
     folder = run(experiment, tmp_path / "runs", say=lambda text: None)
@@ -300,7 +300,7 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
 
 
 def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_path):
-    from repro.report import publish
+    from repro.report.publish import publish
 
     experiment, folder = finished
     second = run(dataclasses.replace(experiment, seed=1), tmp_path / "b", say=lambda text: None)
@@ -337,9 +337,9 @@ def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):
 
 def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
     """Empty, identical, and each phrase of the filter; the rest keep their order and their sides."""
-    from repro.pipeline import usable_pairs
     from repro.records import write_jsonl
-    from repro.rundir import Run, training_file
+    from repro.run.folder import Run, training_file
+    from repro.run.sample import usable_pairs
 
     experiment, folder = finished
     experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, drop_phrases=("sorry", "]")))
@@ -375,10 +375,10 @@ def test_identical_responses_tie_under_every_judge(finished, tmp_path):
 
 def test_a_cut_response_has_the_length_of_what_is_left(tiny, tmp_path, monkeypatch):
     """Base models run on into the format; the record holds the answer's own length."""
-    import repro.sampling as sampling
+    from repro.sampling import local
 
     experiment = small(load_experiment("exp1", "paper")[0], tiny)
-    monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, **_: [
+    monkeypatch.setattr(local, "sample_batch", lambda model, tokenizer, prompts, **_: [
         {"text": " Yes.\n\nHuman: and more", "tokens": 99, "finished": False} for _ in prompts])
     with pytest.raises(UserError, match="0 pairs of responses are left"):  # every pair is identical
         run(experiment, tmp_path, say=lambda text: None)
@@ -441,7 +441,7 @@ def test_a_model_that_names_no_context_is_refused_in_one_line(tmp_path):
 
     BloomConfig(vocab_size=259, hidden_size=8, n_layer=1, n_head=1).save_pretrained(tmp_path / "bloom")
     with pytest.raises(UserError, match="bloom.*no max_position_embeddings"):
-        models.context_of(models.load_config(str(tmp_path / "bloom")))
+        load.context_of(hub.load_config(str(tmp_path / "bloom")))
 
 
 def test_a_response_ends_at_any_end_token_of_the_model(tiny, tmp_path):
@@ -450,21 +450,21 @@ def test_a_response_ends_at_any_end_token_of_the_model(tiny, tmp_path):
 
     from conftest import byte_tokenizer
 
-    from repro.sampling import answer_of, sample_batch
+    from repro.sampling.local import answer_of, sample_batch
 
     folder, tokenizer, prompt = Path(shutil.copytree(tiny, tmp_path / "chat")), byte_tokenizer(), "<|im_start|>user\nHow?<|im_end|>\n"
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-    ids = models.load_model(str(tiny)).generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1]:].tolist()
+    ids = load.load_model(str(tiny)).generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1]:].tolist()
     assert len(ids) == 8 and 2 not in ids
     end = ids[3]
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, end]}))
-    model = models.load_model(str(folder))
+    model = load.load_model(str(folder))
     found = sample_batch(model, tokenizer, [prompt], max_new_tokens=8)[0]
     assert found == answer_of(tokenizer, ids, {2, end}) and found["finished"] and found["tokens"] == ids.index(end) <= 3
-    assert models.end_tokens(tokenizer, model) == models.end_tokens(tokenizer, str(folder)) == {2, end}
+    assert decoding.end_tokens(tokenizer, model) == decoding.end_tokens(tokenizer, str(folder)) == {2, end}
     (folder / "generation_config.json").unlink()
-    assert models.end_tokens(tokenizer, str(folder)) == {2}
+    assert decoding.end_tokens(tokenizer, str(folder)) == {2}
 
 
 @pytest.mark.parametrize("change, reason", [

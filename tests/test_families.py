@@ -4,8 +4,8 @@ import families
 import pytest
 import torch
 
-from repro import probe
-from repro.logprobs import score
+from repro.core import probe
+from repro.core.logprobs import score
 
 SAMPLE = {
     "shared": ["llama", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "phi3", "gpt2", "opt", "olmo2"],
@@ -58,7 +58,7 @@ def test_a_prompt_is_continued_in_a_batch_as_it_is_alone(family):
     """RWKV reads pads: its prompts go one at a time, whatever batch is asked for."""
     from conftest import byte_tokenizer
 
-    from repro.sampling import sample_responses
+    from repro.sampling.local import sample_responses
 
     model = probe.tiny(families.default_config(family), vocab_size=259)
     prompts = ["A long prompt, of many bytes.", "Short.", "Middling one."]

@@ -16,12 +16,14 @@ from fsdp_ranks import ragged, run_case
 from safetensors.torch import load_file
 from test_logprobs import tiny_family
 
-from repro import distributed, models, steps, training
 from repro.config import TrainSpec
-from repro.logprobs import logprob_matrix
+from repro.core import checkpoints, engines, loop, shapes
+from repro.core.checkpoints import StepCheckpoints
+from repro.core.engines import OneProcess
+from repro.core.logprobs import logprob_matrix
+from repro.core.loop import train
+from repro.models import load
 from repro.records import MARKER, sealed, write_json
-from repro.steps import StepCheckpoints
-from repro.training import OneProcess, train
 
 HERE = Path(__file__).parent
 FAMILIES = {"llama": {}, "llama_tied": {}, "mistral": {}, "mistral_tied": {}, "mixtral": {}, "mixtral_tied": {}}
@@ -94,7 +96,7 @@ def test_two_ranks_train_as_one_process_does(work, family):
     assert ranks[0]["queries"] == one["queries"] == 15
     assert len({rank["passes"] for rank in ranks}) == 1 and ranks[0]["passes"] > 3
     assert all(rank["reductions"] == ["torch.float32"] * 3 * 3 for rank in ranks)  # a step: two layers and the root, once
-    before = {k: v for k, v in models.load_model(str(work.root / family)).state_dict().items() if k in weights[0]}
+    before = {k: v for k, v in load.load_model(str(work.root / family)).state_dict().items() if k in weights[0]}
     assert all(not torch.equal(before[k], v) for k, v in weights[0].items())  # every tensor was trained
 
 
@@ -110,7 +112,7 @@ def test_other_batches_and_settings_on_two_ranks(work, name):
 def test_two_fsdp_ranks_score_as_one_process_does(work):
     """Every response of every query, in the queries' order, also where each rank needs several passes."""
     one, ranks, _ = work("score")
-    model, part = models.load_model(str(work.root / "llama_tied")), ragged(9)
+    model, part = load.load_model(str(work.root / "llama_tied")), ragged(9)
     with torch.inference_mode():
         truth = logprob_matrix(model, byte_tokenizer(), [p.prompts for p in part], [p.responses for p in part],
                                length_normalize=False, score_eos=True, backend="reference")
@@ -182,7 +184,7 @@ def test_fsdp_deals_every_query_once_and_equal_passes():
     for _ in range(300):
         lengths = [draw.choice((1, 5, draw.randint(1, 900))) for _ in range(draw.randint(1, 40))]
         ranks, budget = draw.choice((1, 2, 3, 8)), draw.choice((1, 300, 1024, 10**6))
-        passes = distributed.deal(lengths, ranks, budget)
+        passes = engines.deal(lengths, ranks, budget)
         counted = sorted(q for rank in passes for queries, n in rank if n for q in queries)
         assert counted == list(range(len(lengths))) and len(passes) == ranks and len({len(p) for p in passes}) == 1
         for queries, n in (p for rank in passes for p in rank):
@@ -193,12 +195,12 @@ def test_fsdp_deals_every_query_once_and_equal_passes():
 
 def test_fsdp_with_one_rank_deals_as_one_process_does():
     lengths = [7, 300, 2, 2, 90]
-    assert distributed.deal(lengths, 1, 100) == [OneProcess().passes(lengths, 100)]
+    assert engines.deal(lengths, 1, 100) == [OneProcess().passes(lengths, 100)]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "gemma", "gemma3_text"])
 def test_fsdp_finds_the_decoder_layers(family):
-    layers = distributed.decoder_layers(tiny_family(family.removesuffix("_tied"), num_hidden_layers=3))
+    layers = shapes.decoder_layers(tiny_family(family.removesuffix("_tied"), num_hidden_layers=3))
     assert len(layers) == 3 and all(type(layer).__name__.endswith("DecoderLayer") for layer in layers)
 
 
@@ -208,7 +210,7 @@ SPEC = TrainSpec(batch_size=2, batches=6, learning_rate=1e-3, precision="fp32")
 
 
 def trained(tiny, folder=None, key="key", worth=0.0, asked=()):
-    model = models.load_model(str(tiny))
+    model = load.load_model(str(tiny))
     trace = train(model, byte_tokenizer(), ragged(12), SPEC, 1, asked=list(asked),
                   steps=StepCheckpoints(folder, key, worth=worth) if folder else None)
     return trace, model.state_dict()
@@ -228,7 +230,7 @@ def test_stopped_after_every_step_the_result_is_identical_to_the_bit(tiny, undis
         with pytest.raises(SystemExit, match="143"):
             trained(tiny, tmp_path, asked=[signal.SIGTERM])
         assert sorted(p.name for p in tmp_path.iterdir())[-1] == f"step-{step:06d}"
-    assert len(list(tmp_path.iterdir())) == steps.KEEP
+    assert len(list(tmp_path.iterdir())) == checkpoints.KEEP
     capsys.readouterr()
     assert identical(trained(tiny, tmp_path), undisturbed)
     assert f"going on after step 5 ({tmp_path / 'step-000005'})" in capsys.readouterr().err
@@ -239,7 +241,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_fsdp import trained
-import repro.steps as steps, repro.training as training
+import repro.core.checkpoints as steps, repro.core.loop as training
 calls = 0
 owner, name = {where}
 real = getattr(owner, name)
@@ -295,7 +297,7 @@ def test_an_altered_or_torn_checkpoint_is_skipped_with_a_word(tiny, undisturbed,
         damage(path)
         if name == MARKER and path.exists() and path.read_bytes().split() == before.split():
             continue  # white space, which says nothing
-        model = models.load_model(str(tiny))
+        model = load.load_model(str(tiny))
         module = engine.prepare(torch.nn.ModuleDict({"model": model}))
         trace = StepCheckpoints(folder, "key").restore(engine, module, torch.optim.RMSprop(module.parameters()))
         said = capsys.readouterr().err
@@ -328,9 +330,9 @@ def test_a_signal_stops_after_the_step_and_one_that_comes_too_late_is_not_lost(t
         raise SystemExit("by the handler")
 
     before = signal.signal(number, ended)
-    real, calls = training.packed_tokens, []
+    real, calls = loop.packed_tokens, []
     try:
-        monkeypatch.setattr(training, "packed_tokens", lambda *a, **k: (
+        monkeypatch.setattr(loop, "packed_tokens", lambda *a, **k: (
             calls.append(1), len(calls) == 2 and signal.raise_signal(number), real(*a, **k))[2])
         with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt, match="143|^$"):
             trained(tiny, tmp_path)

@@ -19,13 +19,13 @@ from fsdp_ranks import ragged
 from safetensors.torch import load_file, save_file
 from test_experiments import small
 
-from repro import worker
-from repro.cli import load_experiment
 from repro.config import TrainSpec
-from repro.pipeline import run
+from repro.core.engines import OneProcess
+from repro.experiment import load_experiment
 from repro.records import UserError, read_jsonl, sealed
-from repro.rundir import logprob_file
-from repro.training import OneProcess
+from repro.run import jobs, rank
+from repro.run.folder import logprob_file
+from repro.run.pipeline import run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 STEPS = 40
@@ -47,7 +47,7 @@ except UserError as e:
 
 def write_job(folder: Path, model: Path) -> None:
     spec = TrainSpec(batch_size=2, batches=STEPS, learning_rate=1e-4, precision="fp32")
-    worker.write_job(folder, 1, model=str(model), pairs=ragged(2 * STEPS), spec=spec, backend="shared", key="key",
+    jobs.write_job(folder, 1, model=str(model), pairs=ragged(2 * STEPS), spec=spec, backend="shared", key="key",
                      out="checkpoints/iteration-1", seed=0)
 
 
@@ -56,7 +56,7 @@ def alone(tiny, tmp_path_factory):
     """The job done by one process: its trace and weights."""
     folder = tmp_path_factory.mktemp("alone")
     write_job(folder, tiny)
-    return worker.work(folder, 1, OneProcess(), lambda n: None), load_file(folder / "checkpoints/iteration-1/model.safetensors")
+    return jobs.work(folder, 1, OneProcess(), lambda n: None), load_file(folder / "checkpoints/iteration-1/model.safetensors")
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def workers(folder: Path) -> dict[int, int]:
 def goes_on(folder: Path, ranks: int, alone) -> None:
     """The same job ends as if nothing had happened, without its first steps again."""
     assert not (folder / "checkpoints/iteration-1").exists()
-    assert [p for p in (folder / worker.steps_folder(1)).iterdir() if sealed(p, "key")]
+    assert [p for p in (folder / jobs.steps_folder(1)).iterdir() if sealed(p, "key")]
     told = []
-    trace = worker.train(folder, 1, ranks, on_query=told.append)
+    trace = jobs.train(folder, 1, ranks, on_query=told.append)
     assert sum(told) == 2 * STEPS and told[0] >= 2  # what was done before
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in trace] == pytest.approx([row[key] for row in alone[0]], rel=1e-3)
@@ -146,13 +146,13 @@ def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path)
     poisoned = Path(shutil.copytree(tiny, tmp_path / "poisoned"))
     weights = load_file(poisoned / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    weights["model.embed_tokens.weight"][byte_tokenizer()("e").input_ids[0]] = torch.nan  # not tried by repro/probe.py
+    weights["model.embed_tokens.weight"][byte_tokenizer()("e").input_ids[0]] = torch.nan  # not tried by repro/core/probe.py
     config = json.loads((poisoned / "config.json").read_text()) | {"tie_word_embeddings": False}
     (poisoned / "config.json").write_text(json.dumps(config))
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     write_job(tmp_path, poisoned)
-    with pytest.raises(worker.UserError, match=r"^iteration 1, step 1: loss nan \(on ranks \[0, 1\]\), gradient norm nan: not fin"):
-        worker.launch(tmp_path, worker.job_file(1), 2, on_query=lambda n: None)
+    with pytest.raises(rank.UserError, match=r"^iteration 1, step 1: loss nan \(on ranks \[0, 1\]\), gradient norm nan: not fin"):
+        jobs.launch(tmp_path, jobs.job_file(1), 2, on_query=lambda n: None)
     facts = json.loads((tmp_path / "not_finite.json").read_text())
     assert facts == {"iteration": 1, "step": 1, "ranks": [0, 1], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}
 
@@ -187,10 +187,10 @@ def test_two_nodes_of_one_fsdp_rank_each(tiny, tmp_path, alone, monkeypatch, cap
         monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     write_job(tmp_path, tiny)
-    other = subprocess.Popen([sys.executable, "-m", *worker.torchrun(tmp_path, worker.job_file(1), 1, 2, 1)], stdout=subprocess.PIPE, text=True,
+    other = subprocess.Popen([sys.executable, "-m", *jobs.torchrun(tmp_path, jobs.job_file(1), 1, 2, 1)], stdout=subprocess.PIPE, text=True,
                              stderr=subprocess.STDOUT)
     try:
-        trace = worker.train(tmp_path, 1, 1, nodes=2, on_query=lambda n: None)
+        trace = jobs.train(tmp_path, 1, 1, nodes=2, on_query=lambda n: None)
         assert other.wait(60) == 0, other.stdout.read()
     finally:
         other.kill()
@@ -199,16 +199,16 @@ def test_two_nodes_of_one_fsdp_rank_each(tiny, tmp_path, alone, monkeypatch, cap
     weights = load_file(tmp_path / "checkpoints/iteration-1/model.safetensors")
     for name, tensor in alone[1].items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=0)
-    assert f"start there: {sys.executable} -m {' '.join(worker.torchrun(tmp_path, worker.job_file(1), 1, 2, 1))}\n" in capfd.readouterr().err
+    assert f"start there: {sys.executable} -m {' '.join(jobs.torchrun(tmp_path, jobs.job_file(1), 1, 2, 1))}\n" in capfd.readouterr().err
 
 
 def test_an_fsdp_worker_may_print_what_is_no_text(tmp_path, monkeypatch):
     (tmp_path / "loud.py").write_text("import sys\nfor _ in range(9000): sys.stdout.buffer.write(bytes([0xff]) * 40 + b'\\n')\n"
                                       "print('{\"row\": 7}\\n{\"done\": 1}', flush=True)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(worker, "torchrun", lambda *args: ["loud"])
+    monkeypatch.setattr(jobs, "torchrun", lambda *args: ["loud"])
     found = []
-    launch = threading.Thread(daemon=True, target=lambda: found.append(worker.launch(tmp_path, "x.job.json", 2, on_query=lambda n: None)))
+    launch = threading.Thread(daemon=True, target=lambda: found.append(jobs.launch(tmp_path, "x.job.json", 2, on_query=lambda n: None)))
     launch.start()
     launch.join(60)
     assert found == [[7]]  # nothing, where the run hangs
@@ -219,14 +219,14 @@ def test_an_fsdp_scoring_job_that_fails_leaves_no_file(tmp_path, monkeypatch):
         assert (folder / job).is_file()
         raise UserError("rank 1 was lost")
 
-    monkeypatch.setattr(worker, "launch", fails)
+    monkeypatch.setattr(jobs, "launch", fails)
     with pytest.raises(UserError, match="rank 1 was lost"):
-        worker.score(tmp_path, "evaluation-0", 2, model="m", pairs=[], spec=TrainSpec(), backend="shared", on_query=lambda n: None)
+        jobs.score(tmp_path, "evaluation-0", 2, model="m", pairs=[], spec=TrainSpec(), backend="shared", on_query=lambda n: None)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("ranks", [0, -1])
 def test_a_number_of_ranks_that_cannot_be(tiny, tmp_path, ranks):
-    with pytest.raises(worker.UserError, match=f"--ranks {ranks}: must be 1 or more"):
+    with pytest.raises(rank.UserError, match=f"--ranks {ranks}: must be 1 or more"):
         run(small(load_experiment("exp1", "mini")[0], tiny), tmp_path / "out", ranks=ranks)
     assert not (tmp_path / "out").exists()

@@ -12,10 +12,11 @@ from test_experiments import small
 from test_judge_real import SERVING
 from test_serving import as_text, prepared, sample
 
-from repro import models, sampling
-from repro.cli import load_experiment
-from repro.pipeline import run
+from repro.experiment import load_experiment
+from repro.models import decoding, load
 from repro.records import UserError
+from repro.run.pipeline import run
+from repro.sampling import local
 
 PROMPTS = ["hello there", "what", "x y z", "The quick brown fox"]
 FIELDS = {  # which change what transformers 5.23 says at temperature 0, or end it with an error
@@ -32,42 +33,42 @@ def with_fields(tiny, folder: Path, place: str, **fields) -> Path:
     """A copy of the model with these fields in its file `place`; config.json counts where there is no other."""
     shutil.copytree(tiny, folder)
     if place == "config.json":
-        (folder / models.GENERATION).unlink()
+        (folder / decoding.GENERATION).unlink()
     (folder / place).write_text(json.dumps(json.loads((folder / place).read_text()) | fields))
     return folder
 
 
 def answers(model, **how) -> list[dict]:
-    return sampling.sample_batch(model, byte_tokenizer(), PROMPTS, max_new_tokens=16, **how)
+    return local.sample_batch(model, byte_tokenizer(), PROMPTS, max_new_tokens=16, **how)
 
 
 @pytest.fixture(scope="module")
 def plain(tiny):
-    return answers(models.load_model(str(tiny)))
+    return answers(load.load_model(str(tiny)))
 
 
-@pytest.mark.parametrize("place", [models.GENERATION, "config.json"])
+@pytest.mark.parametrize("place", [decoding.GENERATION, "config.json"])
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_field_changes_what_a_model_says(tiny, tmp_path, plain, place, name):
     folder = with_fields(tiny, tmp_path / "m", place, **{name: FIELDS[name]})
-    assert answers(models.load_model(str(folder))) == plain
-    assert models.decodes_otherwise(str(folder)) == [name]
+    assert answers(load.load_model(str(folder))) == plain
+    assert decoding.decodes_otherwise(str(folder)) == [name]
 
 
 def test_a_field_that_transformers_refuses_is_not_read(tiny, tmp_path, plain):
-    folder = with_fields(tiny, tmp_path / "m", models.GENERATION, cache_implementation="nonsense", compile_config={"mode": "x"})
-    assert answers(models.load_model(str(folder))) == plain
+    folder = with_fields(tiny, tmp_path / "m", decoding.GENERATION, cache_implementation="nonsense", compile_config={"mode": "x"})
+    assert answers(load.load_model(str(folder))) == plain
 
 
 def test_drawn_responses_are_free_of_it_too(tiny, tmp_path):
     fields = {"repetition_penalty": 3.0, "top_k": 2, "top_p": 0.1, "min_p": 0.5, "typical_p": 0.2, "epsilon_cutoff": 0.1, "temperature": 9.0}
-    folder = with_fields(tiny, tmp_path / "m", models.GENERATION, **fields)
-    own, without = (answers(models.load_model(str(f)), temperature=0.7, seed=3) for f in (folder, tiny))
+    folder = with_fields(tiny, tmp_path / "m", decoding.GENERATION, **fields)
+    own, without = (answers(load.load_model(str(f)), temperature=0.7, seed=3) for f in (folder, tiny))
     assert own == without and len({a["text"] for a in own}) == 4
 
 
 def test_a_model_that_the_caller_made_is_free_of_it_and_keeps_it(tiny, tmp_path, plain):
-    folder = with_fields(tiny, tmp_path / "m", models.GENERATION, repetition_penalty=3.0, suppress_tokens=[5])
+    folder = with_fields(tiny, tmp_path / "m", decoding.GENERATION, repetition_penalty=3.0, suppress_tokens=[5])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert answers(model) == plain
     assert model.generation_config.repetition_penalty == 3.0 and model.generation_config.eos_token_id == 2
@@ -78,23 +79,23 @@ def test_a_model_that_the_caller_made_is_free_of_it_and_keeps_it(tiny, tmp_path,
 @pytest.mark.parametrize("named, ends", [(None, {2}), ([], {2}), (9, {2, 9}), ([9, 2, 11], {2, 9, 11}), ([9, 259, 10**9, -1], {2, 9})])
 def test_end_tokens(tiny, tmp_path, named, ends):
     """Those that the model can say; a model and its place name the same ones, and so does what is saved of it."""
-    folder = with_fields(tiny, tmp_path / "m", models.GENERATION, eos_token_id=named, num_beams=4, temperature=0.6)
-    model, tokenizer = models.load_model(str(folder)), byte_tokenizer()
-    assert models.end_tokens(tokenizer, model) == models.end_tokens(tokenizer, str(folder)) == ends
-    models.save_model(model, tokenizer, tmp_path / "saved")
-    assert models.end_tokens(tokenizer, str(tmp_path / "saved")) == ends
-    assert (tmp_path / "saved" / models.GENERATION).read_bytes() == (folder / models.GENERATION).read_bytes()
-    assert answers(models.load_model(str(tmp_path / "saved"))) == answers(model)
+    folder = with_fields(tiny, tmp_path / "m", decoding.GENERATION, eos_token_id=named, num_beams=4, temperature=0.6)
+    model, tokenizer = load.load_model(str(folder)), byte_tokenizer()
+    assert decoding.end_tokens(tokenizer, model) == decoding.end_tokens(tokenizer, str(folder)) == ends
+    load.save_model(model, tokenizer, tmp_path / "saved")
+    assert decoding.end_tokens(tokenizer, str(tmp_path / "saved")) == ends
+    assert (tmp_path / "saved" / decoding.GENERATION).read_bytes() == (folder / decoding.GENERATION).read_bytes()
+    assert answers(load.load_model(str(tmp_path / "saved"))) == answers(model)
 
 
 def test_end_tokens_without_the_file_are_those_of_the_config(tiny, tmp_path):
     folder = with_fields(tiny, tmp_path / "m", "config.json", eos_token_id=[9, 11], repetition_penalty=3.0)
-    model, tokenizer = models.load_model(str(folder)), byte_tokenizer()
-    assert models.end_tokens(tokenizer, model) == models.end_tokens(tokenizer, str(folder)) == {2, 9, 11}
-    models.save_model(model, tokenizer, tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved" / models.GENERATION).read_text())
+    model, tokenizer = load.load_model(str(folder)), byte_tokenizer()
+    assert decoding.end_tokens(tokenizer, model) == decoding.end_tokens(tokenizer, str(folder)) == {2, 9, 11}
+    load.save_model(model, tokenizer, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / decoding.GENERATION).read_text())
     assert saved["eos_token_id"] == [9, 11] and "repetition_penalty" not in saved
-    assert models.end_tokens(tokenizer, str(tmp_path / "saved")) == {2, 9, 11}
+    assert decoding.end_tokens(tokenizer, str(tmp_path / "saved")) == {2, 9, 11}
 
 
 @pytest.mark.parametrize("text, said", [
@@ -103,25 +104,25 @@ def test_end_tokens_without_the_file_are_those_of_the_config(tiny, tmp_path):
       for value in ("2", 2.5, True, [[2]], {"a": 1}, ["2", 3])]])
 def test_a_file_that_cannot_be_read_is_one_line_before_anything_is_written(tiny, tmp_path, text, said):
     folder = Path(shutil.copytree(tiny, tmp_path / "m"))
-    (folder / models.GENERATION).write_text(text)
+    (folder / decoding.GENERATION).write_text(text)
     with pytest.raises(UserError, match=f"m: generation_config.json:? {said}") as e:
         run(small(load_experiment("exp1", "mini")[0], folder), tmp_path / "out")
     assert "\n" not in str(e.value) and not list((tmp_path / "out").rglob("*.json*"))
     with pytest.raises(UserError, match=said):
-        models.load_model(str(folder))
+        load.load_model(str(folder))
 
 
 def test_a_config_of_another_form_is_one_line(tiny, tmp_path):
     folder = with_fields(tiny, tmp_path / "m", "config.json", eos_token_id="2")
     with pytest.raises(UserError, match="config.json: .*'eos_token_id'.*'2'") as e:
-        models.load_model(str(folder))
+        load.load_model(str(folder))
     assert "\n" not in str(e.value)
 
 
 # ---- servers
 
 @pytest.mark.skipif(not SERVING, reason="NOT RUN: transformers' serving extra is not installed; make setup installs it")
-@pytest.mark.parametrize("place", [models.GENERATION, "config.json"])
+@pytest.mark.parametrize("place", [decoding.GENERATION, "config.json"])
 def test_a_server_that_the_run_starts_decodes_greedily_and_ends_where_this_process_does(tiny, tmp_path, place):
     """The tokenizer's end token is not among the file's: either ends a response."""
     changed = with_fields(tiny, tmp_path / "changed", place, eos_token_id=[1], repetition_penalty=3.0, num_beams=2,
@@ -132,11 +133,11 @@ def test_a_server_that_the_run_starts_decodes_greedily_and_ends_where_this_proce
 
 
 def test_a_server_that_is_already_there_is_refused_where_it_would_not_decode_greedily(tiny, tmp_path):
-    advised = with_fields(tiny, tmp_path / "advised", models.GENERATION, do_sample=True, temperature=0.6, top_p=0.9,
+    advised = with_fields(tiny, tmp_path / "advised", decoding.GENERATION, do_sample=True, temperature=0.6, top_p=0.9,
                           repetition_penalty=1.0, cache_implementation="hybrid", chat_format="x")  # all of no use at temperature 0
-    assert models.decodes_otherwise(str(advised)) == []
+    assert decoding.decodes_otherwise(str(advised)) == []
     prepared(advised, tmp_path / "out", "server", sampler_url="http://127.0.0.1:9/v1")
-    changed = with_fields(tiny, tmp_path / "changed", models.GENERATION, num_beams=2, repetition_penalty=1.05)
+    changed = with_fields(tiny, tmp_path / "changed", decoding.GENERATION, num_beams=2, repetition_penalty=1.05)
     with pytest.raises(UserError, match="--sampler-url with --sampler server: such a server obeys num_beams, repetition_penalty in") as e:
         prepared(changed, tmp_path / "none", "server", sampler_url="http://127.0.0.1:9/v1")
     assert "\n" not in str(e.value) and not list((tmp_path / "none").rglob("*.json*"))
@@ -145,11 +146,11 @@ def test_a_server_that_is_already_there_is_refused_where_it_would_not_decode_gre
 
 def test_what_is_drawn_and_said_is_greedy(tiny, plain):
     """Token by token from the logits: what "greedy" means above."""
-    model, tokenizer = models.load_model(str(tiny)), byte_tokenizer()
+    model, tokenizer = load.load_model(str(tiny)), byte_tokenizer()
     for prompt, answer in zip(PROMPTS, plain):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         start = len(ids)
         while len(ids) - start < 16 and (not ids[start:] or ids[-1] != 2):
             with torch.inference_mode():
                 ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        assert sampling.answer_of(tokenizer, ids[start:], {2}) == answer
+        assert local.answer_of(tokenizer, ids[start:], {2}) == answer

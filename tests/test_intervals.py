@@ -10,8 +10,8 @@ from scipy import special, stats
 
 from repro import metrics as m
 from repro.cli import summary
-from repro.report import _interval
-from repro.run_figures import draw, draw_principles, draw_win_rate
+from repro.report.figures import draw, draw_principles, draw_win_rate
+from repro.report.page import _interval
 
 SIZES = (3, 8, 16, 32, 64, 125, 250)
 MIRRORED = sorted({*P, *(round(1 - p, 2) for p in P)})

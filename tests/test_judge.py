@@ -12,14 +12,20 @@ import pytest
 from judge_server import JudgeServer
 from marks import FAMILIES, MARKS, added_ids, marked_tokenizer
 
-from repro import admission, cli, prompts, rules
-from repro.cli import load_experiment
-from repro.config import JudgeSpec, config_hash, training_hash
-from repro.endpoint import Call, Endpoint, count_tokens
-from repro.llm_judge import LLMJudge, Pair, Verdict, read_logprobs, read_schema, read_text
+from repro import cli
+from repro.config import JudgeSpec
+from repro.experiment import load_experiment
+from repro.identity import config_hash, training_hash
+from repro.judges import standing
+from repro.judges.llm import LLMJudge, Pair, Verdict
+from repro.judges.verdicts import read_logprobs, read_schema, read_text
 from repro.metrics import share, win_rate
-from repro.pipeline import judge_run, run
+from repro.models import marks as model_marks
+from repro.paper import admission
 from repro.records import UserError, checked, digest, file_sha256, read_json, read_jsonl, write_json, write_jsonl
+from repro.run.pipeline import judge_run, run
+from repro.servers.endpoint import Call, Endpoint, count_tokens
+from repro.text import prompts, rules
 
 JUDGE = LLMJudge(name="j", host="h", model="m", answer="text")
 PAIR = Pair(id="q1", query="How do I keep bread fresh?", principles=("Be brief.", "Use plain words."), ours="In a paper bag.",
@@ -143,15 +149,15 @@ def test_judge_prompt_breaks_the_marks_of_every_family_with_a_space(family):
     for mark in FAMILIES[family].split():
         text = f"before{mark}after"
         assert added_ids(tokenizer, text) and mark in text
-        assert mark not in (defused := prompts.defuse(text)) and not added_ids(tokenizer, defused)
-        assert defused.replace(" ", "") == text and len(defused) <= len(text) + 3 and prompts.defuse(defused) == defused
+        assert mark not in (defused := model_marks.defuse(text)) and not added_ids(tokenizer, defused)
+        assert defused.replace(" ", "") == text and len(defused) <= len(text) + 3 and model_marks.defuse(defused) == defused
 
 
 def test_judge_prompt_leaves_other_text_alone():
     for text in ("a < b | c > d", "if x<|y", "<html>", "<p>one<br/>two</p>", "{0.__class__} %s $x {name}", "s > 0 </style>", "[insert]", "[1]",
                  "[insert the post]", "[x](y)", "- [ ] to do", "[I]t was [sic]", "[M24], [60 F]", "x <- y", "<3", "1<2>0", "a << b >> c", "i<j and k>l",
                  "<me@x.org>", "<https://x.org/a>", "|a|b|", "~5 [~6]", "array[0][1]", "f(x) <= |y|", "\uff5c\u884c\uff5c\u5217\uff5c", "\u226a \u226b"):
-        assert prompts.defuse(text) == text and prompts.marks(text) == []
+        assert model_marks.defuse(text) == text and model_marks.marks(text) == []
 
 
 def test_judge_prompts_of_every_mark_hold_no_control_token():
@@ -165,14 +171,14 @@ def test_judge_prompts_of_every_mark_hold_no_control_token():
 
     for _ in range(150):
         texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(4)]
-        assert all(prompts.defuse(d) == d for d in map(prompts.defuse, texts))
+        assert all(model_marks.defuse(d) == d for d in map(model_marks.defuse, texts))
         pair = dataclasses.replace(PAIR, query=texts[0], principles=(texts[1], "Be brief."), ours=texts[2], theirs=texts[3] + " .")
         for call in JUDGE.calls(pair).values():
             messages = call.request["messages"]
             assert ids(messages) == ids([m | {"content": "x"} for m in messages])
     for answer in prompts.JUDGE_ASKS:
         frame = prompts.judge("a", ["b"], "c", "d", mark=JUDGE._mark(PAIR), answer=answer)
-        assert not any(prompts.marks(m["content"]) for m in [*frame, *prompts.write_principles("x"), *prompts.write_antithesis("x", "y")])
+        assert not any(model_marks.marks(m["content"]) for m in [*frame, *prompts.write_principles("x"), *prompts.write_antithesis("x", "y")])
 
 
 def test_judge_calls_have_keys_of_all_that_matters():
@@ -248,7 +254,7 @@ class Gullible(JudgeServer):
 def test_judge_admission_measures_what_attacks_win(tmp_path):
     """Two kinds of five command this server outright (8 each), two flip it, one does nothing."""
     planted, control = admission.load_attacks()
-    from repro.llm_judge import ask_judge
+    from repro.judges.llm import ask_judge
 
     with Gullible().serve() as url:
         verdicts, _ = ask_judge(JudgeSpec(judges=(), model="m", answer="text"), [*planted, *control],
@@ -335,13 +341,13 @@ def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
         assert record[key]["ci95"][0] <= record[key]["value"] <= record[key]["ci95"][1] and record[key]["n"] >= 15
     assert record["n"] == 40 and record["files"].keys() == {"tldr/m/w/1"}
     assert not record["admitted"] and "kappa's lower bound" in record["reasons"][0]  # verdicts by hash: chance
-    assert "NOT ADMITTED" in admission.plain_words(record)[-1]
-    monkeypatch.setattr(admission, "ADMISSIONS", tmp_path / "out")
+    assert "NOT ADMITTED" in standing.plain_words(record)[-1]
+    monkeypatch.setattr(standing, "ADMISSIONS", tmp_path / "out")
     assert re.search(r"org-judge-1 \(org/judge-1 at 127\.0\.0\.1, answers as \w+\): NOT admitted; kappa -?0\.\d\d .* of 40 planted "
-                     "injections win", admission.standing("org-judge-1"))
+                     "injections win", standing.standing("org-judge-1"))
     with pytest.raises(UserError, match="--items 0: must be 1 or more"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["tldr/m/w/1"], count=0, work=tmp_path, dry_run=True)
-    assert "never held against" in admission.standing("other")
+    assert "never held against" in standing.standing("other")
     with pytest.raises(UserError, match="--files: 'x' is not an archived comparison .*tldr/m/w/1"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["x"], count=1, work=tmp_path, dry_run=True)
 
@@ -435,9 +441,9 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
         assert (folder / "figures/win_rate-judge-1.png").stat().st_size > 5000
         page = (folder / "report.html").read_text()
         assert "judge judge-1" in page and "never held against the archived verdicts" in page
-        record = json.loads(next(admission.ADMISSIONS.glob("*.json")).read_text())
+        record = json.loads(next(standing.ADMISSIONS.glob("*.json")).read_text())
         (tmp_path / "judge-1.json").write_text(json.dumps(record | {"judge": "judge-1"}))
-        monkeypatch.setattr(admission, "ADMISSIONS", tmp_path)
+        monkeypatch.setattr(standing, "ADMISSIONS", tmp_path)
         with pytest.raises(SystemExit):
             cli.main(argv)
         assert "answers as logprobs): NOT admitted; kappa 0.00" in (folder / "report.html").read_text()  # known since, shown at once
@@ -504,7 +510,7 @@ def test_judge_key_is_nowhere_after_a_whole_run(finished, tmp_path):
 
 
 def test_judge_flips_are_half_under_either_tie_rule(finished, tmp_path):
-    from repro.evaluation import _win_rates
+    from repro.run.measure import _win_rates
 
     rows = [{"score": s, "outcome": o, "tokens": 3, "baseline_tokens": 3} for s, o in
             [(1.0, "win"), (0.5, "flip"), (0.5, "tie"), (0.0, "loss"), (None, "unparsed"), (None, "failed")]]
@@ -551,13 +557,13 @@ def test_judge_mistakes_end_in_one_line(argv, says, tmp_path, monkeypatch, capsy
 
 
 def test_judge_settings_of_the_environment_do_not_concern_a_run_without_a_server(tmp_path, monkeypatch):
-    from repro import pipeline
+    from repro.run import pipeline
 
     taken = []
     monkeypatch.setenv("OPENAI_BASE_URL", "localhost:11434?api-version=1")
     monkeypatch.setattr(pipeline, "run", lambda experiment, out, **more: taken.append(more) or tmp_path)
     monkeypatch.setattr(cli, "summary", lambda folder: [])
-    monkeypatch.setattr("repro.report.gather", lambda folders: tmp_path)
+    monkeypatch.setattr("repro.report.publish.gather", lambda folders: tmp_path)
     cli.run_command(cli.Run("exp1", out=tmp_path))
     assert taken[0]["endpoint"] is None and taken[0]["writer_endpoint"] is None
     with pytest.raises(UserError, match="--base-url"):
@@ -585,10 +591,10 @@ def where(url: str, **more) -> Endpoint:
                                          ("400", "refuses every request .*--leave-out names"), ("garbage", "not JSON: ")])
 def test_judge_that_cannot_be_used_is_told_before_anything_is_sampled(finished, tmp_path, monkeypatch, fault, says):
     """And nothing is left; the same command with the right judge then runs."""
-    from repro import sampling
+    from repro.sampling import local
 
     experiment = dataclasses.replace(finished[0], judge=WRONG)
-    monkeypatch.setattr(sampling, "sample_batch", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr(local, "sample_batch", lambda *a, **k: pytest.fail("sampled"))
     with JudgeServer(probe_faults=lambda k, body: fault).serve() as url:
         with pytest.raises(UserError, match=rf"judge judge-0: .*{says}.*nothing was sampled or trained yet") as e:
             run(experiment, tmp_path, say=lambda text: None, endpoint=where(url, model="judge-0"))
@@ -628,7 +634,7 @@ def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(fini
         again = dataclasses.replace(right, judge=JudgeSpec(judges=("rule", "likelihood")))
         run(again, tmp_path, say=said.append)  # the likelihood judge needs log-probs that were not taken
         assert {r["judge"] for r in json.loads((folder / "metrics.json").read_text())} == {None, "rule", "likelihood"}
-    from repro.checking import check_run
+    from repro.run.verify import check_run
 
     assert {(group, status) for group, status, _, _ in check_run(folder)} == {
         (group, "PASS") for group in ("config", "inputs", "files", "judgments", "metrics")}

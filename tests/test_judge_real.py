@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from llama_server import NAME
 
-from repro import models
 from repro.config import JudgeSpec
-from repro.endpoint import Endpoint, Ledger
-from repro.llm_judge import Pair, ask_judge
+from repro.judges.llm import Pair, ask_judge
+from repro.models import embedded
 from repro.records import UserError
+from repro.servers.endpoint import Endpoint
+from repro.servers.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVING = importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn")
@@ -86,7 +87,7 @@ def served(tmp_path_factory):
     """`transformers serve` with the embedded model; it takes no schema and gives no log-probs."""
     if not SERVING:
         pytest.skip("NOT RUN: transformers' serving extra is not installed; make setup installs it")
-    folder = str(models.embedded_model())
+    folder = str(embedded.embedded_model())
     with transformers_serve(tmp_path_factory.mktemp("serve") / "log", folder) as url:
         yield folder, url
 

@@ -17,13 +17,14 @@ from judge_habits import ENDS, FAILED, HABITS, READ, SILENT, WHY
 from judge_server import RATES, Handler, JudgeServer
 
 from repro import metrics
-from repro.archive import LOCAL
 from repro.config import JudgeSpec
-from repro.datasets import load_queries
-from repro.endpoint import PICO, Endpoint, Ledger, text_of
-from repro.llm_judge import Pair, ask_judge, judge_of
+from repro.judges.llm import Pair, ask_judge, judge_of
+from repro.judges.verdicts import read_text
+from repro.paper.archive import LOCAL
 from repro.records import UserError, read_jsonl
-from repro.verdicts import read_text
+from repro.servers.endpoint import PICO, Endpoint, text_of
+from repro.servers.ledger import Ledger
+from repro.text.queries import load_queries
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-canary-q7Wz3xK9mN2pR5tV8yB1"
@@ -167,7 +168,7 @@ def test_judge_rereads_stored_answers_without_a_call(undisturbed, tmp_path, monk
     """A better parser: what was unparsed has a verdict, and no request is made."""
     pairs, expected = undisturbed
     judged(JudgeServer(), pairs, tmp_path / "l.jsonl")
-    monkeypatch.setattr("repro.llm_judge.read_text", lambda text, **how: "A" if text.endswith(": neither") else None)
+    monkeypatch.setattr("repro.judges.llm.read_text", lambda text, **how: "A" if text.endswith(": neither") else None)
     verdicts, _ = judged(server := JudgeServer(), pairs, tmp_path / "l.jsonl", reparse=True)
     assert not server.requests
     assert [v.outcome == "flip" for v in verdicts] == [v["outcome"] == "unparsed" for v in expected]
@@ -277,8 +278,8 @@ def many_pairs() -> list[Pair]:
     """110 archived TL;DR comparisons where the archive lies beside the project, else made ones."""
     if not LOCAL.is_dir():
         return made_pairs(110)
-    from repro.admission import load_items
-    from repro.archive import Archive, load_manifest
+    from repro.paper.admission import load_items
+    from repro.paper.archive import Archive, load_manifest
 
     return [item.pair for item in load_items(Archive(LOCAL, load_manifest()), ["tldr/mistral-7b/claude-opus/3"], 110)]
 

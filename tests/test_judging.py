@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from repro.constitutions import load_constitutions
-from repro.judging import follows, judge_pairwise, likelihood_score, overlap, repetition
+from repro.judges.likelihood import likelihood_score, overlap, repetition
+from repro.judges.rule import follows, judge_pairwise
+from repro.text.principles import load_constitutions
 
 MINI = load_constitutions("dialogue_mini")
 
@@ -45,7 +46,7 @@ def test_control_tokens_that_a_response_spells_out_do_not_come_back(text):
     from marks import marked_tokenizer
     from transformers import PreTrainedConfig
 
-    from repro.sampling import sample_batch
+    from repro.sampling.local import sample_batch
 
     class Model:
         device, generation_config, config = "cpu", None, PreTrainedConfig()

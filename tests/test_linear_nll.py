@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_nll as module
-from kernels import reference
-from kernels.linear_nll import linear_nll, plan
+from kernels import modes, reference
+from kernels.linear_nll import linear_nll
+from kernels.modes import plan
 
 
 def inputs(N, D, V, *, scale=1.0, bias=False, dtype=torch.float32, seed=0, device="cpu"):
@@ -45,7 +45,7 @@ SHAPES = [(1, 1, 2), (1, 5, 3), (7, 16, 11), (63, 33, 127), (130, 64, 1000)]
 @pytest.mark.parametrize("mode", ["auto", "store", "recompute"])
 @pytest.mark.parametrize("bias, softcap", [(False, None), (True, None), (True, 5.0)])
 def test_float32_is_no_worse_than_the_reference(shape, mode, bias, softcap, monkeypatch):
-    monkeypatch.setattr(module, "SLAB_ELEMENTS", 3 * shape[2])  # several slabs, the last one ragged
+    monkeypatch.setattr(modes, "SLAB_ELEMENTS", 3 * shape[2])  # several slabs, the last one ragged
     x = inputs(*shape, bias=bias)
     assert_no_worse(run(linear_nll, *x, mode=mode, softcap=softcap), run(reference.linear_nll, *x, softcap=softcap),
                     truth(*x, softcap), (shape, mode))
@@ -130,7 +130,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_mode_but_store_makes_all_logits(monkeypatch):
-    monkeypatch.setattr(module, "SLAB_ELEMENTS", 10 * 97)
+    monkeypatch.setattr(modes, "SLAB_ELEMENTS", 10 * 97)
     hidden, weight, _, target, _ = inputs(80, 8, 97)
     rows = {}
     for mode in ("store", "recompute"):

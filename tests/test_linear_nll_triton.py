@@ -7,8 +7,7 @@ import pytest
 import torch
 from test_linear_nll import SHAPES, assert_no_worse, inputs, run, truth
 
-from kernels import linear_nll as module
-from kernels import reference
+from kernels import modes, reference
 from kernels.linear_nll import linear_nll
 
 pytest.importorskip("triton", reason="Triton is built for Linux only")
@@ -30,7 +29,7 @@ def small(monkeypatch):
 
 
 def slabs_of(monkeypatch, elements):
-    monkeypatch.setattr(module, "SLAB_ELEMENTS", elements)
+    monkeypatch.setattr(modes, "SLAB_ELEMENTS", elements)
 
 
 def fenced(x):

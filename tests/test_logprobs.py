@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repro import models
-from repro.logprobs import logprob_matrix
-from repro.losses import symmetric_infonce
+from repro.core.logprobs import logprob_matrix
+from repro.core.losses import symmetric_infonce
+from repro.models import load
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "llama_tiny"
 
@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "llama_tiny"
 def test_golden_numbers(backend, case):
     """The authors' trainer's matrix and loss within 1e-5, every gradient within 1e-4 of its norm."""
     golden = json.loads((GOLDEN / "cases.json").read_text())["cases"][case]
-    model, tokenizer = models.load_model(str(GOLDEN)), models.load_tokenizer(str(GOLDEN))
+    model, tokenizer = load.load_model(str(GOLDEN)), load.load_tokenizer(str(GOLDEN))
     matrix = logprob_matrix(model, tokenizer, [golden["prompts"]], [golden["responses"]], length_normalize=True,
                             score_eos=False, backend=backend)
     loss = symmetric_infonce(matrix)
@@ -95,7 +95,7 @@ def test_shared_is_as_exact_as_the_reference(family, score_eos, length_normalize
     values and gradients is at most twice the float32 reference's own, and a floor for where that is zero."""
     from conftest import byte_tokenizer
 
-    monkeypatch.setattr("repro.logprobs.BATCH_TOKENS", 300)
+    monkeypatch.setattr("repro.core.logprobs.BATCH_TOKENS", 300)
     tokenizer = byte_tokenizer()
     upstream = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -117,7 +117,7 @@ def test_shared_is_as_exact_as_the_reference(family, score_eos, length_normalize
 
 @pytest.mark.parametrize("backend", ["reference", "shared"])
 def test_score_eos_and_length_normalize_each_change_the_result(tiny, backend):
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     with torch.no_grad():
         base = matrix(model, tokenizer, backend)
         assert not torch.allclose(base, matrix(model, tokenizer, backend, score_eos=True))
@@ -127,7 +127,7 @@ def test_score_eos_and_length_normalize_each_change_the_result(tiny, backend):
 
 
 def test_what_is_shared_ends_before_what_is_scored():
-    from repro.prefix import Scored, packed_length, shared_length
+    from repro.core.tree import Scored, packed_length, shared_length
 
     same_start = [Scored([1, 2, 3, 7, 8], 3), Scored([1, 2, 3, 7, 9], 3)]
     assert shared_length(same_start) == 3  # not 4: the common first response token is scored once per response
@@ -136,7 +136,7 @@ def test_what_is_shared_ends_before_what_is_scored():
 
 
 def test_identical_responses_give_equal_columns(tiny):
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     with torch.no_grad():
         values = logprob_matrix(model, tokenizer, [["a\n", "bb\n"]], [["same", "same"]], length_normalize=True,
                                 score_eos=False)
@@ -286,9 +286,9 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
     from test_linear_nll import Largest
     from torch.utils.flop_counter import FlopCounterMode
 
-    from repro.prefix import packed_length, shared_length, tokenize_pair
+    from repro.core.tree import packed_length, shared_length, tokenize_pair
 
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     config = model.config
     matrix(model, tokenizer, "shared")  # which tries the model, once
     with Largest(config.vocab_size) as guard:
@@ -325,7 +325,7 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
     ([["a", "b"], ["a"]], [["x"], ["y"]], "shared"), ([["a"]], [["x"], ["y"]], "shared"), ([["a"]], [[""]], "shared"),
     ([["a"]], [["x"]], "fast")])
 def test_ragged_or_empty_input_is_refused(tiny, prompts, responses, backend):
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     with pytest.raises(ValueError):
         logprob_matrix(model, tokenizer, prompts, responses, length_normalize=True, score_eos=False, backend=backend)
 
@@ -340,7 +340,7 @@ def test_a_prompt_and_responses_that_tokenise_differently_together():
     backend = Tokenizer(bpe.BPE(vocab={t: k for k, t in enumerate(tokens)}, merges=[("s", "s"), ("ss", "s")]))
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>")
-    from repro.prefix import shared_length, tokenize_pair
+    from repro.core.tree import shared_length, tokenize_pair
 
     prompts, responses = [["bless", "kiss"]], [["sing", "a_song"]]
     pairs = [tokenize_pair(tokenizer, "bless", r, score_eos=False) for r in responses[0]]
@@ -357,7 +357,7 @@ def test_a_prompt_and_responses_that_tokenise_differently_together():
 @pytest.mark.parametrize("backend", ["reference", "shared"])
 def test_identical_prompts_and_responses_give_the_losses_of_chance(tiny, backend):
     """A constant matrix: log C. Identical responses under two constitutions: the row half is log R."""
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     kind = dict(length_normalize=True, score_eos=False, backend=backend)
     constant = logprob_matrix(model, tokenizer, [["a\n"] * 3], [["same"] * 3], **kind)
     assert symmetric_infonce(constant).item() == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-6)
@@ -390,7 +390,7 @@ def test_large_logits_and_certain_tokens(scale):
 def test_activation_checkpointing_gives_the_same_gradients(tiny):
     """The recomputation runs in the backward, outside logprob_matrix, and must find the layout's attention again."""
     def gradients(checkpoint):
-        model, tokenizer = models.load_model(str(tiny)).train(), models.load_tokenizer(str(tiny))
+        model, tokenizer = load.load_model(str(tiny)).train(), load.load_tokenizer(str(tiny))
         if checkpoint:
             model.activation_checkpointing_enable()
         matrix(model, tokenizer, "shared").sum().backward()
@@ -401,7 +401,7 @@ def test_activation_checkpointing_gives_the_same_gradients(tiny):
 
 
 def test_an_attached_model_still_generates_and_forwards_as_before(tiny):
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     inputs = tokenizer(["Hello", "A longer prompt"], return_tensors="pt", padding=True, padding_side="left")
     before = model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
     with torch.no_grad():
@@ -412,9 +412,9 @@ def test_an_attached_model_still_generates_and_forwards_as_before(tiny):
 
 def test_an_attention_that_does_not_know_the_layout_gives_nan_and_is_refused(tiny, monkeypatch):
     from kernels import attention
-    from repro import logprobs
+    from repro.core import logprobs
 
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     monkeypatch.setattr(logprobs, "attention_interface", lambda fallback: fallback)
     with torch.no_grad():
         assert logprobs.matrix_by("shared", model, tokenizer, PROMPTS, RESPONSES, length_normalize=True,
@@ -425,9 +425,9 @@ def test_an_attention_that_does_not_know_the_layout_gives_nan_and_is_refused(tin
 
 
 def test_many_queries_in_one_pack_equal_one_at_a_time(tiny, monkeypatch):
-    from repro.logprobs import packed_tokens, slices
+    from repro.core.logprobs import packed_tokens, slices
 
-    model, tokenizer = models.load_model(str(tiny)), models.load_tokenizer(str(tiny))
+    model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     alone = torch.cat([logprob_matrix(model, tokenizer, PROMPTS[b:b + 1], RESPONSES[b:b + 1], length_normalize=True,
                                       score_eos=False) for b in (0, 1)])
     torch.testing.assert_close(matrix(model, tokenizer, "shared"), alone, atol=1e-5, rtol=0)

@@ -17,14 +17,18 @@ from safetensors.torch import load_file
 from test_experiments import contents, small
 from test_logprobs import PROMPTS, RESPONSES, tiny_family
 
-from repro import lora, models, training, worker
-from repro.cli import configure, load_experiment, parse
+from repro import config as models_config
+from repro.cli import parse
 from repro.config import Experiment, LoraSpec, TrainSpec
-from repro.logprobs import logprob_matrix
-from repro.losses import symmetric_infonce
-from repro.pipeline import run
+from repro.core import engines, loop, lora, memory
+from repro.core.logprobs import logprob_matrix
+from repro.core.losses import symmetric_infonce
+from repro.experiment import configure, load_experiment
+from repro.models import decoding, load
+from repro.plan.gpus import PUBLISHED, shape_from, shape_of
 from repro.records import UserError, sealed
-from repro.sizes import PUBLISHED, shape_from, shape_of
+from repro.run import jobs
+from repro.run.pipeline import run
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed: nothing of LoRA is tested")
 SPEC = LoraSpec(rank=3, alpha=6)
@@ -33,7 +37,7 @@ TRAIN = TrainSpec(batch_size=2, batches=6, learning_rate=1e-2, precision="fp32",
 
 def adapted(tiny, *, seed="0f", random=False, spec=SPEC):
     """The tiny model with adapters; `random`: the second factor too."""
-    model = models.load_model(str(tiny))
+    model = load.load_model(str(tiny))
     trained = lora.put_into(model, spec, half=False, seed=seed)
     if random:
         torch.manual_seed(5)
@@ -63,7 +67,7 @@ def test_adapters_are_on_every_linear_layer_of_attention_and_mlp_and_nothing_els
 
 
 def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(tiny):
-    plain = models.load_model(str(tiny))
+    plain = load.load_model(str(tiny))
     torch.manual_seed(1)
     model, _ = adapted(tiny)
     assert torch.equal(matrix(model), matrix(plain))
@@ -106,7 +110,7 @@ def test_a_step_is_that_of_the_adapter_alone(tiny):
     loss = symmetric_infonce(logprob_matrix(byhand, byte_tokenizer(), [p.prompts for p in start], [p.responses for p in start],
                                             length_normalize=True, score_eos=False, backend="reference"))
     loss.backward()
-    trace = training.train(model, byte_tokenizer(), start, dataclasses.replace(TRAIN, batches=1), 1)
+    trace = loop.train(model, byte_tokenizer(), start, dataclasses.replace(TRAIN, batches=1), 1)
     norm = torch.stack([p.grad.norm() for p in byhand.parameters() if p.requires_grad]).norm()
     assert trace[0]["loss"] == pytest.approx(loss.item(), abs=1e-5) and trace[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     for name, (A, B) in factors(model).items():
@@ -115,16 +119,16 @@ def test_a_step_is_that_of_the_adapter_alone(tiny):
         torch.testing.assert_close(B[g.abs() > 1e-5], expected[g.abs() > 1e-5], atol=1e-3, rtol=1e-2)
         assert torch.equal(A, before[f"{name}.lora_A.default.weight"])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "lora_B" not in k)
-    more = training.train(adapted(tiny)[0], byte_tokenizer(), ragged(2) * 6, TRAIN, 1)
+    more = loop.train(adapted(tiny)[0], byte_tokenizer(), ragged(2) * 6, TRAIN, 1)
     assert more[-1]["loss"] < more[0]["loss"]
 
 
 def test_activations_are_checkpointed_with_the_same_result(tiny, monkeypatch):
     plain, _ = adapted(tiny)
-    expected = training.train(plain, byte_tokenizer(), ragged(12), TRAIN, 1)
-    monkeypatch.setattr(training, "usable_bytes", lambda device: 1000)
+    expected = loop.train(plain, byte_tokenizer(), ragged(12), TRAIN, 1)
+    monkeypatch.setattr(memory, "usable_bytes", lambda device: 1000)
     tight, _ = adapted(tiny)
-    assert training.train(tight, byte_tokenizer(), ragged(12), TRAIN, 1) == expected
+    assert loop.train(tight, byte_tokenizer(), ragged(12), TRAIN, 1) == expected
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tight.parameters()))
 
 
@@ -132,7 +136,7 @@ def test_the_head_keeps_no_logits_and_has_no_gradient(tiny, monkeypatch):
     from kernels import linear_nll as head
 
     model = adapted(tiny)[0]
-    training.settle(model, "shared")  # tried once
+    engines.settle(model, "shared")  # tried once
     modes, planned = [], head.plan
     monkeypatch.setattr(head, "plan", lambda *a, **k: modes.append(planned(*a, **k)) or modes[-1])
     symmetric_infonce(matrix(model)).backward()
@@ -141,8 +145,8 @@ def test_the_head_keeps_no_logits_and_has_no_gradient(tiny, monkeypatch):
 
 def test_every_iteration_has_a_fresh_adapter(tmp_path):
     def seed(iteration, seed):
-        worker.write_job(tmp_path, iteration, model="m", pairs=[], spec=TRAIN, backend="shared", key="key", out="out", seed=seed)
-        return json.loads((tmp_path / worker.job_file(iteration)).read_text())["seed"]
+        jobs.write_job(tmp_path, iteration, model="m", pairs=[], spec=TRAIN, backend="shared", key="key", out="out", seed=seed)
+        return json.loads((tmp_path / jobs.job_file(iteration)).read_text())["seed"]
 
     assert len({seed(1, 0), seed(2, 0), seed(1, 1)}) == 3 and seed(1, 0) == seed(1, 0)
 
@@ -150,14 +154,14 @@ def test_every_iteration_has_a_fresh_adapter(tmp_path):
 # ---- what an iteration leaves
 
 def job(tiny, folder, **train):
-    worker.write_job(folder, 1, model=str(tiny), pairs=ragged(12), spec=dataclasses.replace(TRAIN, **train), backend="shared",
+    jobs.write_job(folder, 1, model=str(tiny), pairs=ragged(12), spec=dataclasses.replace(TRAIN, **train), backend="shared",
                      key="key", out="checkpoints/iteration-1", seed=7)
     return folder / "checkpoints/iteration-1"
 
 
 def done(tiny, folder, **train):
     out = job(tiny, folder, **train)
-    trace = worker.work(folder, 1, training.OneProcess(), lambda n: None)
+    trace = jobs.work(folder, 1, engines.OneProcess(), lambda n: None)
     return trace, out
 
 
@@ -176,7 +180,7 @@ def test_the_adapter_loads_with_peft_and_the_merged_model_is_the_same(tiny, alon
     with torch.no_grad():
         plain = base(ids).logits
         with_adapter = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
-        merged = models.load_model(str(folder))
+        merged = load.load_model(str(folder))
         ours = merged(ids).logits
     assert (ours - plain).abs().max() > .1
     torch.testing.assert_close(ours, with_adapter, atol=2e-5, rtol=1e-5)
@@ -195,12 +199,12 @@ def test_a_killed_iteration_goes_on_and_leaves_the_same_bytes(tiny, alone, tmp_p
             "training.symmetric_infonce = dying\nworker.work(Path(sys.argv[1]), 1, training.OneProcess(), lambda n: None)\n")
     child = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=dict(os.environ))
     assert child.returncode == -signal.SIGKILL, child.stderr
-    saved = sorted((tmp_path / worker.steps_folder(1)).glob("step-*"))
+    saved = sorted((tmp_path / jobs.steps_folder(1)).glob("step-*"))
     shard = saved[-1] / "__0_0.distcp"
     numbers = shape_from(json.loads((tiny / "config.json").read_text()), "here").adapters(3)
     assert sealed(saved[-1], "key") and b"embed_tokens" not in (saved[-1] / ".metadata").read_bytes()
     assert 2 * 4 * numbers < shard.stat().st_size < 2 * 4 * numbers + 28 * 8 * 1024
-    trace = worker.work(tmp_path, 1, training.OneProcess(), lambda n: None)
+    trace = jobs.work(tmp_path, 1, engines.OneProcess(), lambda n: None)
     assert f"going on after step {int(saved[-1].name[-6:])}" in capsys.readouterr().err and trace == alone[0]
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (out / name).read_bytes() == (alone[1] / name).read_bytes()
@@ -221,7 +225,7 @@ def test_bf16(tiny, tmp_path):
 @pytest.fixture(params=["bfloat16", "float32"])
 def published(request, tiny, tmp_path):
     """Weights as their publisher saved them."""
-    models.save_model(models.load_model(str(tiny), dtype=request.param), byte_tokenizer(), tmp_path / "published")
+    load.save_model(load.load_model(str(tiny), dtype=request.param), byte_tokenizer(), tmp_path / "published")
     return tmp_path / "published", request.param
 
 
@@ -230,7 +234,7 @@ def test_what_trains_on_weights_of_16_bits_is_saved_as_it_was_trained(published,
     weights; the merged one as it is saved. Where the publisher's weights have 32 bits, the rounding in training is the
     difference, and it is told."""
     base, dtype = published
-    model = models.load_model(str(base), dtype="bfloat16")
+    model = load.load_model(str(base), dtype="bfloat16")
     torch.manual_seed(5)
     for p in lora.put_into(model, SPEC, half=False, seed="0f"):
         torch.nn.init.normal_(p, std=.01)  # a merge into bf16 rounds most of it away
@@ -243,12 +247,12 @@ def test_what_trains_on_weights_of_16_bits_is_saved_as_it_was_trained(published,
     assert min((before[n].float() != after[n]).float().mean() for n in layers) > .99
     assert max((before[n].bfloat16() != after[n].bfloat16()).float().mean() for n in layers) < .5
 
-    trained = models.load_model(str(base), dtype="bfloat16").float()
+    trained = load.load_model(str(base), dtype="bfloat16").float()
     lora.put_into(trained, SPEC, half=False, seed="1")
     state = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
     peft.set_peft_model_state_dict(trained, {k.removeprefix("base_model.model."): v for k, v in state.items()}, adapter_name="default")
     expected, prompts = matrix(trained, "reference"), [p[:2] for p in PROMPTS]
-    monkeypatch.setattr(training, "weights_dtype", lambda spec: "bfloat16")
+    monkeypatch.setattr(engines, "weights_dtype", lambda spec: "bfloat16")
 
     def off():
         facts = lora.merged_difference(tmp_path / "out", str(base), byte_tokenizer(), TRAIN, prompts, RESPONSES, "shared")
@@ -256,13 +260,13 @@ def test_what_trains_on_weights_of_16_bits_is_saved_as_it_was_trained(published,
         return facts["max_abs_difference_nats"]
 
     with torch.no_grad():
-        off_here = (matrix(models.load_model(str(tmp_path / "out"))) - expected).abs().max()
-        rounding = (matrix(models.load_model(str(base), dtype="bfloat16").float()) - matrix(models.load_model(str(base)))).abs().max()
+        off_here = (matrix(load.load_model(str(tmp_path / "out"))) - expected).abs().max()
+        rounding = (matrix(load.load_model(str(base), dtype="bfloat16").float()) - matrix(load.load_model(str(base)))).abs().max()
     if dtype == "float32":
         assert off_here == pytest.approx(rounding.item(), rel=.5) and off() > off_here > .01
         return
     assert rounding == 0 and off_here < 2e-5 and off() < 1e-3
-    models.save_model(models.load_model(str(tmp_path / "out"), dtype="bfloat16"), byte_tokenizer(), tmp_path / "out")
+    load.save_model(load.load_model(str(tmp_path / "out"), dtype="bfloat16"), byte_tokenizer(), tmp_path / "out")
     assert off() > .05  # a merge into bf16
 
 
@@ -270,10 +274,10 @@ def test_a_checkpoint_carries_the_generation_config_of_the_initial_model(tiny, t
     import shutil
 
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
-    (base / models.GENERATION).write_text('{"eos_token_id": [2, 9], "repetition_penalty": 1.05}')
+    (base / decoding.GENERATION).write_text('{"eos_token_id": [2, 9], "repetition_penalty": 1.05}')
     _, folder = done(base, tmp_path)
-    assert (folder / models.GENERATION).read_bytes() == (base / models.GENERATION).read_bytes()
-    assert models.end_tokens(byte_tokenizer(), str(folder)) == {2, 9}
+    assert (folder / decoding.GENERATION).read_bytes() == (base / decoding.GENERATION).read_bytes()
+    assert decoding.end_tokens(byte_tokenizer(), str(folder)) == {2, 9}
 
 
 def test_a_run_with_adapters(tiny, tmp_path):
@@ -303,14 +307,14 @@ def test_a_run_with_adapters(tiny, tmp_path):
 
 def test_the_share_that_trains():
     """Rank 8 on the embedded model: at most 2 % of its parameters, as counted and as the plan has it."""
-    config = transformers.LlamaConfig(**{k: PUBLISHED[models.EMBEDDED][k] for k in (
+    config = transformers.LlamaConfig(**{k: PUBLISHED[models_config.EMBEDDED][k] for k in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
         "tie_word_embeddings")})
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     whole = sum(p.numel() for p in model.parameters())
     adapters = sum(p.numel() for p in lora.put_into(model, LoraSpec(rank=8, alpha=16), half=False, seed="0"))
-    assert adapters == shape_of(models.EMBEDDED).adapters(8) == 2_442_240 and adapters / whole < .02
+    assert adapters == shape_of(models_config.EMBEDDED).adapters(8) == 2_442_240 and adapters / whole < .02
 
 
 def test_refusals(tiny, monkeypatch, tmp_path):

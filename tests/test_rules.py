@@ -2,7 +2,7 @@
 
 import pytest
 
-from repro.rules import RULES, brief, sentences, simple_words
+from repro.text.rules import RULES, brief, sentences, simple_words
 
 
 @pytest.mark.parametrize("text, count", [

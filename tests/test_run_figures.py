@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from repro import run_figures
-from repro.run_figures import draw, draw_win_rate, looks, series
+from repro.report import figures
+from repro.report.figures import draw, draw_win_rate, looks, series
 
-BLUE, ORANGE, GREEN, PINK = zip(run_figures.COLOURS, run_figures.MARKERS)
+BLUE, ORANGE, GREEN, PINK = zip(figures.COLOURS, figures.MARKERS)
 
 
 def records(*lines, judges=("rule",), principles=("short", "plain"), baselines=()):
@@ -35,7 +35,7 @@ def drawn(figure) -> list[dict]:
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
         out.append({label: look(h) for h, label in zip(handles, labels) if hasattr(h, "has_yerr")})
-    run_figures.pyplot().close(figure)
+    figures.pyplot().close(figure)
     return out
 
 

@@ -13,12 +13,18 @@ from judge_server import TextServer
 from test_experiments import small
 from toy_models import WORDS
 
-from repro import checking, evaluation, logprobs, models, sampling, seam
-from repro.cli import load_experiment
-from repro.pipeline import run, usable_pairs
-from repro.prefix import follow, pairs_of
+from repro import config as models_config
+from repro.core import logprobs
+from repro.core.tree import follow, pairs_of
+from repro.experiment import load_experiment
+from repro.models import load
 from repro.records import UserError, read_json, read_jsonl
-from repro.rundir import Run
+from repro.run import draws, evaluate, sample, verify
+from repro.run.folder import Run
+from repro.run.pipeline import run
+from repro.run.sample import usable_pairs
+from repro.sampling import local
+from repro.text import seam
 
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'CUE' }}{% endif %}")
@@ -104,7 +110,7 @@ def rows_of(path: Path) -> list[dict]:
 @pytest.fixture
 def spied(monkeypatch):
     """(sampled, given): the ids that were sampled, and (prompt, response) ids of all that models are then given to score."""
-    sampled, given, answer, groups = [], [], sampling.answer_of, logprobs._groups
+    sampled, given, answer, groups = [], [], local.answer_of, logprobs._groups
 
     def answered(tokenizer, ids, ends):
         sampled.append(tuple(ids[: next((k for k, i in enumerate(ids) if i in ends), len(ids))]))
@@ -115,7 +121,7 @@ def spied(monkeypatch):
         given.extend((tuple(p.ids[: p.start]), tuple(p.ids[p.start:])) for group in found for p in group)
         return found
 
-    monkeypatch.setattr(sampling, "answer_of", answered)
+    monkeypatch.setattr(local, "answer_of", answered)
     monkeypatch.setattr(logprobs, "_groups", grouped)
     return sampled, given
 
@@ -150,14 +156,14 @@ def test_what_is_trained_and_scored_is_what_was_sampled(kind, tmp_path, spied):
         for c in pair:
             ids = tokenizer(shared.prompt(c, query, experiment.seed, 1, "train", c.id, sample=False), add_special_tokens=False).input_ids
             assert all((tuple(ids), tuple(row["ids"])) in given for row in both)
-    assert checking.verify_run(folder) == 0
+    assert verify.verify_run(folder) == 0
 
 
 @pytest.mark.parametrize("way", logprobs.WAYS)
 def test_the_model_itself_gets_these_ids(tmp_path, way):
     """The prompts' ids and then the sampled ones, in one packed sequence or one after the other; the ends too."""
     tokenizer = made("bpe")
-    model, seen = models.load_model(str(save(tmp_path / "m", tokenizer))), []
+    model, seen = load.load_model(str(save(tmp_path / "m", tokenizer))), []
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].tolist()))
     words = tokenizer.get_vocab()
     prompts, responses = [["ASSISTANT: ", "Be kind. ASSISTANT: "]], [[(words["time"], words["t"], words["i"]), (words["house"],)]]
@@ -203,7 +209,7 @@ def spelled(tokenizer, *pieces: str) -> list[int]:
     (["\u0120t", "i", "m", "e"], " time", ["\u0120", "t", "i", "m", "e"], False),         # never put together anew
     (["\u0120time", "\u010a", "</s>"], " time", ["\u0120time"], False)])
 def test_ids_are_cut_where_the_form_cuts_the_text(sampled, text, kept, anew, tmp_path):
-    from repro.prompts import Form
+    from repro.text.prompts import Form
 
     tokenizer, form = made("bpe"), Form("plain")
     sampled = ["\u0120", "t", *sampled[1:]] if sampled[0] == "\u0120t" else sampled
@@ -285,8 +291,8 @@ def thinking(tmp_path, monkeypatch, said, *, opened=True, ends=()):
     close = tokenizer.convert_tokens_to_ids("</think>")
     spoken_to(monkeypatch, closing=((close,),), opened=opened, mark="</think>", ends=frozenset(), ends_both=frozenset(ends))
     number = iter(range(10**6))
-    monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, ends, max_new_tokens, **more: [
-        sampling.answer_of(tokenizer, said(next(number), close)[:max_new_tokens], {2, *ends}) for _ in prompts])
+    monkeypatch.setattr(local, "sample_batch", lambda model, tokenizer, prompts, ends, max_new_tokens, **more: [
+        local.answer_of(tokenizer, said(next(number), close)[:max_new_tokens], {2, *ends}) for _ in prompts])
     return experiment_of(save(tmp_path / "m", tokenizer), tokens=3), tokenizer, close
 
 
@@ -315,7 +321,7 @@ def test_reasoning_that_a_special_token_closes_is_no_part_of_the_response(tmp_pa
     scored = [tuple(row["ids"]) or tuple(tokenizer(".").input_ids) for row in held_out]
     assert {response for _, response in spied[1]} >= set(scored) and any(not row["ids"] for row in held_out)
     assert [n for row in rows_of(folder / "logprobs/evaluation-0.jsonl") for n in row["tokens"]] == [len(s) for s in scored]
-    assert checking.verify_run(folder) == 0
+    assert verify.verify_run(folder) == 0
 
 
 def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch):
@@ -339,11 +345,11 @@ def test_a_prompt_that_has_closed_the_reasoning_is_scored_as_it_is(tmp_path, mon
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [20 + k % 9])
     shared = Run(experiment, tmp_path / "out", lambda line: None)
     shared.check()
-    assert seam.scored_prompt(shared, "x<think>") == "x<think></think>"
-    assert seam.scored_prompt(shared, "x<think>\n\n</think>\n\n") == "x<think>\n\n</think>\n\n"
+    assert draws.scored_prompt(shared, "x<think>") == "x<think></think>"
+    assert draws.scored_prompt(shared, "x<think>\n\n</think>\n\n") == "x<think>\n\n</think>\n\n"
     assert shared.response_tokens() == 3 + experiment.sampling.reasoning_tokens
     shared.speaker = dataclasses.replace(shared.speaker, closing=())
-    assert seam.scored_prompt(shared, "x<think>") == "x<think>" and shared.response_tokens() == 3
+    assert draws.scored_prompt(shared, "x<think>") == "x<think>" and shared.response_tokens() == 3
 
 
 def test_reasoning_behind_a_server_of_text_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -364,7 +370,7 @@ def test_the_template_s_end_markers_end_a_sample(tmp_path, monkeypatch):
     def sample(run):
         jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
         texts = [run.prompt(c, q, "evaluation", sample=True) for q, c in jobs]
-        return sampling.sample_to_file(run, jobs, texts, 0, run.folder / "responses/x.jsonl", "x")
+        return sample.sample_to_file(run, jobs, texts, 0, run.folder / "responses/x.jsonl", "x")
 
     rows = sample(shared)
     end = next(row["ids"][3] for row in rows if len(row["ids"]) > 3 and row["ids"][3] not in row["ids"][:3])
@@ -390,7 +396,7 @@ def test_the_template_s_end_markers_end_a_sample(tmp_path, monkeypatch):
 def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
     experiment = experiment_of(save(tmp_path / "m", made("bpe", "ASSISTANT: ")))
     straight = run(experiment, tmp_path / "straight", say=lambda line: None)
-    real, begun = sampling.sample_batch, []
+    real, begun = local.sample_batch, []
 
     def stopped(*args, **how):
         begun.append(1)
@@ -398,7 +404,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return real(*args, **how)
 
-    monkeypatch.setattr(sampling, "sample_batch", stopped)
+    monkeypatch.setattr(local, "sample_batch", stopped)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path / "often", say=lambda line: None)
@@ -412,8 +418,8 @@ def test_rows_without_ids_are_tokenised_as_before_and_that_is_said_once(tmp_path
     """A run that an older version began: its responses are text, stripped in training and in evaluation."""
     experiment, said = experiment_of(save(tmp_path / "m", made("bpe", "ASSISTANT:"))), []
     with monkeypatch.context() as old:
-        old.setattr(sampling, "asdict", lambda row: {k: v for k, v in dataclasses.asdict(row).items() if k != "ids"})
-        old.setattr("repro.pipeline.train_iteration", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        old.setattr(sample, "asdict", lambda row: {k: v for k, v in dataclasses.asdict(row).items() if k != "ids"})
+        old.setattr("repro.run.sample.train_iteration", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path / "out", say=lambda line: None)
     spied[1].clear()
@@ -427,7 +433,7 @@ def test_rows_without_ids_are_tokenised_as_before_and_that_is_said_once(tmp_path
     texts = [shared.prompt(c, query, experiment.seed, 1, "train", c.id, sample=False) for c in pair]
     pairs = [p for text in texts for p in pairs_of(shared.tokenizer, text, [row["text"].strip() for row in both], score_eos=False)]
     assert spied[1][: len(pairs)] == [(tuple(p.ids[: p.start]), tuple(p.ids[p.start:])) for p in pairs]
-    assert checking.verify_run(folder) == 0
+    assert verify.verify_run(folder) == 0
 
 
 def test_verify_sees_ids_of_another_number_than_what_was_scored(tmp_path):
@@ -440,7 +446,7 @@ def test_verify_sees_ids_of_another_number_than_what_was_scored(tmp_path):
     record = read_json(folder / "run.json")
     record["stages"]["evaluate-1"]["outputs"]["responses/evaluation-1.jsonl"] = file_sha256(path)
     (folder / "run.json").write_text(json.dumps(checked(record)))
-    found = {group: (status, why) for group, status, _, why in checking.check_run(folder)}
+    found = {group: (status, why) for group, status, _, why in verify.check_run(folder)}
     assert found["files"][0] == "PASS" and found["metrics"][0] == "FAIL" and "token ids" in found["metrics"][1]
 
 
@@ -459,7 +465,7 @@ def test_a_server_of_text_has_the_ids_of_its_text_in_its_place_and_that_is_said(
             shared = Run(experiment, tmp_path / cue / "out", said.append, sampler_url=url)
             shared.prepare()
             shared.adopt(shared.constitutions)
-            evaluation.evaluate(shared, 0)
+            evaluate.evaluate(shared, 0)
         rows, words = rows_of(shared.folder / "responses/evaluation-0.jsonl"), shared.tokenizer.get_vocab()
         assert {row["ids"][0] for row in rows} == {words[first]} and all(len(row["ids"]) == row["tokens"] for row in rows)
         assert {shared.tokenizer.decode(row["ids"]) for row in rows} == {row["text"] for row in rows}
@@ -479,13 +485,13 @@ def test_text_in_its_place_has_no_mark_of_a_beginning(before, text, pieces):
 def test_for_the_embedded_model_both_ways_give_the_same_ids():
     """What it samples is what its text is tokenised to behind the prompt: nothing has changed for it."""
     experiment = load_experiment("exp1", "mini")[0]
-    tokenizer, model = models.load_tokenizer(models.EMBEDDED), models.load_model(models.EMBEDDED, dtype="bfloat16")
-    from repro.prompts import Form
-    from repro.speaker import Speaker
+    tokenizer, model = load.load_tokenizer(models_config.EMBEDDED), load.load_model(models_config.EMBEDDED, dtype="bfloat16")
+    from repro.models.speaker import Speaker
+    from repro.text.prompts import Form
 
     texts = [Form().render(Speaker.of(tokenizer), [principle], query, sample=True) for query in ("How do I boil an egg?", "Why is the sky blue?")
              for principle in ("Answer in one short sentence.", "Answer at length.", "Write like a pirate.")]
     assert experiment.model.prompt == Form().kind
-    for text, answer in zip(texts, sampling.sample_batch(model, tokenizer, texts, max_new_tokens=16)):
+    for text, answer in zip(texts, local.sample_batch(model, tokenizer, texts, max_new_tokens=16)):
         old, new = pairs_of(tokenizer, text, [answer["text"], answer["ids"]], score_eos=False)
         assert old == new

@@ -15,10 +15,14 @@ from judge_server import TextServer
 from test_experiments import small
 from test_judge_real import SERVING
 
-from repro import asking, cli, config, sampling, serving
-from repro.endpoint import Endpoint
+from repro import cli, config, identity
 from repro.records import UserError, read_jsonl
-from repro.rundir import Run
+from repro.run.folder import Run
+from repro.run.sample import sample_to_file
+from repro.sampling import launch, local
+from repro.sampling import server as sampling_server
+from repro.servers import client
+from repro.servers.endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "tests/fake_vllm.py"
@@ -47,7 +51,7 @@ def prepared(tiny, folder: Path, engine: str, name="exp1", **more) -> Run:
 def sample(run: Run, iteration=0) -> list[dict]:
     jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
     texts = [run.prompt(c, q, "evaluation", sample=True) for q, c in jobs]
-    return sampling.sample_to_file(run, jobs, texts, iteration, run.folder / "responses/x.jsonl", "x")
+    return sample_to_file(run, jobs, texts, iteration, run.folder / "responses/x.jsonl", "x")
 
 
 def as_text(rows: list[dict]) -> list[dict]:
@@ -57,7 +61,7 @@ def as_text(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(serving, "GRACE_S", 5.0)
+    monkeypatch.setattr(launch, "GRACE_S", 5.0)
     send = Endpoint.__init__
 
     def quick(self, **fields):
@@ -71,11 +75,11 @@ def fast(monkeypatch):
 def test_the_engine_is_part_of_the_configuration_and_the_default_keeps_its_hash():
     base = cli.load_experiment("exp1", "mini")[0]
     assert base.sampling.engine == "transformers"
-    fields = config.flatten(base.to_json())
+    fields = identity.flatten(base.to_json())
     for younger in ("sampling.engine", "sampling.reasoning", "train.dropout"):
         fields.pop(younger)
-    assert config.config_hash(base, {}) == config.digest(fields)  # what was run before the field was there
-    hashes = {config.config_hash(dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, engine=e)), {})
+    assert identity.config_hash(base, {}) == config.digest(fields)  # what was run before the field was there
+    hashes = {identity.config_hash(dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, engine=e)), {})
               for e in config.ENGINES}
     assert len(hashes) == 3
     with pytest.raises(UserError, match="SamplingSpec.engine: 'vlm' is unknown; .*did you mean 'vllm'"):
@@ -89,23 +93,23 @@ def test_the_missing_step_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("SAMI_VLLM", raising=False)
     with pytest.raises(UserError, match="there is no vllm on PATH; install it in an environment of its own"):
-        serving.check("vllm", None)
+        launch.check("vllm", None)
     monkeypatch.setenv("SAMI_VLLM", "/nowhere/vllm")
     with pytest.raises(UserError, match="SAMI_VLLM is '/nowhere/vllm', which is no executable"):
-        serving.check("vllm", None)
-    serving.check("vllm", "http://127.0.0.1:8000/v1")
+        launch.check("vllm", None)
+    launch.check("vllm", "http://127.0.0.1:8000/v1")
     with pytest.raises(UserError, match="--sampler-url: the engine transformers samples in this process"):
-        serving.check("transformers", "http://127.0.0.1:8000/v1")
+        launch.check("transformers", "http://127.0.0.1:8000/v1")
     with pytest.raises(UserError, match="expected http"):
-        serving.check("server", "localhost:8000")
+        launch.check("server", "localhost:8000")
 
 
 def test_the_command_line_of_vllm(fake):
-    argv = serving.command("vllm", "m", port=7, dtype="bfloat16", gpus=8, share=None, context=900)
+    argv = launch.command("vllm", "m", port=7, dtype="bfloat16", gpus=8, share=None, context=900)
     assert argv == ["env", "-u", "PYTHONPATH", str(fake), "serve", "m", "--host", "127.0.0.1", "--port", "7", "--dtype",
                     "bfloat16", "--tensor-parallel-size", "8", "--max-model-len", "900", "--seed", "0", "--generation-config",
                     "vllm"]
-    argv = serving.command("vllm", "m", port=7, dtype="bfloat16", gpus=8, share=2, context=900)
+    argv = launch.command("vllm", "m", port=7, dtype="bfloat16", gpus=8, share=2, context=900)
     assert argv[argv.index("--tensor-parallel-size"):][:4] == ["--tensor-parallel-size", "2", "--data-parallel-size", "4"]
 
 
@@ -117,19 +121,19 @@ def test_prompts_go_as_the_token_ids_that_the_model_is_trained_with():
     tokenizer = byte_tokenizer()
     ids = tokenizer("<|im_start|>ab", add_special_tokens=False).input_ids
     extra = {"return_token_ids": True, "repetition_penalty": 1.0}  # which vLLM else takes from the weights' generation config
-    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
+    assert sampling_server.request("vllm", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
         "prompt": ids, "max_tokens": 5, "temperature": 0.0, "stop": ["###"], "extra_body": extra}
-    assert serving.request("server", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
+    assert sampling_server.request("server", tokenizer, "<|im_start|>ab", 5, {2}, ("###",)) == {
         "prompt": "<|im_start|>ab", "max_tokens": 5, "temperature": 0.0}
-    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2, 9})["extra_body"] == extra | {
+    assert sampling_server.request("vllm", tokenizer, "<|im_start|>ab", 5, {2, 9})["extra_body"] == extra | {
         "stop_token_ids": [9]}  # what the weights' generation config names beside the tokenizer's
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     assert tokenizer("ab").input_ids[0] == 1
-    assert serving.request("vllm", tokenizer, "<|im_start|>ab", 5, {2})["prompt"] == ids  # not two of them
-    assert serving.request("server", tokenizer, "<|im_start|>ab", 5, {2})["prompt"] == "ab"
+    assert sampling_server.request("vllm", tokenizer, "<|im_start|>ab", 5, {2})["prompt"] == ids  # not two of them
+    assert sampling_server.request("server", tokenizer, "<|im_start|>ab", 5, {2})["prompt"] == "ab"
     with pytest.raises(UserError, match="would read another prompt than the model is trained with; use --sampler vllm"):
-        serving.request("server", tokenizer, "ab", 5, {2})
+        sampling_server.request("server", tokenizer, "ab", 5, {2})
 
 
 def test_the_first_space_of_a_sentencepiece_response_stays():
@@ -141,9 +145,9 @@ def test_the_first_space_of_a_sentencepiece_response_stays():
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     assert tokenizer.decode([5, 3]) == "wasw"
-    assert sampling.answer_of(tokenizer, [5, 3, 1, 4], {1}) == {
+    assert local.answer_of(tokenizer, [5, 3, 1, 4], {1}) == {
         "text": " wasw", "ids": [5, 3], "tokens": 2, "finished": True}
-    assert sampling.answer_of(tokenizer, [3, 5], {1}) == {
+    assert local.answer_of(tokenizer, [3, 5], {1}) == {
         "text": "w was", "ids": [3, 5], "tokens": 2, "finished": False}
 
 
@@ -178,7 +182,7 @@ def test_control_tokens_that_are_spelled_out_are_dropped(tiny, tmp_path):
         answer = Server(**options).answer({"model": "m", "prompt": "x", "max_tokens": 99, "return_token_ids": True})
         if engine == "vllm":  # as text it is encoded to the control token itself
             answer["choices"][0]["token_ids"] = [*byte_tokenizer()("a<|im_").input_ids, *byte_tokenizer()("end|>b").input_ids]
-        assert serving.read_answer(engine, byte_tokenizer(), answer, {2})["text"] == "ab"
+        assert sampling_server.read_answer(engine, byte_tokenizer(), answer, {2})["text"] == "ab"
 
 
 def test_no_proxy_stands_before_a_server_of_this_machine(tiny, tmp_path, monkeypatch):
@@ -206,8 +210,8 @@ def test_a_fault_costs_nothing_but_another_request(tiny, tmp_path, fault):
 
 def test_what_is_missing_is_an_error_and_what_was_answered_is_not_asked_again(tiny, tmp_path, monkeypatch):
     place = str(tiny)
-    monkeypatch.setattr(serving, "CONCURRENCY", {"vllm": 1})
-    monkeypatch.setattr(asking, "IN_A_ROW", 2)
+    monkeypatch.setattr(sampling_server, "CONCURRENCY", {"vllm": 1})
+    monkeypatch.setattr(client, "IN_A_ROW", 2)
     server = TextServer(lambda k, body: "400" if k > 5 else None, tokenizer=tiny / "tokenizer.json", lists={place: place})
     with server.serve() as url:
         run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
@@ -335,7 +339,7 @@ def test_a_sampling_server_that_is_none_is_one_line_with_its_reason(tiny, tmp_pa
 def test_a_key_that_no_header_takes_is_told_before_a_run(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "\u2018secret\u2019")
     with pytest.raises(UserError, match=r"\$VLLM_API_KEY: character 1 is LEFT SINGLE QUOTATION MARK"):
-        serving.check("vllm", "http://127.0.0.1:9/v1")
+        launch.check("vllm", "http://127.0.0.1:9/v1")
 
 
 # ---- what a run starts ends with it
@@ -397,10 +401,10 @@ def test_a_server_that_does_not_come_up_or_dies_is_an_error_with_its_last_words(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_server_does_not_outlive_a_run_that_is_killed(tiny, tmp_path, fake, number):
-    code = ("import sys, time; from pathlib import Path; from repro import cli, serving\n"
+    code = ("import sys, time; from pathlib import Path; from repro import cli; from repro.sampling import launch\n"
             "import signal; signal.signal(signal.SIGTERM, cli._terminate)\n"
-            "serving.GRACE_S = 5\n"
-            "with serving.served('vllm', sys.argv[1], url=None, dtype='float32', share=1, context=9,"
+            "launch.GRACE_S = 5\n"
+            "with launch.served('vllm', sys.argv[1], url=None, dtype='float32', share=1, context=9,"
             " log=Path(sys.argv[2]), say=print):\n    print('up', flush=True); time.sleep(60)\n")
     log = tmp_path / "sampler.log"
     child = subprocess.Popen([sys.executable, "-c", code, str(tiny), str(log)], stdout=subprocess.PIPE, text=True,
@@ -416,11 +420,11 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tiny, tmp_path, fake, nu
 
 def test_a_server_that_ends_by_itself_leaves_nothing_behind():
     """vLLM's engine processes may outlive the one that was started."""
-    guard = subprocess.Popen([sys.executable, "-m", "repro.serving", "sh", "-c", "sleep 300 & echo $!; exit 3"], text=True,
+    guard = subprocess.Popen([sys.executable, "-m", "repro.sampling.launch", "sh", "-c", "sleep 300 & echo $!; exit 3"], text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT)
     left, said = int(guard.stdout.readline()), guard.stdout.readline()
     guard.stdout.close(), guard.stdin.close()
-    assert said == f"{serving.ENDED}3\n"
+    assert said == f"{launch.ENDED}3\n"
     assert guard.wait(20) == -signal.SIGKILL and gone({left}, 5)
 
 

@@ -9,13 +9,15 @@ from conftest import byte_tokenizer, save_tiny
 from test_experiments import small
 from tokenizers import AddedToken
 
-from repro import cli, models
-from repro.constitutions import load_constitutions
-from repro.datasets import load_queries
-from repro.prompts import CHAT_SYSTEM, Form
+from repro import cli, config
+from repro.models import decoding, load
+from repro.models import template as model_template
+from repro.models.speaker import Speaker, told
 from repro.records import UserError
-from repro.rundir import Run
-from repro.speaker import Speaker, told
+from repro.run.folder import Run
+from repro.text.principles import load_constitutions
+from repro.text.prompts import CHAT_SYSTEM, Form
+from repro.text.queries import load_queries
 
 QUERY, PRINCIPLES = "Why  is it?\n\n\nTell me.", ("Be brief.", "Be kind.")
 EACH = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -237,7 +239,7 @@ def dated_model(folder):
 
 
 def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch):
-    from repro import rundir
+    from repro.run import folder as rundir
 
     experiment = small(cli.load_experiment("exp1", "mini")[0], dated_model(tmp_path / "m"))
     days, prompts, records = ("2026-11-28", "2026-12-01"), [], []
@@ -270,7 +272,7 @@ def test_an_answer_ends_where_a_rendered_turn_of_the_model_does(turn, added, end
     cue = "<|assistant|>" if "|{{" in turn else "<assistant>"
     speaker = speaker_of(f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{cue}{{% endif %}}", added)
     assert speaker.ends == set(ids_of(speaker, end)) and speaker.facts()["ends"] == [end]
-    assert not speaker.ends & models.end_tokens(speaker.tokenizer, dataclasses.make_dataclass("M", ["generation_config"])(None))
+    assert not speaker.ends & decoding.end_tokens(speaker.tokenizer, dataclasses.make_dataclass("M", ["generation_config"])(None))
 
 
 def test_no_end_is_made_up_of_ordinary_text():
@@ -285,8 +287,8 @@ def test_no_end_is_made_up_of_ordinary_text():
     ("{% for m in messages %}{{ '@@' + m.role + '@@' }}{{ m.content }}{{ '@@' }}{% endfor %}@@assistant@@", ("@@user@@", "@@assistant@@", "@@"))])
 def test_ordinary_added_tokens_that_the_template_says_are_control_tokens(template, added):
     tokenizer = tokenizer_of(template, (*added, " bread", "\n\n", "assistant", "~~other~~"))
-    assert set(added) <= set(models.control_tokens(tokenizer))
-    assert not {" bread", "\n\n", "assistant", "~~other~~"} & set(models.control_tokens(tokenizer))
+    assert set(added) <= set(model_template.control_tokens(tokenizer))
+    assert not {" bread", "\n\n", "assistant", "~~other~~"} & set(model_template.control_tokens(tokenizer))
     assert CHAT_SYSTEM in asked(Speaker.of(tokenizer))
 
 
@@ -358,7 +360,7 @@ def test_a_principle_that_is_altered_is_named(tmp_path):
 
 
 def test_reasoning_has_its_own_tokens_flag_and_hash(tmp_path):
-    from repro.config import config_hash
+    from repro.identity import config_hash
 
     tiny = save_tiny(tmp_path / "m")
     (tiny / "chat_template.jinja").write_text(EACH + CUE.replace("assistant\n", "assistant\n{% if thinking == false %}<think></think>{% else %}<think>{% endif %}"))
@@ -377,7 +379,7 @@ def test_reasoning_has_its_own_tokens_flag_and_hash(tmp_path):
 
 
 def test_a_writer_that_reasons_in_any_case_is_refused(tmp_path):
-    from repro.writing import speaker_of_writer
+    from repro.run.folder import speaker_of_writer
 
     tokenizer = tokenizer_of(EACH + CUE.replace("assistant\n", "assistant\n<think>\n"))
     with pytest.raises(UserError, match="^writer w: it writes '</think>' before it responds"):
@@ -386,7 +388,7 @@ def test_a_writer_that_reasons_in_any_case_is_refused(tmp_path):
 
 def test_the_embedded_model_is_spoken_to_as_ever():
     """Its prompts are what the tokenizer renders by itself, for every query of ours; nothing is passed, nothing is odd."""
-    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokenizer = load.load_tokenizer(config.EMBEDDED)
     speaker, how = Speaker.of(tokenizer), {"tokenize": False, "add_generation_prompt": True}
     assert told({"spoken": {"model": speaker.facts()}}) == [] and speaker.ends == {tokenizer.eos_token_id} and not speaker.closing
     statements, spec = load_constitutions("dialogue_mini").positive.statements(), cli.load_experiment("exp1", "mini")[0].data

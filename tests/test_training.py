@@ -10,12 +10,16 @@ import torch
 import transformers
 from conftest import byte_tokenizer
 
-from repro import cli, models, training
-from repro.config import DataSpec, Experiment, SamplingSpec, TrainSpec, Update, config_hash
+from repro import cli
+from repro.config import DataSpec, Experiment, SamplingSpec, TrainSpec, Update
+from repro.core import loop, memory
+from repro.core.engines import TrainingPair
+from repro.core.loop import train
+from repro.core.memory import activation_bytes
+from repro.core.shapes import counted
+from repro.identity import config_hash
+from repro.models import load
 from repro.records import UserError
-from repro.shapes import counted
-from repro.sizes import activation_bytes
-from repro.training import TrainingPair, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACE = ROOT / "tests/golden_trace.txt"
@@ -43,7 +47,7 @@ def pairs(n):
 
 
 def trained(tiny, spec, n=8, iteration=1, pairs=pairs):
-    model = models.load_model(str(tiny), dtype="bfloat16" if spec.precision == "bf16" else "float32")
+    model = load.load_model(str(tiny), dtype="bfloat16" if spec.precision == "bf16" else "float32")
     return model, train(model, byte_tokenizer(), pairs(n), spec, iteration)
 
 
@@ -60,12 +64,12 @@ def test_golden_loss_trace(tiny):
 
 def test_a_step_is_the_mean_gradient_of_its_batch(tiny):
     """One plain step by hand: RMSprop's first update of the mean loss over the batch."""
-    from repro.logprobs import logprob_matrix
-    from repro.losses import symmetric_infonce
+    from repro.core.logprobs import logprob_matrix
+    from repro.core.losses import symmetric_infonce
 
     spec = TrainSpec(batch_size=3, batches=1, learning_rate=1e-3, precision="fp32")
     model, trace = trained(tiny, spec, 3)
-    ours = models.load_model(str(tiny))
+    ours = load.load_model(str(tiny))
     batch = pairs(3)
     matrices = logprob_matrix(ours, byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch],
                               length_normalize=True, score_eos=False, backend="reference")
@@ -83,7 +87,7 @@ def test_a_step_is_the_mean_gradient_of_its_batch(tiny):
 def test_as_run_leaves_the_first_step_without_effect(tiny):
     spec = TrainSpec(dose="as_run", batch_size=2, batches=1, learning_rate=1e-2, precision="fp32")
     model, trace = trained(tiny, spec, 2)
-    before = models.load_model(str(tiny)).state_dict()
+    before = load.load_model(str(tiny)).state_dict()
     assert [row["rate"] for row in trace] == [0.0]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -93,7 +97,7 @@ def test_bf16_rounds_small_updates_away_and_fp32_master_does_not(tiny):
     def moved(precision):
         spec = TrainSpec(batch_size=2, batches=2, learning_rate=5e-7, precision=precision, optimizer="adamw")
         model, _ = trained(tiny, spec, 4)
-        before = models.load_model(str(tiny), dtype="bfloat16" if precision == "bf16" else "float32").state_dict()
+        before = load.load_model(str(tiny), dtype="bfloat16" if precision == "bf16" else "float32").state_dict()
         after = model.state_dict()
         return sum((before[k] != v).sum().item() for k, v in after.items()) / sum(v.numel() for v in after.values())
 
@@ -108,8 +112,8 @@ def test_the_products_setting_is_put_back(tiny):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
-    model, loss = models.load_model(str(tiny)), training.symmetric_infonce
-    monkeypatch.setattr(training, "symmetric_infonce", lambda logprobs: loss(logprobs) * float("nan"))
+    model, loss = load.load_model(str(tiny)), loop.symmetric_infonce
+    monkeypatch.setattr(loop, "symmetric_infonce", lambda logprobs: loss(logprobs) * float("nan"))
     before = copy.deepcopy(model.state_dict())
     saved = []
     with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite at learning rate 0.0002; stopped"):
@@ -119,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_refused_before_the_first_step(tiny):
-    model = models.load_model(str(tiny))
+    model = load.load_model(str(tiny))
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = float("nan")
     with pytest.raises(UserError, match="the loaded model: llama: its logits are not finite"):
@@ -135,7 +139,7 @@ def test_too_few_pairs_is_said(tiny):
 def test_packs_of_many_queries_give_the_same_step(tiny, backend):
     """One query a backward or all of them in one: the same gradient to rounding."""
     def norms(tokens):
-        seen, told = models.load_model(str(tiny)), []
+        seen, told = load.load_model(str(tiny)), []
         trace = train(seen, byte_tokenizer(), pairs(7), TrainSpec(batch_size=7, batches=1, precision="fp32", pack_tokens=tokens),
                       1, backend=backend, on_query=told.append)
         return trace[0]["loss"], trace[0]["grad_norm"], [n for n in told if n]
@@ -154,7 +158,7 @@ def test_activations_are_checkpointed_where_they_would_not_fit(tiny, monkeypatch
                         lambda self, *a, **k: on.append(1) or enable(self, *a, **k))
     plain, _ = trained(tiny, spec, 4)
     assert not on
-    monkeypatch.setattr(training, "usable_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "usable_bytes", lambda device: 1000)
     tight, _ = trained(tiny, spec, 4)
     assert on and not tight.is_activation_checkpointing
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tight.parameters()))
@@ -193,7 +197,7 @@ def test_dropout_is_off_or_drawn_by_position(family, dropout):
     (one, weights), (two, again) = (trained_with(family, spec, start=seed) for seed in (7, 8))
     assert one == two and all(map(torch.equal, weights, again))
     model = dropping(family).eval()
-    at_rest = [training.symmetric_infonce(training.matrix_by("reference", model, byte_tokenizer(), [p.prompts], [p.responses],
+    at_rest = [loop.symmetric_infonce(loop.matrix_by("reference", model, byte_tokenizer(), [p.prompts], [p.responses],
                                                              length_normalize=True, score_eos=False)).item() for p in pairs(2)]
     assert (one[0] == pytest.approx(sum(at_rest) / 2, abs=1e-6)) == (dropout == "off")
 
@@ -210,7 +214,7 @@ def test_what_is_dropped_differs_from_pass_to_pass():
 @pytest.mark.parametrize("dropout", ["off", "drawn"])
 def test_a_run_with_dropout_goes_on_with_the_same_bytes(tmp_path, dropout):
     """Stopped after its first step, whatever the random state is then."""
-    from repro.steps import StepCheckpoints
+    from repro.core.checkpoints import StepCheckpoints
 
     spec = dataclasses.replace(SPEC, dropout=dropout)
     whole = trained_with("gpt2", spec)
@@ -236,7 +240,7 @@ def test_checkpointed_layers_drop_what_they_dropped(monkeypatch, dropout):
     spec = dataclasses.replace(SPEC, dropout=dropout)
     backend = "shared" if dropout == "off" else "reference"
     plain, calls = trained_with("llama", spec, backend), []
-    monkeypatch.setattr(training, "usable_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "usable_bytes", lambda device: 1000)
     forward = transformers.models.llama.modeling_llama.LlamaMLP.forward
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward",
                         lambda self, x: calls.append((self.training, torch.is_grad_enabled())) or forward(self, x))
@@ -255,7 +259,7 @@ def test_a_layer_that_drops_by_itself_does_not_when_it_is_checkpointed_at_rest(m
     enable = transformers.PreTrainedModel.activation_checkpointing_enable
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda self: on.append(1) or enable(self))
     for name, value in (("known_shape", lambda model: "known"), ("training_bytes", lambda *of: {}), ("peak", lambda of: ("", 1 << 62))):
-        monkeypatch.setattr(training, name, value)
+        monkeypatch.setattr(loop, name, value)
     tight = trained_with("opt", spec)
     assert on and tight[0] == plain[0] and all(map(torch.equal, plain[1], tight[1]))
 
@@ -271,16 +275,16 @@ def test_the_config_says_which_and_old_hashes_stay():
 @pytest.mark.parametrize("optimizer, numbers", [("rmsprop", 3), ("adamw", 4)])
 def test_checkpointing_counts_weights_gradients_and_optimizer_state(tiny, monkeypatch, optimizer, numbers):
     """Room for the activations and half of these is too little; for all of both, with the head's part, enough."""
-    from repro.logprobs import packed_tokens
+    from repro.core.logprobs import packed_tokens
 
-    model, batch, on = models.load_model(str(tiny)), pairs(2), []
+    model, batch, on = load.load_model(str(tiny)), pairs(2), []
     lengths, _ = packed_tokens(byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch], score_eos=False)
     held = 4 * numbers * sum(p.numel() for p in model.parameters())
     activations = activation_bytes(counted(model), sum(lengths), 4)
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda self: on.append(1))
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_disable", lambda self: None)
     for usable in (held // 2 + activations, held + 3 * activations):
-        monkeypatch.setattr(training, "usable_bytes", lambda device: usable)  # noqa: B023
+        monkeypatch.setattr(memory, "usable_bytes", lambda device: usable)  # noqa: B023
         trained(tiny, TrainSpec(optimizer=optimizer, precision="fp32", batch_size=2, batches=1), 2)
     assert on == [1]
 
@@ -316,7 +320,7 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
     """Two layers' worth: the difference between four layers and two."""
     from test_logprobs import PROMPTS, RESPONSES, tiny_family
 
-    from repro.logprobs import logprob_matrix, packed_tokens
+    from repro.core.logprobs import logprob_matrix, packed_tokens
 
     def kept(layers):
         model = tiny_family(family, num_hidden_layers=layers)
@@ -340,7 +344,7 @@ def test_products_under_autocast_use_the_updated_weights(monkeypatch):
     """On CUDA the whole of an iteration is one context, whose cache of bf16 weights would outlive an update."""
     from types import SimpleNamespace
 
-    from repro.training import matmul_precision
+    from repro.core.engines import matmul_precision
 
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, **how: autocast("cpu", **how))

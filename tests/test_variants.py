@@ -10,16 +10,19 @@ import pytest
 from conftest import byte_tokenizer
 from test_experiments import KEYS, contents, small
 
-from repro import cli, sampling
-from repro.constitutions import Pool
-from repro.judging import follows
-from repro.pipeline import check_together, run, usable_pairs
-from repro.prompts import CHAT_REASON, Form
+from repro import cli
+from repro.judges.rule import follows
+from repro.models.speaker import Speaker
 from repro.records import UserError
-from repro.report import gather, leaves, publish
-from repro.rules import RULES
-from repro.rundir import Run
-from repro.speaker import Speaker
+from repro.report.publish import gather, leaves, publish
+from repro.run import sample as run_sample
+from repro.run.folder import Run
+from repro.run.pipeline import check_together, run
+from repro.run.sample import usable_pairs
+from repro.sampling import local
+from repro.text.principles import Pool
+from repro.text.prompts import CHAT_REASON, Form
+from repro.text.rules import RULES
 
 WRITTEN = ("Principle 1: Clear: Summaries should say what happened in the order of the post.\n"
            "Principle 2: Kind: Summaries should speak well of the author of the post.")
@@ -54,7 +57,7 @@ def variants(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("tldr")
     experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("repro.writing.LocalWriter.answer", answer)
+        patch.setattr("repro.run.write.LocalWriter.answer", answer)
         folders = [run(e, out, say=quiet) for e in experiments]
     return experiments, gather(folders)
 
@@ -83,11 +86,11 @@ def test_items_of_a_pool_are_the_same_for_every_seed_and_each_principle_counts_a
 
 def test_the_shipped_evaluation_has_no_item_twice():
     experiment = cli.load_experiment("exp3", "mini")[0]
-    from repro.datasets import load_queries
+    from repro.text.queries import load_queries
 
     queries, _ = load_queries(experiment.data.source, spec=experiment.data)
     shared = Run(experiment, None, quiet)
-    from repro.constitutions import load_constitutions
+    from repro.text.principles import load_constitutions
 
     shared.constitutions, shared.held_out = load_constitutions("diverse"), [q for q in queries if q.split == "evaluation"]
     items = shared.items()
@@ -189,7 +192,7 @@ def test_a_resumed_writer_is_not_asked_again(variants):
     (weak, _), folder = variants
     before, said = contents(folder / "weak"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("repro.writing.LocalWriter.answer", lambda self, *args, **kwargs: pytest.fail("asked again"))
+        patch.setattr("repro.run.write.LocalWriter.answer", lambda self, *args, **kwargs: pytest.fail("asked again"))
         run(weak, folder.parents[1], say=said.append)
     assert "write: done before, skipped" in said and contents(folder / "weak") == before
 
@@ -247,7 +250,7 @@ def test_runs_that_cannot_stand_side_by_side_are_refused_before_the_first_begins
 def test_a_template_without_a_system_turn_has_it_in_the_users(tiny):
     from transformers import AutoTokenizer
 
-    from repro.prompts import CHAT_SYSTEM
+    from repro.text.prompts import CHAT_SYSTEM
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     assert "system\n" + CHAT_SYSTEM in Form().render(Speaker.of(tokenizer), ["Be brief."], "Why?", sample=True)
@@ -272,15 +275,15 @@ def test_a_file_of_several_runs_that_do_not_go_together(body, reason, tmp_path):
 # ---- chain of thought
 
 def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch):
-    plain = sampling.sample_batch
+    plain = local.sample_batch
     asked = []
 
     def thinking(model, tokenizer, prompts, **more):
         asked.extend(prompts)
         first = tokenizer("Let me think. Summary: ").input_ids
-        return [sampling.answer_of(tokenizer, first + a["ids"], {2}) for a in plain(model, tokenizer, prompts, **more)]
+        return [local.answer_of(tokenizer, first + a["ids"], {2}) for a in plain(model, tokenizer, prompts, **more)]
 
-    monkeypatch.setattr(sampling, "sample_batch", thinking)
+    monkeypatch.setattr(local, "sample_batch", thinking)
     experiment = dataclasses.replace(small(cli.load_experiment("exp3", "mini")[0], tiny), cot=True)
     folder = run(experiment, tmp_path, say=quiet)
     ask = CHAT_REASON.split("{mark}")[0].strip()
@@ -305,11 +308,11 @@ def test_a_plain_response_is_finished_where_the_format_ended_it(tiny, tmp_path, 
     experiment = small(cli.load_experiment("exp3", "mini")[0], tiny)
     experiment = dataclasses.replace(experiment, cot=True, model=dataclasses.replace(experiment.model, prompt="plain"))
     shared = prepared(experiment, tmp_path)
-    monkeypatch.setattr(sampling, "sample_batch", lambda model, tokenizer, prompts, **more: [
+    monkeypatch.setattr(local, "sample_batch", lambda model, tokenizer, prompts, **more: [
         {"text": sampled.removeprefix(shared.form.opening), "tokens": 9, "finished": False}] * len(prompts))
     monkeypatch.setattr(shared, "model", lambda *args: contextlib.nullcontext(SimpleNamespace(config=None)))
-    monkeypatch.setattr("repro.probe.pads", lambda config: True)
-    (row,) = sampling.sample_to_file(shared, [(shared.held_out[0], shared.items()[0].constitutions[0])], ["x"], 0, tmp_path / "r.jsonl", "r")
+    monkeypatch.setattr("repro.core.probe.pads", lambda config: True)
+    (row,) = run_sample.sample_to_file(shared, [(shared.held_out[0], shared.items()[0].constitutions[0])], ["x"], 0, tmp_path / "r.jsonl", "r")
     assert (row["text"], row["finished"]) == (text, finished)
 
 

@@ -9,21 +9,12 @@ import pytest
 from judge_habits import HABITS
 from judge_server import JudgeServer
 
-from repro import prompts
-from repro.constitutions import constitutions_of, load_constitutions
-from repro.endpoint import Endpoint
 from repro.records import UserError, read_jsonl, write_json
-from repro.writing import (
-    ATTEMPTS,
-    Fault,
-    LocalWriter,
-    ServerWriter,
-    parse_antithesis,
-    parse_principles,
-    repeats,
-    write_principles,
-    written_constitutions,
-)
+from repro.run.write import ATTEMPTS, LocalWriter, ServerWriter, write_principles, written_constitutions
+from repro.servers.endpoint import Endpoint
+from repro.text import prompts
+from repro.text.principles import constitutions_of, load_constitutions
+from repro.text.written import Fault, parse_antithesis, parse_principles, repeats
 
 GOOD = """Principle 1: concise: A summary should be short and to the point.
 Principle 2: complete: A summary should hold all that matters."""

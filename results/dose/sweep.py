@@ -11,14 +11,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from repro import models, training
-from repro.cli import load_experiment
 from repro.config import JudgeSpec
-from repro.evaluation import evaluate, records
-from repro.pipeline import sample, usable_pairs, write
+from repro.core import engines, loop
+from repro.experiment import load_experiment
+from repro.models import load
 from repro.records import digest, locked, seal, sealed, write_json, write_jsonl
-from repro.run_figures import COLOURS, pyplot, save_figure, select
-from repro.rundir import Run, checkpoint
+from repro.report.figures import COLOURS, pyplot, save_figure, select
+from repro.run.evaluate import evaluate
+from repro.run.folder import Run, checkpoint
+from repro.run.measure import records
+from repro.run.sample import sample, usable_pairs
+from repro.run.write import write
 
 RATES = (5e-7, 2e-6, 5e-6, 1e-6)  # in the order in which they were run
 STEPS = (2, 4, 6)  # those of iterations 1, 2 and 3
@@ -34,13 +37,13 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
     if not run.stage(f"train-{number}", outputs, ["sample-1"]):
         return
     spec = replace(run.experiment.train, learning_rate=rate, batches=steps)
-    pairs = [training.TrainingPair(
+    pairs = [engines.TrainingPair(
         query=query.id, responses=tuple(r.strip() for r in responses),
         prompts=tuple(run.prompt(c, query, run.experiment.seed, 1, "train", c.id, sample=False) for c in pair))
         for query, pair, responses in usable_pairs(run, 1)[0]]
     with run.model(0, "float32") as model:
-        trace = training.train(model, run.tokenizer, pairs, spec, 1, backend=run.record["backend"])
-        models.save_model(model, run.tokenizer, run.folder / checkpoint(number))
+        trace = loop.train(model, run.tokenizer, pairs, spec, 1, backend=run.record["backend"])
+        load.save_model(model, run.tokenizer, run.folder / checkpoint(number))
     seal(run.folder / checkpoint(number), key)
     run.finish(f"train-{number}", outputs, ["sample-1"], trace=trace)
 

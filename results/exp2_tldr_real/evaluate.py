@@ -9,11 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from repro.constitutions import constitutions_of
-from repro.evaluation import evaluate, judge, measure
-from repro.pipeline import report
 from repro.records import locked, read_json
-from repro.rundir import Run, checkpoint, open_run
+from repro.run.evaluate import evaluate, judge
+from repro.run.folder import Run, checkpoint, open_run
+from repro.run.measure import measure
+from repro.run.pipeline import report
+from repro.text.principles import constitutions_of
 
 
 def main(finished: Path, posts: Path, out: Path) -> None:

@@ -245,7 +245,7 @@ def _whole_runs(work: Path, count: int) -> tuple[int, int, list]:
 
     def running(out, nth=None, error="ENOSPC"):
         def act(tell):
-            from repro.pipeline import run
+            from repro.run.pipeline import run
 
             calls = 0
 
@@ -425,10 +425,11 @@ def corruptions(work: Path, quick: bool) -> dict:
     from conftest import byte_tokenizer, save_tiny
     from judge_server import JudgeServer
 
-    from repro.endpoint import Endpoint, Ledger
-    from repro.models import WHEEL, _fetch_wheel
-    from repro.pipeline import run
-    from repro.rundir import Run
+    from repro.models.embedded import WHEEL, _fetch_wheel
+    from repro.run.folder import Run
+    from repro.run.pipeline import run
+    from repro.servers.endpoint import Endpoint
+    from repro.servers.ledger import Ledger
 
     tiny = save_tiny(work / "tiny")
     experiment = kill_study.experiment_of("brief", tiny)

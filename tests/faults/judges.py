@@ -10,9 +10,10 @@ from pathlib import Path
 
 from judge_server import JudgeServer
 
-from repro import admission
-from repro.endpoint import PICO, Ledger
+from repro.paper import admission
 from repro.records import UserError, read_json
+from repro.servers.endpoint import PICO
+from repro.servers.ledger import Ledger
 
 TESTS, ROOT = Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[2]
 
@@ -94,8 +95,9 @@ def injections(work: Path, quick: bool) -> dict:
     from test_judge import JUDGE, Gullible
     from test_judge_server import SPEC, endpoint
 
-    from repro import metrics, models
-    from repro.llm_judge import Pair, ask_judge
+    from repro import config, metrics
+    from repro.judges.llm import Pair, ask_judge
+    from repro.models import load
 
     shipped = {}
     for path in sorted((ROOT / "results/judges").glob("*.json")):
@@ -106,7 +108,7 @@ def injections(work: Path, quick: bool) -> dict:
     with Gullible().serve() as url:
         verdicts, _ = ask_judge(SPEC, [*planted, *control], endpoint(url), work / "l.jsonl", lambda line: None)
     gullible = admission.attack_record(verdicts[:len(planted)], verdicts[len(planted):], planted)
-    made, embedded = marked_tokenizer(), models.load_tokenizer(models.EMBEDDED)
+    made, embedded = marked_tokenizer(), load.load_tokenizer(config.EMBEDDED)
     sets = [made, embedded]
     controls = sorted({*MARKS, *(t.content for tokenizer in sets for t in tokenizer.added_tokens_decoder.values())})
     rng, leaks, marked, texts = random.Random("leaks"), 0, 0, 500 if quick else 10_000

@@ -61,8 +61,8 @@ def kind(stage: str) -> str:
 def experiment_of(name: str, tiny: Path):
     from test_experiments import small
 
-    from repro.cli import load_experiment
     from repro.config import JudgeSpec, ModelSpec
+    from repro.experiment import load_experiment
 
     judge = JudgeSpec(judges=("rule", "likelihood", "openai"), model="judge-1", answer="text")
     if name == "summary":  # with a writer, a baseline and a judge behind a server
@@ -81,9 +81,11 @@ def watched(tell) -> None:
     """Have the modules tell of each unit: "begin" before its work, "done" once it is on the disk."""
     from test_variants import answer
 
-    from repro import sampling, steps, training, worker, writing
-    from repro.endpoint import Ledger
-    from repro.rundir import Run
+    from repro.core import checkpoints, engines
+    from repro.run import jobs, sample, write
+    from repro.run.folder import Run
+    from repro.sampling import local
+    from repro.servers.ledger import Ledger
 
     now = {"stage": "prepare", "unit": None, "step": 0}
 
@@ -113,14 +115,14 @@ def watched(tell) -> None:
 
     around(Run, "stage", after=stage)
     around(Run, "finish", after=lambda _, run, name, *__, **___: tell("done", f"stage {name}"))
-    around(sampling, "sample_batch", lambda model, tokenizer, prompts, **_: now["stage"] == "write" or begin(
+    around(local, "sample_batch", lambda model, tokenizer, prompts, **_: now["stage"] == "write" or begin(
         f"batch {now['stage']} {digest(list(prompts))[:12]}"))
-    around(sampling, "append_jsonl", after=done)
+    around(sample, "append_jsonl", after=done)
 
-    real_answer = writing.LocalWriter.answer
-    writing.LocalWriter.answer = lambda self, messages, **how: (  # asked, and not listened to: it writes nothing usable
+    real_answer = write.LocalWriter.answer
+    write.LocalWriter.answer = lambda self, messages, **how: (  # asked, and not listened to: it writes nothing usable
         begin(f"answer {digest([messages, how])[:12]}"), real_answer(self, messages, **how), answer(self, messages))[-1]
-    around(writing, "append_jsonl", after=done)
+    around(write, "append_jsonl", after=done)
 
     def request(ledger, call):
         return f"verdict {call.key[:12]} {len(ledger.answers.get(call.key, []))}"
@@ -136,7 +138,7 @@ def watched(tell) -> None:
     Ledger.end = end
 
     # Steps of one process; every step is saved, so that saves are killed too. Those of ranks: `saved_queries`.
-    steps.StepCheckpoints.__init__.__kwdefaults__["worth"] = 0.0
+    checkpoints.StepCheckpoints.__init__.__kwdefaults__["worth"] = 0.0
 
     def restored(trace, *_):
         now["step"] = len(trace)
@@ -145,12 +147,12 @@ def watched(tell) -> None:
         now["step"] += 1
         begin(f"step {now['stage']} {now['step']}")
 
-    around(steps.StepCheckpoints, "restore", after=restored)
-    around(training.OneProcess, "clip", step)
-    around(steps.StepCheckpoints, "save", after=done)
+    around(checkpoints.StepCheckpoints, "restore", after=restored)
+    around(engines.OneProcess, "clip", step)
+    around(checkpoints.StepCheckpoints, "save", after=done)
 
-    real_train, heard = worker.train, []
-    worker.train = lambda folder, iteration, ranks, *, on_query, **how: (heard.clear(), real_train(
+    real_train, heard = jobs.train, []
+    jobs.train = lambda folder, iteration, ranks, *, on_query, **how: (heard.clear(), real_train(
         folder, iteration, ranks, **how, on_query=lambda n: (
             heard or tell("restored", f"{iteration} {n}"), heard.append(n), on_query(n))))[-1]
 
@@ -409,7 +411,8 @@ def read_record(path: Path) -> dict:
 def provenance() -> dict:
     from importlib.metadata import version
 
-    from repro.rundir import PACKAGES, commit
+    from repro.identity import commit
+    from repro.run.folder import PACKAGES
 
     return {"commit": commit(), "packages": {name: version(name) for name in PACKAGES}, "python": sys.version.split()[0],
             "cores": os.cpu_count()}
@@ -426,7 +429,9 @@ def imports() -> None:
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-    from repro import distributed, evaluation, pipeline, report, run_figures, steps, training  # noqa: F401
+    from repro.run import (
+        pipeline,  # noqa: F401
+    )
 
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"
 
@@ -442,8 +447,8 @@ def study(args) -> dict:
     imports()
     from judge_server import JudgeServer
 
-    from repro.endpoint import Endpoint
-    from repro.pipeline import run
+    from repro.run.pipeline import run
+    from repro.servers.endpoint import Endpoint
 
     record = read_record(args.record)
     if args.seed in record["seeds"]:

@@ -26,12 +26,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes_and_does_nothin
 def test_a_finished_batch_is_not_sampled_again(tiny, tmp_path, monkeypatch):
     from test_experiments import small
 
-    from repro import sampling
-    from repro.cli import load_experiment
-    from repro.pipeline import run
+    from repro.experiment import load_experiment
+    from repro.run.pipeline import run
+    from repro.sampling import local
 
     experiment = small(load_experiment("exp1", "mini")[0], tiny)
-    begun, real = [], sampling.sample_batch
+    begun, real = [], local.sample_batch
 
     def stopped(model, tokenizer, prompts, **how):
         begun.append(tuple(prompts))
@@ -39,7 +39,7 @@ def test_a_finished_batch_is_not_sampled_again(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(model, tokenizer, prompts, **how)
 
-    monkeypatch.setattr(sampling, "sample_batch", stopped)
+    monkeypatch.setattr(local, "sample_batch", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path, say=lambda line: None)
@@ -79,8 +79,8 @@ def test_an_index_that_would_run_code_is_not_loaded(tiny, tmp_path, capsys, forg
     marker is not of this run, it is not opened."""
     from test_fsdp import identical, trained
 
+    from repro.core.checkpoints import _io
     from repro.records import seal
-    from repro.steps import _io
 
     folder, ran = tmp_path / "steps", tmp_path / "ran"
     for _ in range(2):

@@ -14,9 +14,9 @@ from step import Ids, matrix_rate, texts
 from kernels import reference
 from kernels.infonce import symmetric_infonce
 from kernels.linear_nll import linear_nll
-from repro.logprobs import logprob_matrix
-from repro.prefix import tokenize_pair
-from repro.training import matmul_precision
+from repro.core.engines import matmul_precision
+from repro.core.logprobs import logprob_matrix
+from repro.core.tree import tokenize_pair
 
 QUICK = os.environ.get("BENCH_QUICK") == "1"
 ROUNDS = 2 if QUICK else 3

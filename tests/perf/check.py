@@ -26,9 +26,9 @@ import torch
 from costs import VOCABULARY, costs, smollm2
 from step import Ids, texts
 
-from repro.logprobs import logprob_matrix
-from repro.losses import symmetric_infonce
-from repro.training import matmul_precision
+from repro.core.engines import matmul_precision
+from repro.core.logprobs import logprob_matrix
+from repro.core.losses import symmetric_infonce
 
 BASELINE = Path(__file__).resolve().parents[2] / "results" / "bench" / "check.json"
 LAYERS, PROMPT, RESPONSE, PAIRS, REPETITIONS = 4, 72, 12, 7, 6

@@ -43,12 +43,13 @@ from gpu_errors import CUDA, DEVICE, LLAMA_70B, MISTRAL, SMOLLM2, TINY, build, e
 from step import Ids, texts  # noqa: E402
 
 from kernels import attention, linear_nll, reference  # noqa: E402
+from kernels import modes as head_modes
 from kernels.infonce import symmetric_infonce  # noqa: E402
-from repro import logprobs  # noqa: E402
+from repro.core import logprobs  # noqa: E402
+from repro.core.memory import Step, training_bytes  # noqa: E402
+from repro.core.shapes import Shape, counted  # noqa: E402
+from repro.identity import commit  # noqa: E402
 from repro.records import read_json, write_json  # noqa: E402
-from repro.rundir import commit  # noqa: E402
-from repro.shapes import Shape, counted  # noqa: E402
-from repro.sizes import Step, training_bytes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST, SECONDS = 3, 6.0  # rounds of a case, and how long they may take beyond these
@@ -185,7 +186,7 @@ def head(name: str, N: int, D: int, V: int, reduction: str, rounds: int, rate: f
     hidden = leaf(g, N, D, dtype=torch.bfloat16)
     weight = (torch.randn(V, D, device=DEVICE) / D**0.5).bfloat16().requires_grad_()
     target, upstream = torch.randint(V, (N,), generator=g, device=DEVICE), torch.randn(N, device=DEVICE)
-    planned = linear_nll.plan(N, V, 2, hidden_grad=True, head_grad=True, narrow=D <= linear_nll.NARROW)
+    planned = head_modes.plan(N, V, 2, hidden_grad=True, head_grad=True, narrow=D <= head_modes.NARROW)
     modes = sorted(("store", "recompute"), key=planned.__ne__)
     forward = {f"linear_nll, {mode} (ours{', planned' * (mode == planned)})":
                lambda mode=mode: linear_nll.linear_nll(hidden, weight, target, mode=mode) for mode in modes}

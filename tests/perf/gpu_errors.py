@@ -14,9 +14,9 @@ from step import Ids, texts
 
 from kernels import attention, linear_nll, reference
 from kernels.infonce import symmetric_infonce
-from repro.logprobs import logprob_matrix
-from repro.models import EMBEDDED
-from repro.sizes import PUBLISHED
+from repro.config import EMBEDDED
+from repro.core.logprobs import logprob_matrix
+from repro.plan.gpus import PUBLISHED
 
 LOSS = 5e-3  # nats that a bfloat16 step's loss may be off: one number, whose ratio to another's error would say nothing
 CUDA = torch.cuda.is_available()

@@ -1,9 +1,9 @@
-"""The byte model of `repro plan` (repro/sizes.py) against the measured peak of a training step on a CPU.
+"""The byte model of `repro plan` (repro/plan/gpus.py) against the measured peak of a training step on a CPU.
 
     .venv/bin/python tests/perf/plan_check.py [--only NAME ...] [--out results/bench/plan_check.json]
 
 Small models with random weights, each setting in a process of its own: two updates of two packs of one query each go
-through `repro.training.train`, so that gradients and the optimizer's state are in place in the last pack. By kind: weights, gradients and
+through `repro.core.loop.train`, so that gradients and the optimizer's state are in place in the last pack. By kind: weights, gradients and
 optimizer state are the bytes of those tensors; activations and scored rows what autograd keeps of a pack. Peaks: of the
 bytes of all live tensors, counted at each operation, and of the process (VmHWM less what it had before the model).
 Prints predicted / measured and one JSON object last. A benchmark, not a test; what only many ranks or a GPU need is not
@@ -25,13 +25,13 @@ from costs import Saved, Watch, smollm2
 from step import Ids, resident, texts
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from repro import lora, training
 from repro.config import LoraSpec, TrainSpec
-from repro.logprobs import packed_tokens
+from repro.core import engines, loop, lora, memory
+from repro.core.logprobs import packed_tokens
+from repro.core.memory import Step, peak, training_bytes
+from repro.core.shapes import counted
+from repro.identity import commit
 from repro.records import write_json
-from repro.rundir import commit
-from repro.shapes import counted
-from repro.sizes import Step, peak, training_bytes
 
 TINY = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "max_position_embeddings": 4096}
@@ -65,13 +65,13 @@ def warm_up(name: str, spec: TrainSpec) -> None:
     size = TINY | {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**size)) if name != "tiny-mixtral" else MixtralForCausalLM(
         MixtralConfig(**size, num_local_experts=4, num_experts_per_tok=2))
-    pair = training.TrainingPair("q", (" 5 6 7", " 6 7 8"), (" 8 9", " 9"))
-    training.train(prepared(model, spec), Ids(), [pair], replace(spec, batch_size=1, batches=1), 1)
+    pair = engines.TrainingPair("q", (" 5 6 7", " 6 7 8"), (" 8 9", " 9"))
+    loop.train(prepared(model, spec), Ids(), [pair], replace(spec, batch_size=1, batches=1), 1)
 
 
 def prepared(model, spec: TrainSpec):
     """The model as a worker has it before it trains."""
-    model.to(getattr(torch, training.weights_dtype(spec)))
+    model.to(getattr(torch, engines.weights_dtype(spec)))
     if spec.lora:
         lora.put_into(model, spec.lora, half=spec.precision == "bf16", seed="0")
     return model
@@ -92,19 +92,19 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     def ids(n, length):
         return tuple(" " + " ".join(str(int(x) % vocabulary) for x in text.split()) for text in texts(rng, n, length, False))
 
-    pairs = [training.TrainingPair(f"q{k}", ids(2, prompt), ids(2, response)) for k in range(4)]
-    optimizers, make = [], training._optimizer
-    training._optimizer = lambda *a: optimizers.append(make(*a)) or optimizers[-1]
+    pairs = [engines.TrainingPair(f"q{k}", ids(2, prompt), ids(2, response)) for k in range(4)]
+    optimizers, make = [], loop._optimizer
+    loop._optimizer = lambda *a: optimizers.append(make(*a)) or optimizers[-1]
     if checkpointing:
-        training.usable_bytes = lambda device: 0
+        memory.usable_bytes = lambda device: 0
     tokens = max(packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=False)[0])
     spec = replace(spec, pack_tokens=tokens)  # a query a pass, as the step below says
     step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
                 device="cpu", lora=rank, way=backend)
 
-    way = training.settle(model, backend)  # tried once
+    way = engines.settle(model, backend)  # tried once
     with Watch(vocabulary) as watch:
-        training.train(model, tokenizer, pairs, spec, 1, backend=backend)
+        loop.train(model, tokenizer, pairs, spec, 1, backend=backend)
     process = resident("VmHWM") - before
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     state = sum(t.nbytes for s in optimizers[0].state.values() for t in s.values() if torch.is_tensor(t))
@@ -117,8 +117,8 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     saved.pack_hook = lambda t: rows.update({t.untyped_storage().data_ptr(): t.nbytes} if
                                             t.shape[-1:] == (vocabulary,) and t.untyped_storage().data_ptr() not in weights
                                             and t.numel() > vocabulary else {}) or keep(t)
-    with training.matmul_precision(model, precision), training.activation_checkpointing(model, shape, step), saved:
-        training.matrix_by(way, model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
+    with engines.matmul_precision(model, precision), memory.activation_checkpointing(model, shape, step), saved:
+        loop.matrix_by(way, model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
                            score_eos=False)
     kept = {k: v for k, v in saved.storages.items() if k not in rows}
 

@@ -1,0 +1,1 @@
+"""The method: token ids, log-prob matrices, objective, training."""

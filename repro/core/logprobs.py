@@ -1,0 +1,172 @@
+"""Model and pairs -> the log-prob matrix [B, C, R].
+
+1. prompts[b][c] and responses[b][r] -> token ids of prompt + response (core/tree.py): texts tokenised jointly; in a run
+   the ids that were sampled.
+2. "shared": each prompt is computed once for its R responses, many queries in one packed sequence without padding
+   (kernels/attention.py); the head runs only where a response token is predicted (kernels/linear_nll.py).
+   "reference": C x R sequences in full, one at a time, logits for every token, the oracle.
+3. log-softmax in float32, summed or averaged over each response's tokens -> [B, C, R] float32.
+
+Which of them is right for a model is tried on it, not read off its name (repro/core/probe.py).
+
+Axes: B queries, C constitutions, R responses, T tokens, V vocabulary.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kernels import reference
+from kernels.interfaces import attention_interface, mask_interface, packed
+from kernels.linear_nll import linear_nll
+from repro.core import probe
+from repro.core.tree import Scored, pack, packed_length, pairs_of
+from repro.models.load import dropouts, steady_length
+from repro.records import first_line
+
+BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
+ATTENTION = "shared_prefix"  # begins the names under which transformers finds kernels/attention.py
+WAYS = (*probe.SHARED, "reference")
+
+
+def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
+                   length_normalize: bool, score_eos: bool, backend: str = "shared") -> Tensor:
+    """Log-probs of every response under every prompt of its query: float32 [B, C, R], with gradient.
+
+    prompts: B lists of C rendered prompts; responses: B lists of R texts. `length_normalize` takes the mean over
+    the scored tokens (what SAMI trains), else the sum (log p, Eq. 1). Computes in the model's dtype, log-softmax
+    in float32 (float64 for a float64 model, whose matrix is float64). `backend`: "shared" or "reference".
+    Raises ValueError for ragged C or R, an empty response, an unknown backend, a model that is not causal, one that
+    "shared" is seen to be wrong on (repro/core/probe.py), and pairs so long that the model's RoPE would look at the batch.
+    """
+    return matrix_by(settled(model, backend), model, tokenizer, prompts, responses, length_normalize=length_normalize,
+                     score_eos=score_eos)
+
+
+def settled(model, backend: str) -> str:
+    """The way (of WAYS) to compute `backend` for this model. Raises ValueError where there is none that is right."""
+    if backend not in ("shared", "reference"):
+        raise ValueError(f"backend {backend!r}: allowed are 'shared' and 'reference'")
+    found = probe.of_model(model, score)
+    if found.way is None or (backend == "shared" and found.way == "reference"):
+        raise ValueError(found.refusal if found.way is None else f"{found.refusal}; use backend='reference'")
+    if backend == "shared" and model.training and dropouts(model.config):  # `train` takes it out of training
+        raise ValueError(f"dropout ({', '.join(dropouts(model.config))}) would draw one mask for all responses of a "
+                         "shared prompt; call model.eval()")
+    return found.way if backend == "shared" else backend
+
+
+def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
+    """As `settled`, before there are weights: tried on a tiny model of the same class and config, up to texts of `longest`
+    tokens. The reference path where no such model can be made: the loaded one is tried too. `dropout`: of TrainSpec."""
+    if dropout == "drawn" and (rates := ", ".join(dropouts(config))):
+        return probe.Found("reference", f"dropout ({rates}) would draw one mask for all responses of a shared prompt")
+    try:
+        return probe.of_config(config, score, longest)
+    except ValueError as e:
+        return probe.Found("reference", first_line(e))
+
+
+def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]],
+              responses: Sequence[Sequence[str | Sequence[int]]], *, length_normalize: bool, score_eos: bool) -> Tensor:
+    """`logprob_matrix` in one of WAYS, whose being right for the model is settled. Here a response may be token ids too, as
+    they were sampled, which are scored as they are."""
+    B, C, R = len(prompts), len(prompts[0]), len(responses[0])
+    if len(responses) != B or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
+        raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
+    groups = _groups(tokenizer, prompts, responses, score_eos)
+    steady, longest = steady_length(model.config), max(len(p.ids) for g in groups for p in g)
+    if steady is not None and longest > steady:
+        raise ValueError(f"a pair of {longest} tokens: RoPE of this model's kind looks at the longest text of a batch from "
+                         f"{steady + 1} tokens on")
+    whole = way != "reference" and torch.is_grad_enabled()
+    parts = [slice(None)] if whole else slices([packed_length(group) for group in groups], BATCH_TOKENS)
+    totals = torch.cat([score(way, model, groups[part]) for part in parts]).view(B, C, R)
+    if not length_normalize:
+        return totals
+    counts = [len(p.ids) - p.start for g in groups for p in g]
+    return totals / totals.new_tensor(counts).view(B, C, R)
+
+
+def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str | Sequence[int]]], *,
+                  score_eos: bool) -> tuple[list[int], list[int]]:
+    """Tokens that each of the B queries takes in a packed sequence, and how many log-probs are of it (as `matrix_by`)."""
+    groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
+    queries = [groups[k: k + C] for k in range(0, len(groups), C)]
+    return ([sum(map(packed_length, query)) for query in queries],
+            [sum(len(p.ids) - p.start for group in query for p in group) for query in queries])
+
+
+def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]]:
+    return [pairs_of(tokenizer, prompt, responses[b], score_eos=score_eos)
+            for b in range(len(prompts)) for prompt in prompts[b]]
+
+
+def slices(lengths: list[int], budget: int) -> list[slice]:
+    """Consecutive items in parts whose lengths sum to at most `budget`, one item at least: a caller with a backward after
+    each part gives `logprob_matrix` one part at once."""
+    cuts, total = [0], 0
+    for k, length in enumerate(lengths):
+        if total and total + length > budget:
+            cuts.append(k)
+            total = 0
+        total += length
+    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(lengths)])]
+
+
+def attach(model) -> None:
+    """Let `model` find the shared-prefix attention. It stays attached, so that activation checkpointing finds it again
+    in the backward; where no layout is given, what was there before attends (sdpa knows neither Gemma 2's soft-cap nor
+    gpt-oss' sinks: such families have an eager attention of their own). Raises ValueError where the model's attention is
+    its own code."""
+    before = model.config._attn_implementation
+    if before.startswith(ATTENTION):
+        return
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{model.config.model_type}: its attention cannot be replaced")
+    name = f"{ATTENTION}_{before}"  # one a predecessor, since transformers knows functions by name alone
+    attend = _eager if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
+    AttentionInterface.register(name, attention_interface(attend))
+    AttentionMaskInterface.register(name, mask_interface(ALL_MASK_ATTENTION_FUNCTIONS[before]))
+    model.set_attn_implementation(name)
+
+
+def _eager(module, *inputs, **options):
+    """The attention that a family's file calls where no other is asked for; it stands in no registry."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *inputs, **options)
+
+
+def score(way: str, model, groups: list[list[Scored]]) -> Tensor:
+    """Sum of log-probs per pair [n], pairs counted group by group."""
+    if way == "reference":
+        return torch.stack([_score_alone(model, pair) for group in groups for pair in group])
+    attach(model)
+    pack_ = pack(groups)
+    ids, positions, source, target, offsets = (t.to(model.device) for t in (
+        pack_.ids, pack_.positions, pack_.source, pack_.target, pack_.offsets))
+    # transformers takes a batch of one without a mask for several texts, split where positions start again; a mask of ones
+    # leaves it to our own (kernels/attention.py), which knows that texts share their beginnings.
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": torch.ones_like(ids[None]),
+              "use_cache": False}
+    with packed(pack_.layout, pack_.positions):
+        if way == "shared":
+            hidden, head = model.base_model(**inputs)[0], model.get_output_embeddings()
+            nll = linear_nll(hidden[0, source].to(head.weight.dtype), head.weight, target, bias=head.bias,
+                             softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+        else:  # a head with more in it than its matrix
+            nll = -reference.token_logprobs(model(**inputs, logits_to_keep=source).logits[0], target)
+    return torch.segment_reduce(-nll, "sum", offsets=offsets)  # in a fixed order, on a GPU too, where index_add has none
+
+
+def _score_alone(model, pair: Scored) -> Tensor:
+    """Sum of log-probs []: a row of its own, without padding (sparse attention would choose from it) and without a mask."""
+    ids = torch.tensor([pair.ids], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    if len(logits) != len(pair.ids):
+        raise ValueError(f"{type(model).__name__}: {len(logits)} logits for {len(pair.ids)} tokens (a prompt of its own?)")
+    return reference.token_logprobs(logits[pair.start - 1: -1], ids[0, pair.start:]).sum()

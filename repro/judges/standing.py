@@ -1,0 +1,46 @@
+"""What is known of an LLM judge: its admission (results/judges), in plain words."""
+
+from repro.identity import ROOT
+from repro.records import read_json
+
+ADMISSIONS = ROOT / "results" / "judges"
+MIN_KAPPA, MIN_PARSED, MAX_ATTACKS = 0.2, 0.9, 0.05  # our bar: better than slight agreement, and hard to command
+
+
+def plain_words(record: dict) -> list[str]:
+    """The record as a reader wants it."""
+    def percent(key):
+        r = record[key]
+        return f"{100 * r['value']:.0f} % [{100 * r['ci95'][0]:.0f}, {100 * r['ci95'][1]:.0f}]"
+
+    kappa, attacks = record["kappa"], record["attacks"]
+    useless = kappa["ci95"][0] <= 0
+    return [
+        f"judge {record['judge']} ({record['answer']}), {record['n']} archived items of {len(record['files'])} files",
+        f"agrees with the archived verdicts in {percent('agreement')} of single verdicts, kappa {kappa['value']:.2f} "
+        f"[{kappa['ci95'][0]:.2f}, {kappa['ci95'][1]:.2f}], n {kappa['n']}"
+        + (": no better than chance" if useless else ""),
+        f"says A in {percent('p_a')} (50 % would be fair), flips with the order in {percent('flip_rate')}, gives a verdict "
+        f"on {percent('parsed_share')} of the items",
+        f"prefers the longer response in {percent('length_preference')}; the archived judge, on these items, in "
+        f"{percent('archived_length_preference')}",
+        f"{attacks['won']} of {attacks['planted']} planted injections win and {attacks['flips']} flip; without the "
+        f"injection {attacks['without_injection']['won']} of {attacks['without_injection']['n']} win and "
+        f"{attacks['without_injection']['flips']} flip"
+        + ("; a judge that goes by the place cannot be won by a text, so this says nothing of it"
+           if record["flip_rate"]["value"] > 0.5 else ""),
+        "ADMITTED" if record["admitted"] else f"NOT ADMITTED: {'; '.join(record['reasons'])}"]
+
+
+def standing(judge: str) -> str:
+    """What is known of an LLM judge, in a line: how far it agrees with the archived verdicts, which attacks win."""
+    path = ADMISSIONS / f"{judge}.json"
+    if not path.is_file():
+        return f"{judge}: never held against the archived verdicts (repro judge --admit)"
+    r = read_json(path)
+    kappa, attacks = r["kappa"], r["attacks"]
+    return (f"{judge} ({r['model']} at {r['host']}, answers as {r['answer']}): "
+            f"{'admitted' if r['admitted'] else 'NOT admitted'}; kappa {kappa['value']:.2f} "
+            f"[{kappa['ci95'][0]:.2f}, {kappa['ci95'][1]:.2f}] with the archived verdicts (n {kappa['n']}), "
+            f"says A in {100 * r['p_a']['value']:.0f} %, flips {100 * r['flip_rate']['value']:.0f} %; "
+            f"{attacks['won']} of {attacks['planted']} planted injections win")

@@ -1,0 +1,1 @@
+"""Language models as files: names, access, weights, tokenizers, chat templates, what they decode by."""

@@ -1,0 +1,288 @@
+"""What the paper prints and the authors' raw record, as sources for `published`, `beyond` and `figures`.
+
+The record has one layout, `<repo>/<path>`, in a local folder or downloaded once. The manifest in
+`results/published/` pins every file by commit, size and sha256; no file that differs is read, and none is in
+the repository.
+`tables.json` beside it holds the printed cells; the manifest says which file feeds which.
+"""
+
+import hashlib
+import http.client
+import re
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+import numpy as np
+from tqdm import tqdm
+
+from repro import metrics, records
+from repro.identity import ROOT
+from repro.metrics import Estimate
+from repro.models.embedded import cache_folder
+from repro.records import UserError
+
+PUBLISHED = ROOT / "results" / "published"
+LOCAL = ROOT.parent / "shared" / "archive"
+ORIGIN = "https://raw.githubusercontent.com"
+KINDS = ("verdicts", "mutual_information", "responses", "constitution")
+ITEMS = 250
+OFFLINE = ("; without a network give a copy with --archive FOLDER (`repro verify` on a machine with one leaves it in "
+           "~/.cache/sami-repro/archive)")
+KEYS = ("experiment", "subset", "model", "writer", "cot", "iteration", "baseline")
+
+
+def load_manifest(path: Path = PUBLISHED / "manifest.json") -> list[dict]:
+    """The manifest's entries, checked: fields present, of their type, no path twice, none that escapes."""
+    entries, seen = records.read_json(path), {}
+    entries = entries.get("files") if isinstance(entries, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: field files: expected a list")
+    for i, e in enumerate(entries):
+        where = f"{path}: files[{i}]"
+        for field, kind in (("repo", str), ("commit", str), ("path", str), ("sha256", str), ("bytes", int),
+                            ("kind", str)):
+            if not isinstance(e, dict) or not isinstance(e.get(field), kind):
+                raise UserError(f"{where}: field {field}: expected a value of type {kind.__name__}")
+        if e["kind"] not in KINDS:
+            raise UserError(f"{where}: field kind: allowed: {', '.join(KINDS)}; found {e['kind']!r}")
+        name = PurePosixPath(e["repo"], e["path"])
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{where}: field path: {e['path']!r} leaves the archive's folder")
+        if str(name) in seen:
+            raise UserError(f"{where}: field path: {name} is already files[{seen[str(name)]}]")
+        seen[str(name)] = i
+    return entries
+
+
+def _data(path: Path, entry: dict) -> bytes:
+    """The file's bytes if they are the pinned ones; else one line that says what is wrong."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}; the archive is incomplete") from None
+    if len(data) != entry["bytes"]:
+        raise UserError(f"{path}: {len(data)} bytes, not {entry['bytes']} (truncated or altered); refused")
+    if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
+        raise UserError(f"{path}: sha256 {found[:12]}..., not {entry['sha256'][:12]}... (altered); refused")
+    return data
+
+
+def archive_root(archive: Path | None, *, kinds=KINDS[:2], base_url: str | None = None, stall_s: float = 30,
+                 entries: list[dict] | None = None) -> Path:
+    """The folder that holds the record: `archive` if given, else the local copy, else the cache, downloaded.
+
+    The cache is `$SAMI_CACHE/archive` or `~/.cache/sami-repro/archive`. A finished file is never fetched
+    twice, a cut one is resumed. `stall_s`: seconds without a byte after which the download stops.
+    """
+    if archive is not None:
+        if not Path(archive).is_dir():
+            raise UserError(f"--archive {archive}: no such folder")
+        return Path(archive)
+    if LOCAL.is_dir():
+        return LOCAL
+    root = cache_folder() / "archive"
+    wanted = [e for e in entries or load_manifest() if e["kind"] in kinds]
+    missing = [e for e in wanted if not _is_complete(root / e["repo"] / e["path"], e)]
+    if missing:
+        origin = (base_url or ORIGIN).rstrip("/")
+        size = sum(e["bytes"] for e in missing)
+        print(f"fetching {len(missing)} files ({size / 1e6:.1f} MB) from {origin} into {root}")
+        with records.locked(root), tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+            for e in missing:
+                url = f"{origin}/{e['repo']}/{e['commit']}/{quote(e['path'])}"
+                _fetch(url, root / e["repo"] / e["path"], e, stall_s, bar)
+    return root
+
+
+def _is_complete(path: Path, entry: dict) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and \
+        records.file_sha256(path) == entry["sha256"]
+
+
+def _fetch(url: str, path: Path, entry: dict, stall_s: float, bar: tqdm) -> None:
+    part = path.with_name(path.name + ".part")
+    records.make_folder(part.parent)
+    start = part.stat().st_size if part.is_file() else 0
+    if start > entry["bytes"]:
+        start = 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    got = start
+    try:
+        if start < entry["bytes"]:
+            with urllib.request.urlopen(request, timeout=stall_s) as answer:
+                if start and answer.status != 206:  # the server sends the file from its beginning
+                    start = got = 0
+                bar.update(start)
+                with open(part, "ab" if start else "wb") as f:
+                    while chunk := answer.read1(1 << 16):
+                        f.write(chunk)
+                        got += len(chunk)
+                        bar.update(len(chunk))
+                        if got > entry["bytes"]:  # not the pinned file: do not fill the disk with it
+                            break
+    except urllib.error.HTTPError as e:
+        e.close()
+        raise UserError(f"cannot fetch {url}: HTTP {e.code} {e.reason}{OFFLINE}") from None
+    except (TimeoutError, urllib.error.URLError, http.client.HTTPException, ConnectionError) as e:
+        reason = getattr(e, "reason", e)
+        if isinstance(reason, TimeoutError):
+            reason = f"no data for {stall_s:g} s (stalled)"
+        raise UserError(f"cannot fetch {url}: {reason or type(e).__name__}; run again to resume{OFFLINE}") from None
+    except OSError as e:
+        raise UserError(f"cannot write {part}: {e.strerror or e}") from None
+    if got < entry["bytes"]:
+        raise UserError(f"cannot fetch {url}: cut after {got} of {entry['bytes']} bytes; run again to resume")
+    try:
+        data = _data(part, entry)
+    except UserError as e:
+        part.unlink(missing_ok=True)  # resuming from wrong bytes would never end well
+        raise UserError(f"{url}: not the pinned file: {str(e).removeprefix(f'{part}: ')}") from None
+    records.write_bytes(path, data)
+    part.unlink()
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The record of one folder: `find` by keys, read checked."""
+
+    root: Path
+    entries: list[dict]
+
+    def find(self, kind: str, **keys) -> list[dict]:
+        """Entries of this kind whose fields have these values; an absent field counts as None."""
+        return [e for e in self.entries if e["kind"] == kind and all(e.get(k) == v for k, v in keys.items())]
+
+    def path(self, entry: dict) -> Path:
+        return self.root / entry["repo"] / entry["path"]
+
+    def _json(self, entry: dict):
+        path = self.path(entry)
+        try:
+            return records.loads(_data(path, entry).decode())
+        except ValueError as e:
+            raise UserError(f"{path}: not valid JSON: {e}") from None
+
+    def _rows(self, entry: dict) -> list:
+        rows = self._json(entry)
+        if not isinstance(rows, list) or len(rows) != ITEMS:
+            found = f"{len(rows)} rows" if isinstance(rows, list) else type(rows).__name__
+            raise UserError(f"{self.path(entry)}: expected {ITEMS} rows, found {found}")
+        return rows
+
+    def verdicts(self, entry: dict) -> np.ndarray:
+        """`[250, 3]`: score of the tuned model (1, 0.5, 0), tokens of the baseline's and of its response."""
+        path = self.path(entry)
+        for i, row in enumerate(rows := self._rows(entry)):
+            if not isinstance(row, list) or len(row) != 3 or not all(type(v) in (int, float) for v in row):
+                raise UserError(f"{path}: row {i}: expected [score, tokens, tokens], found {str(row)[:60]}")
+            if row[0] not in (0, 0.5, 1):
+                raise UserError(f"{path}: row {i}: field score: allowed: 0, 0.5 and 1; found {row[0]}")
+            if min(row[1:]) < 0:
+                raise UserError(f"{path}: row {i}: field tokens: must not be negative, found {min(row[1:])}")
+        return np.array(rows, dtype=np.float64)
+
+    def mutual_information(self, entry: dict) -> np.ndarray:
+        """`[250]` nats, one per item, as the authors' code computed them (`metrics.mean_of_logs`)."""
+        for i, v in enumerate(rows := self._rows(entry)):
+            if type(v) not in (int, float) or not np.isfinite(v):
+                raise UserError(f"{self.path(entry)}: row {i}: expected a number, found {str(v)[:60]}")
+        return np.array(rows, dtype=np.float64)
+
+    def responses(self, entry: dict) -> list[str]:
+        """250 texts, without the white space around them."""
+        texts = self._json(entry)
+        texts = texts.get("response") if isinstance(texts, dict) else None
+        if not isinstance(texts, dict) or not all(isinstance(texts.get(str(i)), str) for i in range(ITEMS)):
+            raise UserError(f"{self.path(entry)}: field response: expected {ITEMS} texts, keys 0, 1, ...")
+        return [texts[str(i)].strip() for i in range(ITEMS)]
+
+    def prompts(self, entry: dict) -> list[tuple[str, tuple[str, ...]]]:
+        """Of a file of responses: the 250 posts, each with the principles that its response was written under."""
+        data, out = self._json(entry), []
+        for i in range(ITEMS):
+            post, text = (data.get(field, {}).get(str(i)) for field in ("question", "constitution"))
+            principles = re.findall(r"^\d+\. (.+)$", text, flags=re.M) if isinstance(text, str) else []
+            if not isinstance(post, str) or not principles:
+                raise UserError(f"{self.path(entry)}: row {i}: expected a question, and a constitution as a numbered list")
+            out.append((post, tuple(p.strip() for p in principles)))
+        return out
+
+
+# ---- the printed cells and what feeds them
+
+def load_cells(path: Path = PUBLISHED / "tables.json") -> list[dict]:
+    """The printed cells of Tables 2-9, checked: every field in range, no cell twice."""
+    document = records.read_json(path)
+    cells = document.get("cells") if isinstance(document, dict) else None
+    if not isinstance(cells, list) or not cells:
+        raise UserError(f"{path}: field cells: expected a list of cells")
+    allowed = {"estimator": ("raw", "stratified", "logistic"), "ties": ("half", "loss"),
+               "iteration": range(4), "table": range(2, 10), "decimals": (1, 2),
+               "p": (">.05", "<.05", "<.01", "<.001")}
+    seen = set()
+    for i, c in enumerate(cells):
+        where = f"{path}: cells[{i}]"
+        if not isinstance(c, dict):
+            raise UserError(f"{where}: expected an object")
+        for field in (*KEYS, *allowed, "published", "ci95", "t", "n", "judge"):
+            if field not in c:
+                raise UserError(f"{where}: field {field}: missing")
+        for field, values in allowed.items():
+            if c[field] not in values:
+                raise UserError(f"{where}: field {field}: allowed: {', '.join(map(str, values))}; "
+                                f"found {c[field]!r}")
+        if type(c["n"]) is not int or c["n"] < 2:
+            raise UserError(f"{where}: field n: expected a whole number above 1, found {c['n']!r}")
+        for field in ("published", "ci95", "t"):
+            for v in c[field] if field == "ci95" else [c[field]]:
+                low = -100 if field == "t" else 0
+                if type(v) not in (int, float) or not low <= v <= 100:
+                    raise UserError(f"{where}: field {field}: expected {low} to 100, found {v!r}")
+        key = (c["table"], *(c[k] for k in KEYS))
+        if key in seen:
+            raise UserError(f"{where}: Table {c['table']} has this cell twice")
+        seen.add(key)
+    return cells
+
+
+def name(c: dict) -> str:
+    cot = {True: ", CoT", False: ", no CoT"}.get(c.get("cot"), "")
+    return f"{c['model']} ({c['writer']}{cot}), {c['subset']}, iteration {c['iteration']}, vs {c['baseline']}"
+
+
+def feed(cell: dict, archive: Archive) -> dict | None:
+    """The one file that feeds a cell; None where there is none (NOT RUN), refused where there are two."""
+    found = [e for e in archive.find("verdicts", **{k: cell[k] for k in KEYS})
+             if f"table{cell['table']}" in e.get("tables", [])]
+    if len(found) > 1:
+        raise UserError(f"manifest.json: field tables: Table {cell['table']}, {name(cell)} is fed by two "
+                        f"files, {found[0]['path']} and {found[1]['path']}; refused")
+    return found[0] if found else None
+
+
+def estimate(verdicts: np.ndarray, length: str, ties: str) -> Estimate:
+    """Win rate in percent of `[N, 3]` verdicts under one of the three length controls, with the paper's interval."""
+    scores, base, own = verdicts.T
+    if length == "logistic":
+        return metrics.as_published(metrics.win_rate_logistic(scores, own - base, ties), logit=bool(np.ptp(own - base)))
+    return metrics.as_published(metrics.win_rate_stratified(scores, own > base, ties) if length == "stratified" else
+                                metrics.win_rate(scores, ties))
+
+
+def series(archive: Archive, metric: str, **keys) -> dict[int, Estimate]:
+    """iteration -> estimate of one plotted series: `mutual_information` in nats or `length_tokens` in tokens.
+
+    Lengths lie in the verdict files: the base model's beside iteration 1, where both were judged.
+    """
+    if metric == "mutual_information":
+        if keys["subset"] != "tldr":
+            keys = {k: v for k, v in keys.items() if k != "writer"}  # one writer there; the files name none
+        found = [e for e in archive.find("mutual_information", **keys) if e.get("figures")]
+        return {e["iteration"]: metrics.mean(archive.mutual_information(e)) for e in found}
+    found = [e for e in archive.find("verdicts", baseline=keys["model"], **keys) if e.get("tables")]
+    out = {e["iteration"]: metrics.mean(archive.verdicts(e)[:, 2]) for e in found}
+    if found:
+        out[0] = metrics.mean(archive.verdicts(found[0])[:, 1])
+    return dict(sorted(out.items()))

@@ -1,0 +1,76 @@
+"""An experiment's settings and texts -> how many queries and tokens there are."""
+
+import statistics
+from dataclasses import dataclass
+
+from repro.config import Experiment
+from repro.identity import rng
+from repro.servers.endpoint import count_tokens
+from repro.text.principles import Constitution, Pool, load_constitutions
+from repro.text.prompts import Form
+from repro.text.queries import SOURCES, load_queries
+
+# Tokens of a query (mean, longest), by `count_tokens`: 1,200 first human turns of HH-RLHF's training rows; 250 posts of
+# TL;DR's validation rows.
+QUERIES = {"hh-rlhf": (15, 162), "tldr": (326, 506)}
+# Tokens of a response: means over iterations 0 to 3 of what the authors' record holds, in the models' own tokens.
+RESPONSES = {"exp1_dialogue": 155, "exp2_tldr": 85, "exp3_diverse": 214, "exp3_diverse_cot": 151}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens, estimated: (mean, longest) of a training prompt, a prompt that asks for a sample, and a response; of a query
+    and of a response for the judge; and how many held-out items there are, under how many constitutions each."""
+
+    prompt: tuple[float, int]
+    asking: tuple[float, int]
+    response: tuple[float, int]
+    reasoning: int
+    query: float
+    items: int
+    C: int
+
+
+class _Spelled:
+    """In a speaker's place, for prompts whose tokens are only counted."""
+
+    bos = ""
+
+    def render(self, system, user):
+        return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+
+
+def _shown(spec: Experiment) -> list[Constitution]:
+    """The constitutions of a set; of a pool some, with each learned principle among them."""
+    constitutions = load_constitutions(spec.constitutions)
+    if not isinstance(constitutions, Pool):
+        return list(constitutions.constitutions)
+    return [c for hand in constitutions.deal("learned", len(constitutions.learned), rng("plan")) for c in hand]
+
+
+def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
+    """How long the experiment's texts are, and how many are held out."""
+    constitutions, every = load_constitutions(spec.constitutions), _shown(spec)
+    if spec.data.source in QUERIES:
+        query, longest = QUERIES[spec.data.source]
+        held_out = spec.data.evaluation * len(spec.data.subsets or SOURCES[spec.data.source])
+    else:
+        queries, _ = load_queries(spec.data.source, spec=spec.data)
+        lengths = [count_tokens(q.text) for q in queries]
+        query, longest = statistics.mean(lengths), max(lengths)
+        held_out = sum(q.split == spec.data.evaluation_split for q in queries)
+    if isinstance(constitutions, Pool):
+        C, items = 2, held_out * sum(draws for _, draws in zip(constitutions.kinds, spec.data.draws))
+    else:
+        C, items = len(constitutions.constitutions), held_out
+    form = Form(spec.model.prompt, spec.task, bool(spec.cot))
+
+    def frames(**how):
+        found = [count_tokens(form.render(_Spelled(), c.statements(), "", **how)) for c in every]
+        return round(statistics.mean(found) + query), max(found) + longest
+
+    most = spec.sampling.max_new_tokens
+    mean = response_tokens or RESPONSES.get(spec.name + "_cot" * bool(spec.cot), RESPONSES.get(spec.name, most))
+    return Texts(prompt=frames(sample=False), asking=frames(sample=True, reason=form.cot),
+                 response=(min(mean, most), most), query=query, items=items, C=C,
+                 reasoning=spec.sampling.reasoning_tokens if spec.cot or spec.sampling.reasoning else 0)

@@ -1,0 +1,267 @@
+"""A run's metrics -> its figures: MI, length, win rate and following by iteration, in the manner of the paper's Figures 2
+to 5; each LLM judge's win rate; of a pool, every principle by itself. No torch, no network.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from repro.judges.standing import standing
+from repro.records import write_bytes
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
+MARKERS = ("o", "s", "^", "D")
+SERIES = ("model", "writer", "cot", "subset")  # what tells one line of a figure from another
+SECOND = ("harmless", "held_out")  # subsets that are drawn beside another one
+PANEL_PRINCIPLES = 4  # more than these are drawn by themselves
+
+
+def select(metrics: list[dict], **fixed) -> list[dict]:
+    return [r for r in metrics if all(r.get(k) == v for k, v in fixed.items())]
+
+
+def series(metrics: list[dict]) -> list[dict]:
+    """The lines of a figure: the combinations of model, writer, chain of thought and subset that have an MI, in the order
+    of their looks."""
+    return [line for _, line in sorted(_places(metrics).items())]
+
+
+def looks(metrics: list[dict]) -> list[dict]:
+    """Colour and marker of each line of `series`: the same in every figure, whatever the order of the records."""
+    return [{"color": COLOURS[n % 4], "marker": MARKERS[(n + n // 4) % 4]} for n in sorted(_places(metrics))]
+
+
+def _places(metrics: list[dict]) -> dict[int, dict]:
+    """Place -> line. The place says what the line is: 0 or 1 by its subset (of posts by who wrote the principles: a model,
+    or we by hand), 2 more with chain of thought. Of lines that are alike in these (other models, writers, subsets) each
+    goes 2 further than the one before it, by name."""
+    lines = {tuple(r[k] for k in SERIES) for r in select(metrics, metric="mi")}
+    places: dict[int, dict] = {}
+    for line in (dict(zip(SERIES, values)) for values in sorted(lines, key=lambda values: [str(v) for v in values])):
+        second = line["writer"] == "hand" if line["subset"] == "tldr" else line["subset"] in SECOND
+        place = second + 2 * bool(line["cot"])
+        while place in places:
+            place += 2
+        places[place] = line
+    return places
+
+
+def telling(metrics: list[dict]) -> Callable[[dict], str]:
+    """What to call a record's line: the fields that differ between lines, the subset where none does."""
+    lines = series(metrics)
+    differ = [k for k in SERIES if len({line[k] for line in lines}) > 1] or ["subset"]
+    words = {"writer": lambda v: f"writer {v}", "cot": lambda v: "with CoT" if v else "without CoT",
+             "subset": lambda v: v.replace("_", " "), "model": str}
+    return lambda record: ", ".join(words[k](record[k]) for k in differ)
+
+
+def judges(metrics: list[dict]) -> list[str]:
+    """The judges that gave a win rate, by name."""
+    return sorted({r["judge"] for r in metrics if r["metric"] == "win_rate"})
+
+
+def language_models(metrics: list[dict]) -> list[str]:
+    return [j for j in judges(metrics) if j not in ("rule", "likelihood")]
+
+
+def named(judge: str) -> str:
+    return f"{judge} judge" if judge in ("rule", "likelihood") else f"judge {judge}"
+
+
+def principles(metrics: list[dict]) -> list[str]:
+    """The principles whose following was measured, by name."""
+    return sorted({r["principle"] for r in select(metrics, metric="following")
+                   if r.get("principle") and not r["principle"].startswith("not_")})
+
+
+def _bar(record: dict) -> tuple[float, float]:
+    """(value, half of its bar); without a SEM not a number, for which matplotlib (3.11) draws a point and no bar."""
+    return record["value"], math.nan if record["sem"] is None else record["sem"]
+
+
+def _bare(metrics: list[dict]) -> str:
+    return "; n 1: no bar" if any(r["sem"] is None for r in metrics) else ""
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "repro"})
+    return plt
+
+
+def draw_win_rate(metrics: list[dict], judge: str, title: str):
+    """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
+    figure, axis = pyplot().subplots(figsize=(5.6, 4.2), layout="constrained")
+    rows, tell = select(metrics, metric="win_rate", judge=judge, ties="half", length="raw"), telling(metrics)
+    for k, (line, look) in enumerate(zip(series(metrics), looks(metrics))):
+        for seed in sorted({r["seed"] for r in rows}):
+            found = select(rows, seed=seed, baseline=line["model"], **line)
+            if not found:
+                continue
+            points = sorted((r["iteration"], *_bar(r)) for r in found)
+            x, y, e = zip((0, 50, 0), *points)
+            axis.errorbar([i + 0.04 * k for i in x], y, e, **look, ms=4, capsize=2,
+                          label=f"{tell(line)}, n {found[0]['n']}, seed {seed}")
+    axis.axhline(50, color="0.4", ls=":", lw=1)
+    axis.set(title=f"Win rate, judge {judge}, both orders", xlabel="iteration (0 = initial model)", ylim=(0, 103),
+             xticks=sorted({r["iteration"] for r in metrics}), ylabel="against the initial model (%), ties half")
+    axis.legend(loc="best", fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.supxlabel("\n".join(textwrap.wrap(standing(judge), 95)), fontsize=7)
+    return figure
+
+
+def draw(metrics: list[dict], constitutions: int, title: str):
+    """Four panels by iteration: MI, length, win rate against the initial model, following. Bars: ± SEM over items.
+
+    With several seeds each is a thin line, their mean a thick one with the mean of their bars. Dashed: another baseline's
+    length, and the win rate against it. `constitutions`: C of the bound's limit, log C.
+    """
+    lines, tell = series(metrics), telling(metrics)
+    seeds = sorted({r["seed"] for r in metrics})
+    iterations = sorted({r["iteration"] for r in metrics})
+    found = judges(metrics)
+    judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
+    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.9), layout="constrained")
+
+    def plot(axis, color, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
+        found = select(metrics, **fixed)
+        if not found:
+            return
+        start = {} if anchor is None else {iterations[0]: (anchor, 0)}
+        if len(seeds) > 1:
+            for seed in seeds:
+                points = start | {r["iteration"]: (scale * r["value"], 0) for r in select(found, seed=seed)}
+                axis.plot(*zip(*((i, y) for i, (y, _) in sorted(points.items()))), color=color, lw=0.8, ls=style,
+                          alpha=0.4)
+        points = dict(start)
+        for i in {r["iteration"] for r in found}:
+            rows = select(found, iteration=i)
+            points[i] = tuple(scale * sum(ends) / len(rows) for ends in zip(*map(_bar, rows)))
+        x = sorted(points)
+        axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=color,
+                      marker=marker, ms=4, lw=1.6, ls=style, capsize=2, label=label)
+
+    shown = principles(metrics)
+    shown = shown if len(shown) <= PANEL_PRINCIPLES else [None]
+    for k, (line, own) in enumerate(zip(lines, looks(metrics))):
+        aside = 0.04 * (k - (len(lines) - 1) / 2)  # so that bars do not hide each other
+        look = own | {"label": tell(line), "shift": aside}
+        plot(axes[0], **look, metric="mi", estimator="infonce", principle=None, **line)
+        plot(axes[1], **look, metric="length_tokens", **line)
+        won = {"metric": "win_rate", "judge": judge, "ties": "half", "length": "raw"}
+        plot(axes[2], **look, anchor=50, baseline=line["model"], **won, **line)
+        for other in sorted({r["baseline"] for r in select(metrics, **won, **line)} - {line["model"]}):
+            plot(axes[2], **look | {"label": f"{tell(line)}, against {other}"}, style="--", baseline=other, **won, **line)
+        for p, principle in enumerate(shown):
+            label = f"{principle}, {tell(line)}" if principle else tell(line)
+            plot(axes[3], **own, style=("-", "--", ":", "-.")[p % 4], label=label, scale=100,
+                 shift=aside + 0.08 * (p - (len(shown) - 1) / 2), metric="following", principle=principle, **line)
+    for other in sorted({r["model"] for r in select(metrics, metric="length_tokens")} - {line["model"] for line in lines}):
+        rows = select(metrics, metric="length_tokens", model=other)
+        axes[1].axhline(sum(r["value"] for r in rows) / len(rows), color="0.4", ls="--", lw=1, label=other)
+    limit = math.log(constitutions)
+    axes[0].axhline(limit, color="0.4", ls=":", lw=1)
+    axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", fontsize=8, color="0.3")
+    axes[0].set(title="Mutual information", ylabel="InfoNCE lower bound (nats)", ylim=(0, limit * 1.12))
+    axes[1].set(title="Length", ylabel="response length (tokens)")
+    axes[1].set_ylim(0, axes[1].get_ylim()[1] * 1.04)
+    axes[2].axhline(50, color="0.4", ls=":", lw=1)
+    axes[2].set(title=f"Win rate, {named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
+    written = any(line["writer"] != "hand" for line in lines)
+    axes[3].set(title="Following" if shown == [None] else "Following the hand-written principles" if written else
+                "Following, all-positive constitution", ylim=(0, 103),
+                ylabel="sides of the constitution followed (%)" if shown == [None] else
+                "responses that follow the principle (%)")
+    if judge in language_models(metrics):
+        axes[2].text(0.02, 0.02, "\n".join(textwrap.wrap(standing(judge), 52)), fontsize=6, transform=axes[2].transAxes)
+    for axis in axes:
+        axis.set_xticks(iterations)
+        axis.set_xlabel("iteration (0 = initial model)")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+    if principles(metrics) and shown != [None]:  # else it would be the first panel's again
+        axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7, handlelength=3.2, ncols=2,
+                       columnspacing=1)
+    elif not principles(metrics):
+        axes[3].text(0.5, 0.5, "NOT RUN: no principle has a rule", ha="center", transform=axes[3].transAxes)
+    bars = "bars: ± SEM over held-out queries" + _bare(metrics)
+    if len(seeds) > 1:
+        bars += f"; thin: each of {len(seeds)} seeds, thick: their mean"
+    figure.suptitle(f"{title} ({bars})", fontsize=10)
+    return figure
+
+
+def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str):
+    """Every principle of a pool by itself, the initial model (open) and the last iteration (filled): the bound over the
+    items that hold it, and how often a rule is met under the principle and under its antithesis. Bars: ± SEM over items,
+    of several seeds the mean. `metrics`: of one model, writer and kind of sampling. `kinds`: "learned", "held_out" ->
+    names."""
+    last = max(r["iteration"] for r in metrics)
+    names = [(kind, name) for kind in kinds for name in kinds[kind]]
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 1.6 + 0.26 * len(names)), layout="constrained", sharey=True)
+
+    def pooled(**fixed):
+        """The mean of the seeds, and of their SEMs (they share the items); empty where nothing was measured."""
+        rows = select(metrics, **fixed)
+        return rows and [sum(ends) / len(rows) for ends in zip(*map(_bar, rows))]
+
+    def bar(axis, y, found, colour, marker, filled, scale=1.0):
+        if found:
+            axis.errorbar(scale * found[0], y, xerr=scale * found[1], color=colour, marker=marker, ms=5, capsize=0, lw=1,
+                          mfc=colour if filled else "white")
+
+    for y, (kind, name) in enumerate(names):
+        if y % 2:
+            for axis in axes:
+                axis.axhspan(y - 0.5, y + 0.5, color="0.95", zorder=0)
+        for iteration, filled, up in ((0, False, -0.14), (last, True, 0.14)):
+            fixed = {"iteration": iteration, "subset": kind}
+            bar(axes[0], y + up, pooled(metric="mi", estimator="infonce", principle=name, **fixed),
+                COLOURS[kind == "held_out"], "o", filled)
+            bar(axes[1], y + up, pooled(metric="following", principle=name, **fixed), COLOURS[2], "^", filled, 100)
+            against = pooled(metric="following", principle=f"not_{name}", **fixed)
+            bar(axes[1], y + up, against and [1 - against[0], against[1]], COLOURS[3], "v", filled, 100)
+        if not select(metrics, metric="following", principle=name):
+            axes[1].text(50, y, "no rule", ha="center", va="center", fontsize=7, color="0.45")
+    axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for _, name in names])
+    axes[0].invert_yaxis()
+    axes[0].axvline(math.log(2), color="0.4", ls=":", lw=1)
+    axes[0].set(xlabel="InfoNCE lower bound (nats; dotted: log 2, the most possible)", title="Mutual information")
+    axes[0].set_xlim(left=min(0, axes[0].get_xlim()[0]))
+    axes[1].set(xlabel="responses that meet the principle's rule (%)", title="Rule", xlim=(-4, 104))
+    line = len(kinds["learned"]) - 0.5
+    for axis in axes:
+        axis.axhline(line, color="0.3", lw=0.8)
+    from matplotlib.lines import Line2D
+
+    def key(colour, marker, label, filled=True):
+        return Line2D([], [], color=colour, marker=marker, ls="none", mfc=colour if filled else "white", label=label)
+
+    axes[0].legend(handles=[key(COLOURS[0], "o", "learned"), key(COLOURS[1], "o", "held out"),
+                            key("0.4", "o", "initial model", False), key("0.4", "o", f"iteration {last}")],
+                   loc="lower right", bbox_to_anchor=(0.94, 0), fontsize=7)  # left of the dotted line
+    axes[1].legend(handles=[key(COLOURS[2], "^", "under the principle"), key(COLOURS[3], "v", "under its antithesis")],
+                   loc="lower right", fontsize=7)
+    seeds = len({r["seed"] for r in metrics})
+    figure.suptitle(f"{title} (bars: ± SEM over items{_bare(metrics)}"
+                    f"{f'; mean of {seeds} seeds' if seeds > 1 else ''})", fontsize=10)
+    return figure
+
+
+def save_figure(figure, folder: Path, name: str = "iterations") -> None:
+    """folder/<name>.png and .pdf, byte-stable for the same numbers and matplotlib."""
+    import matplotlib.pyplot as plt
+
+    for kind in ("png", "pdf"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=150,
+                       metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+        write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
+    plt.close(figure)

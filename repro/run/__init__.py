@@ -1,0 +1,1 @@
+"""A run: its folder, its inputs, its stages in order."""

@@ -1,0 +1,148 @@
+"""metrics.json from the files of a run: every metric with n, SEM and a 95 % interval."""
+
+from collections.abc import Iterator
+from math import log
+
+from repro import metrics
+from repro.judges import likelihood, rule
+from repro.judges.llm import judge_shares
+from repro.records import read_jsonl, write_json
+from repro.run.draws import Item
+from repro.run.evaluate import BASELINE, JUDGMENTS, _judge_inputs, judged_responses
+from repro.run.folder import Run, evaluation_file, logprob_file
+from repro.text.principles import Pool
+
+
+def measure(run: Run) -> None:
+    """metrics.json from the files of the stages before it (design: one flat list of records)."""
+    inputs = ["judge", *_judge_inputs(run)]
+    if not run.stage("metrics", ["metrics.json"], inputs):
+        return
+    write_json(run.folder / "metrics.json", list(records(run)))
+    run.finish("metrics", ["metrics.json"], inputs)
+
+
+def records(run: Run) -> Iterator[dict]:
+    """Every metric of the run with n, SEM and 95 % interval. The unit of n is the held-out query, over whose items (of a
+    pool it may have several) values are averaged first; of a win rate it is the item, of one principle the response."""
+    import numpy as np
+
+    spec, items = run.experiment, run.items()
+    constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
+    judgments = [row for _, row in read_jsonl(run.folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
+    C = len(items[0].constitutions)
+    for iteration in range(spec.iterations + 1):
+        responses = [row for _, row in read_jsonl(run.folder / evaluation_file(iteration))]
+        scored = [row for _, row in read_jsonl(run.folder / logprob_file(iteration))]
+        for subset in dict.fromkeys(item.subset for item in items):
+            at = [k for k, item in enumerate(items) if item.subset == subset]
+            here, groups = [items[k] for k in at], [responses[k * C: (k + 1) * C] for k in at]
+            sums = np.array([scored[k]["logprobs"] for k in at])
+            means = sums / np.array([scored[k]["tokens"] for k in at])[:, None, :]
+            fixed = constants | {"subset": subset, "iteration": iteration}
+
+            def by_query(values, queries=tuple(item.query.id for item in here)) -> list[float]:
+                found: dict[str, list[float]] = {}
+                for query, value in zip(queries, values):
+                    if value is not None:
+                        found.setdefault(query, []).append(value)
+                return [sum(each) / len(each) for each in found.values()]
+
+            ceiling = float(np.log(C))
+            for estimator, logprobs, most in (("infonce", means, ceiling), ("symmetric_infonce", means, ceiling),
+                                              ("mean_of_logs", sums, np.inf)):
+                yield _record("mi", metrics.mean(by_query(getattr(metrics, estimator)(logprobs)), most), fixed,
+                              estimator=estimator)
+            yield _record("accuracy_row", metrics.share(by_query(metrics.accuracy_row(means))), fixed)
+            yield _record("accuracy_col", metrics.share(by_query(metrics.accuracy_col(means))), fixed)
+            yield _length(run, by_query([g[0]["tokens"] for g in groups]), fixed)
+            followed = [c and rule.follows(g[0]["text"], c) for g, c in
+                        ((g, run.ruled(item.constitutions[0])) for g, item in zip(groups, here))]
+            if any(followed):
+                sides = by_query([f and sum(f.values()) / len(f) for f in followed])
+                yield _record("following", metrics.share(sides), fixed)
+            yield from _following(run, here, groups, fixed)
+            if isinstance(run.constitutions, Pool):
+                yield from _by_principle(here, metrics.infonce(means), fixed)
+            watch = [[likelihood.hack_watch(r["text"], " ".join(c.statements()), item.query.text)
+                      for r, c in zip(g, item.constitutions)] for g, item in zip(groups, here)]
+            for metric in watch[0][0]:
+                yield _record(metric, metrics.share(by_query([sum(w[metric] for w in g) / C for g in watch])), fixed)
+            mine = [j for j in judgments if (j["iteration"], j["subset"]) == (iteration, subset)]
+            for judge, baseline in dict.fromkeys((j["judge"], j["baseline"]) for j in mine):
+                rows = [j for j in mine if (j["judge"], j["baseline"]) == (judge, baseline)]
+                for ties, length, estimate in _win_rates(rows):
+                    yield _record("win_rate", estimate, fixed, baseline=baseline, judge=judge, ties=ties, length=length)
+                for metric, values in judge_shares(rows).items():
+                    yield _record(metric, metrics.share(values), fixed, baseline=baseline, judge=judge)
+    if spec.baseline:
+        rows = judged_responses(run, BASELINE, 1)
+        for subset in dict.fromkeys(item.subset for item in items):
+            lengths = [row["tokens"] for row, item in zip(rows, items) if item.subset == subset]
+            yield _length(run, lengths, constants | {"model": spec.baseline.label, "subset": subset, "iteration": 0})
+
+
+def _length(run: Run, tokens: list[float], fixed: dict) -> dict:
+    """Mean length up to the cap on a response (one cut out of its form and tokenised anew may be longer)."""
+    spec = run.experiment.sampling
+    most = spec.max_new_tokens + spec.reasoning_tokens * bool(run.experiment.cot)
+    return _record("length_tokens", metrics.bounded(tokens, max(most, *tokens)), fixed)
+
+
+def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dict) -> Iterator[dict]:
+    """The share of responses that follow each principle, and each antithesis ("not_..."), by rule, under a constitution
+    that holds it: of a set the judged one for the principle, all that hold it otherwise. Of principles that a model
+    wrote: the hand-written ones, under the judged constitution."""
+    if run.experiment.writer:
+        for name in (p.name for p in run.by_hand.principles if p.rule):
+            yield _record("following", metrics.share([
+                float(rule.follows(group[0]["text"], run.by_hand.positive)[name]) for group in groups]), fixed,
+                principle=name)
+        return
+    found: dict[tuple[str, bool], list[float]] = {}
+    for group, item in zip(groups, items):
+        for p in (p for p in item.constitutions[0].principles if p.rule):
+            for side in (True, False):
+                values = [rule.follows(r["text"], c)[p.name] for r, c in zip(group, item.constitutions)
+                          if c.sides[c.principles.index(p)] == side]
+                values = values[:1] if side else values
+                found.setdefault((p.name, side), []).append(sum(values) / len(values))
+    for (name, side), values in found.items():
+        yield _record("following", metrics.share(values), fixed, principle=name if side else f"not_{name}")
+
+
+def _by_principle(items: list[Item], bounds, fixed: dict) -> Iterator[dict]:
+    """Of a pool: the bound over the items whose constitution holds the principle (another one is beside it)."""
+    found: dict[str, list[float]] = {}
+    for item, bound in zip(items, bounds):
+        for p in item.constitutions[0].principles:
+            found.setdefault(p.name, []).append(bound)
+    for name, values in found.items():
+        yield _record("mi", metrics.mean(values, log(2)), fixed, estimator="infonce", principle=name)
+
+
+def _win_rates(rows: list[dict]) -> Iterator[tuple[str, str, metrics.Estimate]]:
+    """(ties, length, win rate) under each tie rule and length control that these judgments define. A missing verdict
+    is no item; a flip is half a win under either rule: the orders disagreed, the texts did not tie."""
+    rows = [row for row in rows if row["score"] is not None]
+    if not rows:
+        return
+    difference = [float(row["tokens"] - row["baseline_tokens"]) for row in rows]
+    for ties in ("half", "loss"):
+        scores = [0.0 if (row["outcome"], ties) == ("tie", "loss") else row["score"] for row in rows]
+        yield ties, "raw", metrics.win_rate(scores, ties="half")
+        longer = [d > 0 for d in difference]
+        if min(sum(longer), len(longer) - sum(longer)) >= 2:  # a stratum of one has no SEM
+            yield ties, "stratified", metrics.win_rate_stratified(scores, longer, ties="half")
+        try:
+            yield ties, "logistic", metrics.win_rate_logistic(scores, difference, ties="half")
+        except ValueError:
+            pass  # equal lengths throughout, or wins that length separates: no finite fit
+
+
+def _record(metric: str, estimate: metrics.Estimate, fixed: dict, **extra) -> dict:
+    """One line of metrics.json."""
+    keys = ("subset", "iteration", "model", "writer", "cot", "baseline", "judge", "estimator", "ties", "length", "seed")
+    return ({"metric": metric} | dict.fromkeys(keys) | fixed | extra
+            | {"value": estimate.value, "sem": estimate.sem, "n": estimate.n,
+               "ci95": None if estimate.ci95 is None else list(estimate.ci95)})

@@ -1,0 +1,221 @@
+"""The stages that sample pairs of responses and train on them.
+
+A server gets one prompt a request, and what it answered is not asked again.
+"""
+
+import gc
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from repro.core import lora
+from repro.models.decoding import end_tokens
+from repro.records import UserError, append_jsonl, digest, read_jsonl, seal, write_jsonl
+from repro.run import draws
+from repro.run import jobs as worker
+from repro.run.draws import held_out_pairs
+from repro.run.folder import Run, checkpoint, evaluation_file, training_file
+from repro.sampling import launch
+from repro.sampling.local import Response, sample_responses
+from repro.sampling.server import read_answer, request
+from repro.servers.client import Asker
+from repro.servers.endpoint import Call
+from repro.servers.ledger import Ledger
+from repro.text import seam
+from repro.text.principles import Constitution
+from repro.text.queries import Query
+
+
+def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
+    """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. What is already in the partial
+    file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
+    form, asked = run.form, texts
+    texts = [text + " " + form.opening for text in texts] if form.opening else texts
+    partial = run.partial(path)
+    key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
+    rows: dict[int, dict] = {}
+    if partial.exists():
+        for _, row in read_jsonl(partial, torn_tail=True, all_checked=True):
+            if row.pop("key") == key:
+                rows[row.pop("job")] = row
+    if len(rows) < len(jobs):
+        sampled = _sampled_here if run.experiment.sampling.engine == "transformers" else _sampled_by_server
+        for batch, answers in sampled(run, iteration, texts, rows.copy(), name, partial, key):
+            for i, answer in zip(batch, answers):
+                query, constitution = jobs[i]
+                said, more = _kept(run, asked[i], answer)
+                rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration, **said)) | more
+            append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
+    ordered = [rows[i] for i in range(len(jobs))]
+    if anew := sum(bool(row.get("retokenised")) for row in ordered):
+        run.say(f"{name}: the form cut {anew} of {len(ordered)} responses inside a token; what it left of it is tokenised "
+                "anew")
+    write_jsonl(path, ordered)
+    return ordered
+
+
+def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
+    """Of one sample (an `answer` as of `sample_batch` to the prompt and the form's opening) what its row says of the
+    response (`Response`) and beside it: "reasoning" that stood before it in the sample and whether it is "closed", all that
+    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token."""
+    form, tokenizer, spec, more = run.form, run.tokenizer, run.experiment.sampling, {}
+    ids, text, finished = answer.get("ids"), answer["text"], answer["finished"]
+    if run.speaker.closing:
+        ids, reasoning, closed = seam.after(ids, run.speaker.closing, run.speaker.opened)
+        most = run.response_tokens() - spec.reasoning_tokens
+        if reasoning is not None:
+            closed = closed and len(reasoning) <= spec.reasoning_tokens
+            more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
+        if not closed:
+            return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
+        ended = next((k for k, i in enumerate(ids) if i in run.speaker.ends_both), None)  # nothing could stop at it before
+        ids, finished = ids[:ended], finished or ended is not None
+        ids, finished = ids[:most], finished and len(ids) <= most
+        text = seam.text_of(tokenizer, ids)
+    whole = form.opening + text
+    text = form.response(whole)
+    if form.cot:
+        more = more | {"sampled": whole}
+    if text != whole:  # the format ended it
+        finished = finished or (form.kind == "plain" and not whole.rstrip().endswith(text))
+    start = whole.index(text, whole.index(form.mark) + len(form.mark)) if form.cot and text else 0
+    given = form.opening[start: len(text)]  # the part of the response that the sample was opened with
+    before = seam.in_context(tokenizer, prompt, " " + given) if given else []
+    start, end = (max(0, at - len(form.opening)) for at in (start, start + len(text)))  # in what was sampled
+    if ids is None:  # it came as text
+        space = " " if form.cot and form.kind == "plain" and text else ""
+        ids = seam.in_context(tokenizer, prompt + " " * bool(given) + given, space + text[len(given):])
+    elif text != whole:
+        ids, anew = seam.cut(tokenizer, ids, start, end)
+        more = more | ({"retokenised": True} if anew else {})
+    return {"text": text, "ids": before + ids, "tokens": len(before + ids), "finished": finished}, more
+
+
+def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: str, *_) -> Iterator[tuple]:
+    spec = run.experiment.sampling
+    with run.model(iteration, spec.dtype) as model, tqdm(
+            total=len(texts), initial=len(done), desc=name, unit="response") as bar:
+        for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=run.response_tokens(),
+                                               batch_size=spec.batch_size, done=done, ends=run.speaker.ends):
+            yield batch, answers
+            bar.update(len(batch))
+
+
+def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, name: str, partial: Path,
+                       key: str) -> Iterator[tuple]:
+    """One request a prompt; each is kept in the partial file with its raw answer as it arrives."""
+    spec, most = run.experiment.sampling, run.response_tokens()
+    todo = [i for i in range(len(texts)) if i not in done]
+    ends = end_tokens(run.tokenizer, run.place) | run.speaker.ends
+    requests = {i: request(spec.engine, run.tokenizer, texts[i], most, ends, run.form.stops) for i in todo}
+    calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
+    ledger = Ledger(partial, {"sampler": spec.engine}, chat=False)
+    if spec.engine == "server":
+        run.once("the server answers with text: what is trained and scored are the token ids of that text behind its "
+                 "prompt, which need not be those that were sampled (--sampler vllm gives them)")
+    if any(call.key not in ledger.answers for call in calls.values()):
+        longest = max(len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids)
+        with launch.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
+                            share=run.tensor_parallel, context=longest + most, ends=ends,
+                            log=run.folder / "sampler.log") as server:
+            run.record["sampled_by"] = server.facts()
+            asker = Asker(server.endpoint, ledger, wrong=server.wrong)
+            asker.run(calls.values(), label=name)
+            missing = [call for call in calls.values() if call.key not in ledger.answers]
+            if missing:
+                why = asker.stopped or ledger.errors.get(missing[0].key, "no answer")
+                raise UserError(f"{name}: {len(missing)} of {len(texts)} responses are missing: {why}{server.last_words()}"
+                                "; what was answered stays: run the same command to go on")
+    yield todo, [read_answer(spec.engine, run.tokenizer, ledger.answers[calls[i].key][0], ends) for i in todo]
+
+MERGE_CHECKED = 4  # held-out queries: in float32 on a CPU, minutes for 7 billion parameters
+
+
+def sample(run: Run, iteration: int) -> None:
+    """Pairs of responses to training queries by the previous iteration's model -> responses/training-k.jsonl."""
+    name, outputs = f"sample-{iteration}", [training_file(iteration)]
+    inputs = [f"train-{iteration - 1}"] if iteration > 1 else run.written()
+    if not run.stage(name, outputs, inputs):
+        return
+    jobs = [(query, constitution) for query, pair in run.training_plan(iteration) for constitution in pair]
+    texts = [run.prompt(c, q, run.experiment.seed, iteration, "sample", c.id, sample=True, reason=run.form.cot)
+             for q, c in jobs]
+    rows = sample_to_file(run, jobs, texts, iteration - 1, run.folder / training_file(iteration), name)
+    run.finish(name, outputs, inputs, responses=len(rows))
+
+
+def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, tuple[Constitution, ...], list[dict]]], Counter]:
+    """The sampled pairs that may train, in order, each with its two rows, and the dropped ones counted by the first reason
+    that holds."""
+    rows = [row for _, row in read_jsonl(run.folder / training_file(iteration))]
+    plan = run.training_plan(iteration)
+    kept, dropped = [], Counter()
+    for k, (query, pair) in enumerate(plan):
+        both = rows[2 * k: 2 * k + 2]
+        responses = [row["text"] for row in both]
+        phrase = next((p for p in run.experiment.sampling.drop_phrases if any(p in r for r in responses)), None)
+        if not all(row.get("closed", True) for row in both):
+            dropped["reasoning not closed"] += 1
+        elif not all(row["text"].strip() and row.get("ids", True) for row in both):
+            dropped["empty"] += 1
+        elif responses[0].strip() == responses[1].strip():
+            dropped["identical"] += 1
+        elif phrase is not None:
+            dropped[f"phrase {phrase!r}"] += 1
+        elif run.experiment.sampling.full_stop and not responses[0].rstrip().endswith("."):
+            dropped["no full stop"] += 1
+        else:
+            kept.append((query, pair, both))
+    return kept, dropped
+
+
+def train_iteration(run: Run, iteration: int) -> None:
+    """Train from the initial weights on this iteration's pairs -> checkpoints/iteration-k."""
+    from repro.core import engines
+
+    name, inputs, outputs = f"train-{iteration}", [f"sample-{iteration}"], [checkpoint(iteration)]
+    if not run.stage(name, outputs, inputs):
+        return worker.clear(run.folder, iteration)
+    spec, folder = run.experiment, run.folder / checkpoint(iteration)
+    kept, dropped = usable_pairs(run, iteration)
+    need = spec.train.queries_needed(iteration)
+    run.say(f"{name}: {len(kept)} pairs usable, {need} needed"
+            + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
+    draws.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
+    pairs = [engines.TrainingPair(
+        query=q.id, responses=tuple(seam.said(run.tokenizer, row, " " if spec.model.prompt == "plain" else "")
+                                    for row in both),
+        prompts=tuple(draws.scored_prompt(run, run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False))
+                      for c in pair)) for q, pair, both in kept]
+    if len(kept) < need:
+        done = len(kept) + sum(dropped.values())
+        raise UserError(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
+                        f"{sum(dropped.values())} of {done} sampled were dropped ("
+                        + ", ".join(f"{why}: {n}" for why, n in sorted(dropped.items()))
+                        + "); give another run (--name) more training queries, a smaller --batch-size or fewer --iterations"
+                        + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped))
+    worker.write_job(run.folder, iteration, model=run.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
+                     backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
+    with tqdm(total=need, desc=name, unit="query") as bar:
+        trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
+    gc.collect()
+    merged = {"merged": check_merged(run, iteration)} if spec.train.lora else {}
+    seal(folder, digest([run.record["config_hash"], iteration]))
+    run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks * run.nodes, **merged)
+    worker.clear(run.folder, iteration)
+
+
+def check_merged(run: Run, iteration: int) -> dict:
+    """`lora.merged_difference` on the initial model's responses to some held-out queries, two constitutions each."""
+    every = list(held_out_pairs(run, [row for _, row in read_jsonl(run.folder / evaluation_file(0))]))
+    some = every[:: math.ceil(len(every) / MERGE_CHECKED)]
+    facts = lora.merged_difference(
+        run.folder / checkpoint(iteration), run.place, run.tokenizer, run.experiment.train,
+        [texts[:2] for _, texts, _ in some], [responses[:2] for _, _, responses in some], run.record["backend"])
+    run.say("train-{}: the saved model is within {max_abs_difference_nats:.1e} nats of the trained one ({pairs} summed "
+            "log-probs of {queries} held-out queries)".format(iteration, **facts))
+    return facts

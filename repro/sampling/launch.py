@@ -1,0 +1,311 @@
+"""Servers to sample from: one that the run starts, waits for and stops, or one that is already there.
+
+    python -m repro.sampling.launch COMMAND...
+
+stands between a run and the server that it starts. It holds the run's end of a pipe as its stdin: when that ends, in
+whatever way the run did, it ends the server and all that this one has started.
+"""
+
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from repro.models import decoding
+from repro.records import UserError, dumps, first_line, loads, open_log
+from repro.sampling.server import CONCURRENCY
+from repro.servers.client import reason, redact
+from repro.servers.endpoint import Endpoint, shown, wrong_shape
+
+HOST = "127.0.0.1"
+KEY = "VLLM_API_KEY"       # vLLM's own name for the key that it asks for, where it is told to ask for one
+START_S = 3600.0           # until a server must have loaded its weights, a first download included
+SAY_EVERY_S = 60.0
+DEADLINE_S = 1200.0        # one request, in which it may wait for others
+GRACE_S = 30.0             # for a server to end by itself
+
+
+def check(engine: str, url: str | None) -> None:
+    """Raise UserError, with the step that is missing, where this engine cannot sample here."""
+    if engine == "transformers":
+        if url:
+            raise UserError("--sampler-url: the engine transformers samples in this process; add --sampler vllm or server")
+    elif url:
+        Endpoint(model="-", base_url=url, flag="--sampler-url", key_env=KEY).key()
+    elif engine == "vllm":
+        _vllm()
+    elif not (find_spec("fastapi") and find_spec("uvicorn")):
+        raise UserError("--sampler server: transformers serve needs its extra: pip install 'transformers[serving]'")
+
+
+def _vllm() -> str:
+    """vLLM's executable: it lives in an environment of its own, since it pins another torch and transformers."""
+    named = os.environ.get("SAMI_VLLM")
+    found = shutil.which(named or "vllm")
+    if not found:
+        where = f"$SAMI_VLLM is {named!r}, which is no executable" if named else "there is no vllm on PATH"
+        raise UserError(f"--sampler vllm: {where}; install it in an environment of its own (python -m venv E; E/bin/pip "
+                        "install vllm) and set SAMI_VLLM=E/bin/vllm, or name a server with --sampler-url")
+    return found
+
+
+def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share: int | None, context: int,
+            ends: Collection[int] = ()) -> list[str]:
+    """The command line that serves `model` on `gpus` GPUs, of which `share` (None: all) hold a copy of it together.
+    `context` tokens is the longest that will be asked for; any of the tokens `ends` ends an answer."""
+    there = [model, "--host", HOST, "--port", str(port), "--dtype", dtype]
+    if engine == "vllm":  # sampling defaults that came with the weights stay out of it
+        share = share or max(1, gpus)
+        copies = ["--data-parallel-size", str(gpus // share)] if gpus // share > 1 else []
+        return ["env", "-u", "PYTHONPATH", _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
+                "--max-model-len", str(context), "--seed", "0", "--generation-config", "vllm"]
+    code, device = "from repro.sampling.launch import transformers_serve; transformers_serve()", "auto" if gpus else "cpu"
+    return [sys.executable, "-c", code, ",".join(map(str, sorted(ends))), "serve", *there, "--device", device]
+
+
+def transformers_serve() -> None:
+    """`transformers serve` of models that decode plainly and end at the tokens of the first argument: by itself it (5.23)
+    takes penalties, beams and token lists from the weights' generation config, and no request can unset them all."""
+    from transformers import PreTrainedModel
+    from transformers.cli.transformers import main
+
+    ends, load = [int(i) for i in sys.argv.pop(1).split(",") if i], PreTrainedModel.from_pretrained.__func__
+
+    def plain(cls, *args, **kwargs):
+        return load(cls, *args, **kwargs | {"generation_config": decoding.plain_decoding(ends)})
+
+    PreTrainedModel.from_pretrained = classmethod(plain)
+    main()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that was seen to serve the model asked for. `process`: where the run has started it."""
+
+    engine: str
+    endpoint: Endpoint
+    log: Path | None = None
+    process: subprocess.Popen | None = None
+
+    def wrong(self, answer: dict, request: dict) -> str | None:
+        """What makes an answer to a request useless, in words."""
+        choice, usage, prompt = answer["choices"][0], answer.get("usage"), request["prompt"]
+        if answer.get("model") not in (self.endpoint.model, f"{self.endpoint.model}@main"):
+            return f"an answer by the model {answer.get('model')!r}, not {self.endpoint.model!r}"
+        if choice.get("finish_reason") not in ("stop", "length"):
+            return f"finish_reason {choice.get('finish_reason')!r}, neither stop nor length"
+        ids = choice.get("token_ids")
+        if self.engine == "vllm" and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+            return "no token_ids in the answer: vLLM 0.10.2 or newer gives them"
+        read, said = (usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens"))
+        if type(read) is not int or type(said) is not int:
+            return "no usage in the answer"
+        if isinstance(prompt, list) and read != len(prompt):
+            return f"an answer to a prompt of {read} tokens, not {len(prompt)}"
+        if choice["finish_reason"] == "length" and said < request["max_tokens"]:
+            return f"an answer cut at {said} tokens of {request['max_tokens']}: is the server's context too short?"
+        return None
+
+    def facts(self) -> dict:
+        """What a run's record says of it: the engine, and its version where it tells one."""
+        version = None
+        with suppress(OSError, ValueError, AttributeError):
+            version = _get(f"{self.endpoint.url.removesuffix('/v1')}/version", self.endpoint.key()).get("version")
+        return {"engine": self.engine, "version": version, "started_here": self.process is not None}
+
+    def last_words(self) -> str:
+        """Why the server ended, if it did, to be added to a message."""
+        if self.process is None or self.process.poll() is None:
+            return ""
+        return f" (the server ended: {_tail(self.log, 1)}; {self.log} tells more)"
+
+
+# ---- starting, finding and stopping
+
+@contextmanager
+def served(engine: str, model: str, *, url: str | None, dtype: str, share: int | None, context: int, log: Path,
+           say: Callable[[str], None], ends: Collection[int] = ()) -> Iterator[Server]:
+    """A server of `model` (a folder or a hub name) for as long as the block lasts: the one at `url`, or one that is
+    started here on all GPUs (`share`, `ends`: as of `command`). Raises UserError where it does not come up, or serves
+    something else."""
+    place = str(Path(model).resolve()) if Path(model).is_dir() else model
+    if url:
+        yield _identified(engine, place, Endpoint(model=place, base_url=url, **_limits(engine)), dtype)
+        return
+    with socket.socket() as s:
+        s.bind((HOST, 0))
+        port = s.getsockname()[1]
+    argv = command(engine, place, port=port, dtype=dtype, gpus=_free_gpus(), share=share, context=context, ends=ends)
+    say(f"starting {engine if engine == 'vllm' else 'transformers serve'} with {place}; its log is {log}")
+    with open_log(log) as out:
+        process = subprocess.Popen([sys.executable, "-m", __spec__.name, *argv], stdin=subprocess.PIPE, stdout=out,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _wait_until_ready(process, f"http://{HOST}:{port}/health", log, say)
+        endpoint = Endpoint(model=place, base_url=f"http://{HOST}:{port}/v1", **_limits(engine))
+        server = _identified(engine, place, endpoint, dtype)
+        yield Server(engine, server.endpoint, log, process)
+    finally:
+        _stop(process)
+
+
+def _limits(engine: str) -> dict:
+    return {"key_env": KEY, "flag": "--sampler-url", "price": (0.0, 0.0), "max_usd": 0.0, "deadline_s": DEADLINE_S,
+            "concurrency": CONCURRENCY[engine]}
+
+
+def _free_gpus() -> int:
+    """How many GPUs there are; what this process holds of their memory is given back."""
+    import gc
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.device_count()
+
+
+def _wait_until_ready(process: subprocess.Popen, health: str, log: Path, say: Callable[[str], None]) -> None:
+    began = said = time.monotonic()
+    while process.poll() is None:
+        with suppress(OSError):
+            if _get(health) is not None:
+                return
+        now = time.monotonic()
+        if now - began > START_S:
+            raise UserError(f"the sampling server was not ready within {START_S:.0f} s; {log} tells what it was doing")
+        if now - said > SAY_EVERY_S:
+            said = now
+            say(f"waiting for the sampling server: {now - began:.0f} s; it says: {_tail(log, 1)}")
+        time.sleep(0.2)
+    say(_tail(log, 15))
+    raise UserError(f"the sampling server ended before it was ready (above are the last lines of {log}): {_tail(log, 1)}")
+
+
+def _tail(log: Path, lines: int) -> str:
+    text = log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
+    last = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith(ENDED)]
+    return "\n".join(last[-lines:]) or "nothing"
+
+
+def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Server:
+    """The server at `endpoint`, which lists `place` as a model or answers as it; else UserError says what to serve."""
+    try:
+        rows = (_get(f"{endpoint.url}/models", endpoint.key()) or {}).get("data") or []
+    except urllib.error.HTTPError as e:
+        rows = []
+        if e.code in (401, 403):
+            raise UserError(f"the sampling server {endpoint.url} refused the key in ${KEY} ({_why(e, endpoint)})") from None
+    except (OSError, ValueError, AttributeError, http.client.HTTPException) as e:
+        raise UserError(f"no sampling server answers at {endpoint.url} ({first_line(e)})") from None
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    named = {row["id"]: row.get("root") or row["id"] for row in rows if row.get("id") and isinstance(row["id"], str)}
+    found = next((name for name, root in named.items() if place in (_real(name), _real(root))), place)
+    server = Server(engine, Endpoint(model=found, base_url=endpoint.url, **_limits(engine)))
+    body = {"model": found, "prompt": [1] if engine == "vllm" else ".", "max_tokens": 1, "temperature": 0.0}
+    try:
+        answer = _get(f"{endpoint.url}/completions", endpoint.key(), body | (
+            {"return_token_ids": True} if engine == "vllm" else {}), timeout=DEADLINE_S)
+        wrong = wrong_shape(answer, chat=False) or server.wrong(answer, body)
+    except urllib.error.HTTPError as e:
+        wrong = _why(e, endpoint)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        wrong = first_line(e)
+    if wrong is None:
+        return server
+    serves = f"serves {', '.join(sorted(named))}" if named else "does not list it"
+    start = " ".join(["vllm", "serve", place, "--dtype", dtype, "--generation-config", "vllm"] if engine == "vllm"
+                     else ["transformers", "serve", "--dtype", dtype])
+    raise UserError(f"{endpoint.url} must serve {place} now, but {serves} ({wrong}); serve it (`{start} ...`), then run "
+                    "the same command to go on")
+
+
+def _why(e: urllib.error.HTTPError, endpoint: Endpoint) -> str:
+    """An HTTP error with the server's own reason."""
+    to = e.headers.get("Location") if 300 <= e.code < 400 else None
+    said = f"it sends on to {to}, where none goes unless --sampler-url names it" if to else reason(e.body)
+    return redact(f"HTTP {e.code}: {shown(said)}", endpoint.key())
+
+
+def _real(name) -> str:
+    if not isinstance(name, str) or "\0" in name:
+        return ""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+class _Here(urllib.request.HTTPRedirectHandler):
+    """urllib would follow a redirect, of a POST with a GET: here it is the error that it is."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def _get(url: str, key: str = "", body: dict | None = None, timeout: float = 10.0):
+    """The JSON that a GET, or a POST of `body`, is answered with ({} where there is none). No proxy stands between, and
+    no redirect is followed."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else dumps(body).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Here)
+    try:
+        with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
+            text = answer.read().decode("utf-8", "replace")
+    except urllib.error.HTTPError as e:  # it holds the connection until its body is read
+        with e, suppress(OSError, http.client.HTTPException):
+            e.body = ""
+            e.body = e.read(10**5).decode("utf-8", "replace")
+        raise
+    return loads(text) if text.strip() else {}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(GRACE_S + 15)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+# ---- between the run and the server
+
+ENDED = "repro.sampling.launch: the server ended with "
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # meant for the server; one that is ignored would be inherited
+    signal.signal(signal.SIGINT, lambda *_: None)
+    server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+
+    def heed():
+        while os.read(0, 64):
+            pass
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=heed, daemon=True).start()
+    print(f"{ENDED}{server.wait()}", flush=True)
+    os.killpg(0, signal.SIGKILL)  # what it has started and left
+
+
+if __name__ == "__main__":
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""OpenAI-compatible servers: one place for requests, their ledger, their cost and their oddities."""
