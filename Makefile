@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 exp2 exp3 verify figures test families faults bench bench-gpu bench-check lint clean
+.PHONY: help setup exp1 exp2 exp3 verify figures test families faults bench bench-gpu bench-check imports lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ bench-check: $(STAMP)  ## Fails when a change makes the core slower, or a kernel
 .venv/.bench: $(STAMP)
 	@$(PIP) --editable '.[bench]'
 	@touch $@
+
+imports: $(STAMP)  ## Who imports whom: rooms, arrows, circles
+	@exec $(BIN)/python tests/imports.py
 
 lint: $(STAMP)  ## ruff
 	@exec $(BIN)/ruff check .

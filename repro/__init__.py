@@ -15,11 +15,11 @@ _WHERE = {
     "logprob_matrix": "core.logprobs",
     "symmetric_infonce": "core.losses",
     "train": "core.loop",
-    "mutual_information": "metrics",
+    "mutual_information": "base.metrics",
     "judge_pairwise": "judges.rule",
-    "win_rate": "metrics",
-    "Experiment": "config",
-    "run": "run.pipeline",
+    "win_rate": "base.metrics",
+    "Experiment": "base.settings",
+    "run": "stages.pipeline",
 }
 __all__ = list(_WHERE)
 

@@ -20,10 +20,18 @@ from typing import Annotated
 
 import tyro
 
-from repro.config import JudgeSpec
-from repro.experiment import EXPERIMENTS, configure, load_experiment, only_variant, over, told_of
+from repro.base.records import UserError, read_json
+from repro.base.settings import JudgeSpec
+from repro.experiment import (
+    EXPERIMENTS,
+    configure,
+    load_experiment,
+    only_variant,
+    over,
+    paper_models,
+    told_of,
+)
 from repro.flags import Figures, Judge, Plan, Publish, Run, Verify
-from repro.records import UserError, read_json
 from repro.report.figures import select, series, telling
 from repro.report.page import cut_answers, dropped_pairs
 from repro.report.publish import leaves
@@ -70,7 +78,7 @@ def summary(folder: Path) -> list[str]:
 
 def run_command(args: Run) -> None:
     from repro.report.publish import gather
-    from repro.run.pipeline import check_together, run
+    from repro.stages.pipeline import check_together, run
 
     runs = configure(args)
     limits = {"price": args.price, "max_usd": args.max_usd, "leave_out": args.leave_out}
@@ -95,10 +103,10 @@ PLANNED = ((8, "a100"), (1, "h200"), (1, "rtx4090"))  # what `repro plan all` is
 
 
 def plan_command(args: Plan) -> None:
+    from repro.base.records import write_text
     from repro.plan import page
     from repro.plan.estimate import plan
     from repro.plan.gpus import gpu_of
-    from repro.records import write_text
 
     if args.usd_per_gpu_hour is not None and not 0 <= args.usd_per_gpu_hour < math.inf:
         raise UserError(f"--usd-per-gpu-hour {args.usd_per_gpu_hour:g}: must be a number of 0 or more")
@@ -121,7 +129,7 @@ def judge_command(args: Judge) -> int:
     from repro.judges import standing
     from repro.paper import admission
     from repro.report.publish import gather
-    from repro.run import pipeline
+    from repro.stages import pipeline
 
     if args.admit == (args.run is not None):
         raise UserError("judge: give the folder of a finished run, or --admit")
@@ -160,12 +168,19 @@ def publish_command(args: Publish) -> None:
     print(f"published in {publish(list(args.runs), args.results, page=not args.numbers_only)}")
 
 
+def verify_run(folder: Path, *, strict: bool = False) -> int:
+    """A run of ours against its own record and, where its models are the paper's by name, against the printed cells."""
+    from repro.paper import cells
+    from repro.stages import verify
+
+    return verify.verify_run(folder, cells.verify_run, paper_models(), strict=strict)
+
+
 def verify_command(args: Verify) -> int:
     from repro.paper import cells
-    from repro.run import verify
 
     if args.run is not None:
-        return verify.verify_run(args.run, strict=args.strict)
+        return verify_run(args.run, strict=args.strict)
     return cells.verify(args.archive, args.out, strict=args.strict, responses=args.responses)
 
 
@@ -212,7 +227,7 @@ def version() -> str:
     """The distribution's version, and the commit of a checkout."""
     from importlib import metadata
 
-    from repro.identity import commit
+    from repro.base.identity import commit
 
     return f"sami-repro {metadata.version('sami-repro')}" + (f", commit {commit()}" if commit() else "")
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from repro import config
-from repro.checks import choose
-from repro.config import JUDGES, NAME, WRITERS, Experiment, LoraSpec, WriterSpec
+from repro.base import settings
+from repro.base.checks import choose
+from repro.base.records import UserError, first_line, read_json
+from repro.base.settings import JUDGES, NAME, WRITERS, Experiment, LoraSpec, WriterSpec
 from repro.flags import Run
-from repro.records import UserError, first_line, read_json
 from repro.text.queries import SOURCES
 
 FLAGS = {"DataSpec.source": "queries", "DataSpec.subsets": "subsets", "DataSpec.train": "train_queries",
@@ -67,10 +67,17 @@ def load_experiment(name: str, profile: str | None, default: str = "mini") -> tu
     return found
 
 
+def paper_models() -> dict[str, str]:
+    """Label -> name of the models of the paper's runs."""
+    specs = [spec for path in sorted(EXPERIMENTS.glob("exp*.py")) for e in load_experiment(path.stem, "paper")
+             for spec in (e.model, e.baseline) if spec]
+    return {spec.label: spec.name for spec in specs}
+
+
 def _unknown_field(error: Exception) -> str | None:
-    """What is wrong with a field that a dataclass of repro/config.py does not have; None for any other error."""
+    """What is wrong with a field that a dataclass of repro/base/settings.py does not have; None for any other error."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    kind = found and getattr(config, found[1], None)
+    kind = found and getattr(settings, found[1], None)
     if not dataclasses.is_dataclass(kind):
         return None
     try:
@@ -88,7 +95,7 @@ def configure(args: Run) -> tuple[Experiment, ...]:
 
 @contextmanager
 def told_of(args, flags: dict[str, str]) -> Iterator[None]:
-    """A UserError about a field of repro/config.py, as one about the flag that holds it (`flags`: field -> attribute of
+    """A UserError about a field of base/settings.py, as one about the flag that holds it (`flags`: field -> attribute of
     `args`), where that was given."""
     try:
         yield

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from repro.base.records import write_text
 from repro.core import probe
 from repro.core.logprobs import WAYS, score
 from repro.core.tree import Scored
-from repro.records import write_text
 
 ROOT = Path(__file__).parents[1]
 RIGHT = 2e-4  # of 1 + the size of a log-prob: many families round to float32 on the way, whatever their weights are in

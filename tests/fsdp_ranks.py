@@ -15,12 +15,12 @@ from conftest import byte_tokenizer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from repro.config import TrainSpec
+from repro.base.records import UserError, write_json
+from repro.base.settings import TrainSpec
 from repro.core import engines, loop
 from repro.core.checkpoints import StepCheckpoints
 from repro.core.engines import TrainingPair
-from repro.records import UserError, write_json
-from repro.run import rank
+from repro.stages import rank
 
 REDUCE = "reduce_scatter_single"  # what FSDP calls
 

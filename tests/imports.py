@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Bottom up: a room imports only what stands before it.
-ROOMS = ("kernels", "records", "checks", "metrics", "config", "identity", "models", "servers", "text", "core", "sampling", "judges",
-         "report", "paper", "plan", "run", "flags", "experiment", "cli", "experiments")
+ROOMS = ("kernels", "base", "config", "models", "servers", "text", "core", "sampling", "judges",
+         "report", "paper", "plan", "stages", "flags", "experiment", "cli", "experiments")
 
 
 def modules() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of repro/metrics.py hold the truth, and how wide they are: the table of results/README.md.
+"""How often the 95 % intervals of repro/base/metrics.py hold the truth, and how wide they are: the table of results/README.md.
 
 Run: .venv/bin/python tests/intervals.py    (about half a minute; the same numbers each time)
 0 and 1 and scores with ties: every outcome, weighted by its probability. The rest: fixed-seed simulation.
@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from scipy import special, stats
 
-from repro import metrics
+from repro.base import metrics
 
 P = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 TIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # shares of items that tie; of a rate p at most 2 (1 - p) can

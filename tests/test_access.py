@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from repro import cli
+from repro.base.records import UserError
 from repro.models import hub as models
-from repro.records import UserError
 
 ANSWERS = {  # as the hub's: status and X-Error-Code for (repository, whether a token was sent)
     ("models/lab/open", False): (200, None), ("models/lab/open", True): (200, None),

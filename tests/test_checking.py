@@ -11,13 +11,13 @@ from judge_server import JudgeServer
 from test_experiments import small
 
 from repro import cli
-from repro.config import JudgeSpec
+from repro.base.records import CHECK, UserError, checked, file_sha256, read_json, write_json
+from repro.base.settings import JudgeSpec
 from repro.paper import cells
-from repro.records import CHECK, UserError, checked, file_sha256, read_json, write_json
 from repro.report.publish import publish
-from repro.run import verify
-from repro.run.pipeline import judge_run, run
 from repro.servers.endpoint import HOSTED, Endpoint
+from repro.stages import verify
+from repro.stages.pipeline import judge_run, run
 
 GROUPS = ["config", "inputs", "files", "judgments", "metrics"]
 
@@ -71,7 +71,7 @@ def again(data) -> str:
 
 
 def test_an_untouched_run_passes(finished, capsys):
-    assert verify.verify_run(finished) == 0
+    assert cli.verify_run(finished) == 0
     said = capsys.readouterr().out
     assert said.count(" PASS (n ") == 5 and "FAIL" not in said and "NOT RUN" not in said
     counts = {line.split()[-4]: int(line.split()[-1].rstrip(")")) for line in said.splitlines() if "PASS" in line}
@@ -80,7 +80,7 @@ def test_an_untouched_run_passes(finished, capsys):
     assert counts["judgments"] == len(judged) and {row["judge"] for row in judged} == {"likelihood", "judge-1"}
     assert counts["metrics"] == len(json.loads((finished / "metrics.json").read_text()))
     assert "not held against the paper's cells: its model is" in said and "Table" not in said
-    assert verify.verify_run(finished, strict=True) == 1  # nothing was compared
+    assert cli.verify_run(finished, strict=True) == 1  # nothing was compared
 
 
 def test_a_loaded_model_is_not_needed(finished, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_loaded_model_is_not_needed(finished, monkeypatch):
 def test_what_was_altered_fails_in_its_group(copy, name, change, fits, groups):
     edit(copy, name, change, made_to_fit=fits)
     assert failing(copy) == groups
-    assert verify.verify_run(copy) == 1
+    assert cli.verify_run(copy) == 1
 
 
 def test_a_log_prob_decides_the_likelihood_judge(finished, tmp_path):
@@ -141,13 +141,13 @@ def test_what_is_missing(copy, finished, tmp_path):
     assert failing(tmp_path / "other") == ["files"]
     (copy / "run.json").write_text("{}")
     with pytest.raises(UserError, match="not the record of a run"):
-        verify.verify_run(copy)
+        cli.verify_run(copy)
 
 
 def test_a_published_folder_and_an_unfinished_run(copy, tmp_path, capsys):
     folder = publish([copy], tmp_path / "results", page=False)
     assert not (folder / "run.json").exists()
-    verify.verify_run(folder)  # numbers alone, as before: cell by cell
+    cli.verify_run(folder)  # numbers alone, as before: cell by cell
     assert "NOT COMPARABLE" in capsys.readouterr().out
     edit(copy, "run.json", lambda r: r["stages"].pop("metrics"), made_to_fit=False)
     rows = {group: (status, why) for group, status, _, why in verify.check_run(copy)}
@@ -159,13 +159,13 @@ def test_only_the_papers_models_by_name_are_held_against_the_paper(copy, monkeyp
     called = []
     monkeypatch.setattr(cells, "verify_run", lambda folder, strict: called.append(folder) or 0)
     edit(copy, "run.json", lambda r: r["config"]["model"].update(label="mistral-7b"), made_to_fit=False)
-    verify.verify_run(copy)
+    cli.verify_run(copy)
     assert not called
     edit(copy, "run.json", lambda r: [r["config"][part].update(name=name, label=label) for part, name, label in (
         ("model", "mistralai/Mistral-7B-v0.1", "mistral-7b"),
         ("baseline", "mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b-instruct"))], made_to_fit=False)
-    verify.verify_run(copy)
+    cli.verify_run(copy)
     assert called == [copy]
     edit(copy, "run.json", lambda r: r["config"].update(profile="mini"), made_to_fit=False)
-    verify.verify_run(copy)
+    cli.verify_run(copy)
     assert len(called) == 1

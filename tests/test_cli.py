@@ -151,7 +151,7 @@ def test_broken_models(capsys, tmp_path, tiny, harm, reason):
 
 
 def test_truncate_says_what_it_cuts(tmp_path, tiny):
-    from repro.config import DataSpec
+    from repro.base.settings import DataSpec
     from repro.text.queries import load_queries
 
     path = tmp_path / "queries.jsonl"

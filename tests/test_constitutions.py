@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from repro.records import UserError
+from repro.base.records import UserError
 from repro.text.principles import DATA, check_control_tokens, load_constitutions
 from repro.text.rules import RULES
 

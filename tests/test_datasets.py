@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from repro.config import DataSpec
-from repro.records import UserError
+from repro.base.records import UserError
+from repro.base.settings import DataSpec
 from repro.text.queries import Query, check_queries, first_human_turn, load_queries, normalize, query_id
 
 

@@ -10,10 +10,10 @@ from conftest import byte_tokenizer
 from test_cli import GOOD_QUERIES, refused
 
 from repro import cli
+from repro.base.identity import config_hash
+from repro.base.records import UserError, read_json, read_jsonl
 from repro.experiment import load_experiment
-from repro.identity import config_hash
 from repro.models import embedded, files, load
-from repro.records import UserError, read_json, read_jsonl
 
 HASHES = {  # of the shipped experiments' settings, as they were when drop phrases were a default
     "exp1_dialogue/mini": "6b879cf123fd5a56", "exp1_dialogue/paper": "165ca505132355ea", "exp2_tldr/mini/weak": "34519d0783a6c74d",
@@ -260,7 +260,7 @@ def test_a_run_that_fails_before_its_first_stage_leaves_no_folder(capsys, tmp_pa
 def test_a_run_that_was_begun_stays_and_verify_says_that_it_is_not_finished(capsys, tmp_path, tiny, monkeypatch):
     from test_experiments import small
 
-    from repro.run import pipeline, sample
+    from repro.stages import pipeline, sample
 
     def stopped(run, iteration):
         raise UserError("no more")
@@ -286,7 +286,7 @@ def test_a_run_that_was_begun_stays_and_verify_says_that_it_is_not_finished(caps
 
 
 def test_drop_phrases_are_off_by_default_and_the_shipped_experiments_keep_theirs(tiny):
-    from repro.config import SamplingSpec
+    from repro.base.settings import SamplingSpec
 
     assert SamplingSpec().drop_phrases == ()
     runs = [e for name in ("exp1", "exp2", "exp3") for profile in ("mini", "paper") for e in load_experiment(name, profile)]
@@ -300,7 +300,7 @@ def test_drop_phrases_are_off_by_default_and_the_shipped_experiments_keep_theirs
 def test_too_few_pairs_say_why_and_what_to_change(tmp_path, tiny):
     from test_experiments import small
 
-    from repro.run.pipeline import run
+    from repro.stages.pipeline import run
 
     experiment = small(load_experiment("exp1", "mini")[0], tiny)
     experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, drop_phrases=("e", "a", " ", "\ufffd", "i")))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from repro.base.records import UserError, file_sha256, read_jsonl
 from repro.experiment import EXPERIMENTS, load_experiment
 from repro.models import decoding, hub, load
-from repro.records import UserError, file_sha256, read_jsonl
-from repro.run.pipeline import run
+from repro.stages import draws
+from repro.stages.pipeline import run
 
 SHIPPED = [e for path in sorted(EXPERIMENTS.glob("exp*.py")) for profile in ("mini", "paper")
            for e in load_experiment(path.stem, profile)]
@@ -127,8 +128,8 @@ def test_metrics_agree_with_the_files_they_come_from(finished):
 
 def test_each_iteration_samples_with_the_model_before_it(finished):
     """Each iteration's responses come from the model before it: its greedy answers, sampled again, are the file's."""
-    from repro.run.folder import Run
     from repro.sampling.local import sample_batch
+    from repro.stages.run import Run
 
     experiment, folder = finished
     shared = Run(experiment, folder, lambda text: None)
@@ -139,9 +140,9 @@ def test_each_iteration_samples_with_the_model_before_it(finished):
 
 
     query, (_, negative) = shared.training_plan(2)[0]
-    text = shared.prompt(negative, query, experiment.seed, 2, "sample", negative.id, sample=True)
+    text = draws.prompt(shared.voice, negative, query, experiment.seed, 2, "sample", negative.id, sample=True)
     assert rows[1]["query"] == query.id and rows[1]["constitution"] == negative.id
-    assert sample_batch(model, shared.tokenizer, [text], max_new_tokens=6)[0]["text"] == rows[1]["text"]
+    assert sample_batch(model, shared.voice.tokenizer, [text], max_new_tokens=6)[0]["text"] == rows[1]["text"]
 
 
 def test_every_iteration_trains_the_initial_weights(finished, tiny):
@@ -150,8 +151,8 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
     from repro.core import engines
     from repro.core.logprobs import matrix_by
     from repro.core.losses import symmetric_infonce
-    from repro.run.folder import Run
-    from repro.run.sample import usable_pairs
+    from repro.stages.run import Run
+    from repro.stages.sample import usable_pairs
 
     experiment, folder = finished
     shared = Run(experiment, folder, lambda text: None)
@@ -161,9 +162,9 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
     losses = []
     with engines.matmul_precision(model, experiment.train.precision):
         for query, pair, responses in kept[:experiment.train.batch_size]:
-            prompts = [shared.prompt(c, query, experiment.seed, 3, "train", c.id, sample=False) for c in pair]
+            prompts = [draws.prompt(shared.voice, c, query, experiment.seed, 3, "train", c.id, sample=False) for c in pair]
             losses.append(symmetric_infonce(matrix_by(
-                "reference", model, shared.tokenizer, [prompts], [[r["ids"] for r in responses]], length_normalize=True,
+                "reference", model, shared.voice.tokenizer, [prompts], [[r["ids"] for r in responses]], length_normalize=True,
                 score_eos=False)).item())
     trace = json.loads((folder / "run.json").read_text())["stages"]["train-3"]["trace"]
     assert trace[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
@@ -175,7 +176,7 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
 
 def test_halves_alternate_and_pairs_hold_the_positive(finished):
 
-    from repro.run.folder import Run
+    from repro.stages.run import Run
 
     experiment, folder = finished
     shared = Run(experiment, folder, lambda text: None)
@@ -219,7 +220,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_experiments import small
 from repro.cli import load_experiment
-from repro.run.pipeline import run
+from repro.stages.pipeline import run
 import repro.{module} as module
 calls, real = 0, module.{function}
 def dying(*args, **kwargs):
@@ -234,8 +235,8 @@ run(small(load_experiment("exp1", "mini")[0], Path({tiny!r})), {out!r})
 
 
 @pytest.mark.parametrize("module, function, nth", [
-    ("run.sample", "append_jsonl", 2), ("run.sample", "write_jsonl", 3), ("core.loop", "symmetric_infonce", 9),
-    ("run.sample", "seal", 2), ("run.folder", "write_json", 9), ("run.measure", "write_json", 1)])
+    ("stages.sample", "append_jsonl", 2), ("stages.sample", "write_jsonl", 3), ("core.loop", "symmetric_infonce", 9),
+    ("stages.sample", "seal", 2), ("stages.folder", "write_json", 9), ("stages.measure", "write_json", 1)])
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(finished, tiny, tmp_path, module, function, nth):
     """A real SIGKILL in sampling, training, saving, recording and measuring."""
     experiment, folder = finished
@@ -257,7 +258,7 @@ def test_another_config_is_refused_and_the_field_named(finished):
 
 def test_two_runs_in_one_directory(finished, tiny):
     experiment, folder = finished
-    code = ("import sys, time, pathlib\nfrom repro.records import locked\n"
+    code = ("import sys, time, pathlib\nfrom repro.base.records import locked\n"
             f"with locked(pathlib.Path({str(folder)!r})):\n print('held', flush=True); time.sleep(60)")
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "held\n"
@@ -337,9 +338,10 @@ def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):
 
 def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
     """Empty, identical, and each phrase of the filter; the rest keep their order and their sides."""
-    from repro.records import write_jsonl
-    from repro.run.folder import Run, training_file
-    from repro.run.sample import usable_pairs
+    from repro.base.records import write_jsonl
+    from repro.stages.folder import training_file
+    from repro.stages.run import Run
+    from repro.stages.sample import usable_pairs
 
     experiment, folder = finished
     experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, drop_phrases=("sorry", "]")))
@@ -357,7 +359,7 @@ def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
 def test_identical_responses_tie_under_every_judge(finished, tmp_path):
     import shutil
 
-    from repro.records import read_json, read_jsonl, write_jsonl
+    from repro.base.records import read_json, read_jsonl, write_jsonl
 
     experiment, folder = finished
     shutil.copytree(folder.parents[1], tmp_path / "runs")

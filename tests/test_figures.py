@@ -6,10 +6,10 @@ import io
 import made_archive as made
 import pytest
 
-from repro import identity, records
-from repro.metrics import Estimate
+from repro.base import places, records
+from repro.base.metrics import Estimate
+from repro.base.records import UserError
 from repro.paper import archive, figures
-from repro.records import UserError
 
 REAL = archive.LOCAL
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the authors' record is not at {REAL}")
@@ -135,7 +135,7 @@ def test_figures_of_the_real_record(tmp_path):
             r |= {"value": float(r["value"]), "printed": float(r["printed"]) if r["printed"] else None}
         odd[name] = [(r["subset"], r["model"], r["iteration"]) for r in rows if figures.differs(r)]
         assert all(r["value"] == 50 for r in rows if r["source"] == "chance")
-        committed = rows_of(identity.ROOT / "results" / "figures" / f"{name}.csv")
+        committed = rows_of(places.ROOT / "results" / "figures" / f"{name}.csv")
         assert [float(r["value"]) for r in committed] == pytest.approx([r["value"] for r in rows])
     assert {k: v for k, v in odd.items() if v} == {
         "fig4": [("tldr", "mixtral-8x7b", "0")], "fig5": [("learned", "llama3-70b", "1")],

@@ -16,14 +16,14 @@ from fsdp_ranks import ragged, run_case
 from safetensors.torch import load_file
 from test_logprobs import tiny_family
 
-from repro.config import TrainSpec
+from repro.base.records import MARKER, sealed, write_json
+from repro.base.settings import TrainSpec
 from repro.core import checkpoints, engines, loop, shapes
 from repro.core.checkpoints import StepCheckpoints
 from repro.core.engines import OneProcess
 from repro.core.logprobs import logprob_matrix
 from repro.core.loop import train
 from repro.models import load
-from repro.records import MARKER, sealed, write_json
 
 HERE = Path(__file__).parent
 FAMILIES = {"llama": {}, "llama_tied": {}, "mistral": {}, "mistral_tied": {}, "mixtral": {}, "mixtral_tied": {}}
@@ -353,7 +353,7 @@ def test_a_disk_that_is_full_in_a_save_ends_in_one_line_and_the_last_step_stays(
         trained(tiny, tmp_path, asked=[15])
     size = (tmp_path / "step-000001/__0_0.distcp").stat().st_size
     code = ("import resource, sys\nfrom pathlib import Path\n"
-            f"sys.path.insert(0, {str(HERE)!r})\nfrom test_fsdp import trained\nfrom repro.records import UserError\n"
+            f"sys.path.insert(0, {str(HERE)!r})\nfrom test_fsdp import trained\nfrom repro.base.records import UserError\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
             f"try:\n    trained(Path({str(tiny)!r}), Path({str(tmp_path)!r}))\n"
             "except UserError as e:\n    print(e); sys.exit(2)\n")

@@ -19,13 +19,13 @@ from fsdp_ranks import ragged
 from safetensors.torch import load_file, save_file
 from test_experiments import small
 
-from repro.config import TrainSpec
+from repro.base.records import UserError, read_jsonl, sealed
+from repro.base.settings import TrainSpec
 from repro.core.engines import OneProcess
 from repro.experiment import load_experiment
-from repro.records import UserError, read_jsonl, sealed
-from repro.run import jobs, rank
-from repro.run.folder import logprob_file
-from repro.run.pipeline import run
+from repro.stages import jobs, rank
+from repro.stages.folder import logprob_file
+from repro.stages.pipeline import run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 STEPS = 40
@@ -33,7 +33,7 @@ PIPELINE = """
 import signal, sys
 from pathlib import Path
 from repro import worker
-from repro.records import UserError
+from repro.base.records import UserError
 def end(number, frame):
     raise SystemExit(128 + number)
 signal.signal(signal.SIGTERM, end)

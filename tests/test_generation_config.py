@@ -12,11 +12,11 @@ from test_experiments import small
 from test_judge_real import SERVING
 from test_serving import as_text, prepared, sample
 
+from repro.base.records import UserError
 from repro.experiment import load_experiment
 from repro.models import decoding, load
-from repro.records import UserError
-from repro.run.pipeline import run
 from repro.sampling import local
+from repro.stages.pipeline import run
 
 PROMPTS = ["hello there", "what", "x y z", "The quick brown fox"]
 FIELDS = {  # which change what transformers 5.23 says at temperature 0, or end it with an error

@@ -8,7 +8,7 @@ import pytest
 from intervals import P, judged, lengths, normal, ours, scores, simulate, wilson
 from scipy import special, stats
 
-from repro import metrics as m
+from repro.base import metrics as m
 from repro.cli import summary
 from repro.report.figures import draw, draw_principles, draw_win_rate
 from repro.report.page import _interval

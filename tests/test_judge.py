@@ -13,18 +13,18 @@ from judge_server import JudgeServer
 from marks import FAMILIES, MARKS, added_ids, marked_tokenizer
 
 from repro import cli
-from repro.config import JudgeSpec
+from repro.base.identity import config_hash, training_hash
+from repro.base.metrics import share, win_rate
+from repro.base.records import UserError, checked, digest, file_sha256, read_json, read_jsonl, write_json, write_jsonl
+from repro.base.settings import JudgeSpec
 from repro.experiment import load_experiment
-from repro.identity import config_hash, training_hash
 from repro.judges import standing
 from repro.judges.llm import LLMJudge, Pair, Verdict
 from repro.judges.verdicts import read_logprobs, read_schema, read_text
-from repro.metrics import share, win_rate
 from repro.models import marks as model_marks
 from repro.paper import admission
-from repro.records import UserError, checked, digest, file_sha256, read_json, read_jsonl, write_json, write_jsonl
-from repro.run.pipeline import judge_run, run
 from repro.servers.endpoint import Call, Endpoint, count_tokens
+from repro.stages.pipeline import judge_run, run
 from repro.text import prompts, rules
 
 JUDGE = LLMJudge(name="j", host="h", model="m", answer="text")
@@ -469,7 +469,7 @@ def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path)
     the ledger, and `repro judge` puts the verdicts back without a request."""
     import shutil
 
-    from repro.records import append_jsonl
+    from repro.base.records import append_jsonl
 
     experiment, done = finished
     folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
@@ -510,7 +510,7 @@ def test_judge_key_is_nowhere_after_a_whole_run(finished, tmp_path):
 
 
 def test_judge_flips_are_half_under_either_tie_rule(finished, tmp_path):
-    from repro.run.measure import _win_rates
+    from repro.stages.measure import _win_rates
 
     rows = [{"score": s, "outcome": o, "tokens": 3, "baseline_tokens": 3} for s, o in
             [(1.0, "win"), (0.5, "flip"), (0.5, "tie"), (0.0, "loss"), (None, "unparsed"), (None, "failed")]]
@@ -557,7 +557,7 @@ def test_judge_mistakes_end_in_one_line(argv, says, tmp_path, monkeypatch, capsy
 
 
 def test_judge_settings_of_the_environment_do_not_concern_a_run_without_a_server(tmp_path, monkeypatch):
-    from repro.run import pipeline
+    from repro.stages import pipeline
 
     taken = []
     monkeypatch.setenv("OPENAI_BASE_URL", "localhost:11434?api-version=1")
@@ -634,7 +634,7 @@ def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(fini
         again = dataclasses.replace(right, judge=JudgeSpec(judges=("rule", "likelihood")))
         run(again, tmp_path, say=said.append)  # the likelihood judge needs log-probs that were not taken
         assert {r["judge"] for r in json.loads((folder / "metrics.json").read_text())} == {None, "rule", "likelihood"}
-    from repro.run.verify import check_run
+    from repro.stages.verify import check_run
 
     assert {(group, status) for group, status, _, _ in check_run(folder)} == {
         (group, "PASS") for group in ("config", "inputs", "files", "judgments", "metrics")}

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from llama_server import NAME
 
-from repro.config import JudgeSpec
+from repro.base.records import UserError
+from repro.base.settings import JudgeSpec
 from repro.judges.llm import Pair, ask_judge
 from repro.models import embedded
-from repro.records import UserError
 from repro.servers.endpoint import Endpoint
 from repro.servers.ledger import Ledger
 

@@ -16,12 +16,12 @@ import pytest
 from judge_habits import ENDS, FAILED, HABITS, READ, SILENT, WHY
 from judge_server import RATES, Handler, JudgeServer
 
-from repro import metrics
-from repro.config import JudgeSpec
+from repro.base import metrics
+from repro.base.records import UserError, read_jsonl
+from repro.base.settings import JudgeSpec
 from repro.judges.llm import Pair, ask_judge, judge_of
 from repro.judges.verdicts import read_text
 from repro.paper.archive import LOCAL
-from repro.records import UserError, read_jsonl
 from repro.servers.endpoint import PICO, Endpoint, text_of
 from repro.servers.ledger import Ledger
 from repro.text.queries import load_queries

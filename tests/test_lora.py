@@ -17,18 +17,17 @@ from safetensors.torch import load_file
 from test_experiments import contents, small
 from test_logprobs import PROMPTS, RESPONSES, tiny_family
 
-from repro import config as models_config
+from repro.base.records import UserError, sealed
+from repro.base.settings import EMBEDDED, Experiment, LoraSpec, TrainSpec
 from repro.cli import parse
-from repro.config import Experiment, LoraSpec, TrainSpec
 from repro.core import engines, loop, lora, memory
 from repro.core.logprobs import logprob_matrix
 from repro.core.losses import symmetric_infonce
 from repro.experiment import configure, load_experiment
 from repro.models import decoding, load
 from repro.plan.gpus import PUBLISHED, shape_from, shape_of
-from repro.records import UserError, sealed
-from repro.run import jobs
-from repro.run.pipeline import run
+from repro.stages import jobs
+from repro.stages.pipeline import run
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed: nothing of LoRA is tested")
 SPEC = LoraSpec(rank=3, alpha=6)
@@ -307,14 +306,14 @@ def test_a_run_with_adapters(tiny, tmp_path):
 
 def test_the_share_that_trains():
     """Rank 8 on the embedded model: at most 2 % of its parameters, as counted and as the plan has it."""
-    config = transformers.LlamaConfig(**{k: PUBLISHED[models_config.EMBEDDED][k] for k in (
+    config = transformers.LlamaConfig(**{k: PUBLISHED[EMBEDDED][k] for k in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
         "tie_word_embeddings")})
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     whole = sum(p.numel() for p in model.parameters())
     adapters = sum(p.numel() for p in lora.put_into(model, LoraSpec(rank=8, alpha=16), half=False, seed="0"))
-    assert adapters == shape_of(models_config.EMBEDDED).adapters(8) == 2_442_240 and adapters / whole < .02
+    assert adapters == shape_of(EMBEDDED).adapters(8) == 2_442_240 and adapters / whole < .02
 
 
 def test_refusals(tiny, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from repro import metrics as m
+from repro.base import metrics as m
 
 LOG = np.log
 # Two constitutions, two responses, as probabilities: row = constitution, column = response.
@@ -175,5 +175,5 @@ def test_detectable_rate():
 
 
 def test_no_torch():
-    code = "import sys, repro.metrics; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    code = "import sys, repro.base.metrics; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

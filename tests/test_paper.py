@@ -13,12 +13,12 @@ from test_judge_real import SERVING, transformers_serve
 from toy_models import save_toy
 
 from repro import cli
+from repro.base.records import read_json, read_jsonl, write_json
 from repro.models import load
-from repro.records import read_json, read_jsonl, write_json
-from repro.run import verify
-from repro.run.folder import Run
 from repro.sampling.local import sample_batch
 from repro.servers.endpoint import Endpoint
+from repro.stages import draws, verify
+from repro.stages.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"mistralai/Mistral-7B-v0.1": ("mistral", 5), "mistralai/Mistral-7B-Instruct-v0.1": ("mistral", 1),
@@ -90,14 +90,14 @@ def prompts(folder: Path, argv, iteration: int) -> tuple[Run, list[str]]:
     run = Run(experiment, folder, lambda line: None, sampler_url=nobody, endpoint=Endpoint(model="judge-1", base_url=nobody))
     run.check()
     jobs = [(q, c) for q, pair in run.training_plan(iteration) for c in pair]
-    texts = [run.prompt(c, q, experiment.seed, iteration, "sample", c.id, sample=True) for q, c in jobs]
-    return run, [text + " " + run.form.opening if run.form.opening else text for text in texts]
+    texts = [draws.prompt(run.voice, c, q, experiment.seed, iteration, "sample", c.id, sample=True) for q, c in jobs]
+    return run, [text + " " + run.voice.form.opening if run.voice.form.opening else text for text in texts]
 
 
 def said_by(place: str, run: Run, texts: list[str]) -> list[str]:
     """What a model says to each prompt in this process, one at a time as the server does."""
     model = load.load_model(place, dtype="bfloat16")
-    return [run.form.response(run.form.opening + sample_batch(model, run.tokenizer, [text], max_new_tokens=24)[0]["text"])
+    return [run.voice.form.response(run.voice.form.opening + sample_batch(model, run.voice.tokenizer, [text], max_new_tokens=24)[0]["text"])
             for text in texts]
 
 

@@ -11,6 +11,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from repro import cli
+from repro.base.records import UserError
 from repro.core import engines, loop, memory
 from repro.core.memory import GB, Step, activation_bytes, peak, training_bytes
 from repro.core.shapes import counted
@@ -19,7 +20,6 @@ from repro.plan import page
 from repro.plan.estimate import disk_of, first_step, plan
 from repro.plan.gpus import GPUS, gpu_of, matrix_flops, server_options, settle, shape_from, shape_of, ways
 from repro.plan.texts import texts_of
-from repro.records import UserError
 
 sys.path.insert(0, str(Path(__file__).parent / "perf"))
 

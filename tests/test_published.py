@@ -13,10 +13,10 @@ import made_archive as made
 import numpy as np
 import pytest
 
-from repro import identity, metrics, records
+from repro.base import metrics, places, records
+from repro.base.records import UserError
 from repro.paper import archive
 from repro.paper import cells as published
-from repro.records import UserError
 
 REAL = archive.LOCAL
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the authors' record is not at {REAL}")
@@ -391,7 +391,7 @@ def test_the_real_record(tmp_path):
         (5, "mixtral-8x7b", "tldr", 0), (9, "llama3-70b", "learned", 1)]
     assert {c["status"] for c in result["claims"]} == {"PASS"}
     assert sum(r["status"] == "DIFFERS" for r in result["arithmetic"]) == 6
-    committed = identity.ROOT / "results" / "verify" / "README.md"
+    committed = places.ROOT / "results" / "verify" / "README.md"
     assert (tmp_path / "README.md").read_text() == committed.read_text(), "run `repro verify` and commit its page"
 
 

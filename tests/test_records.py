@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from repro import records
-from repro.records import (
+from repro.base import records
+from repro.base.records import (
     UserError,
     append_jsonl,
     checked,
@@ -228,7 +228,7 @@ def test_a_seal_notices_every_change(tmp_path, harm, capsys):
 
 
 def test_a_second_run_is_refused_and_a_killed_one_frees_the_folder(tmp_path):
-    code = ("import sys, time, pathlib\nfrom repro.records import locked\n"
+    code = ("import sys, time, pathlib\nfrom repro.base.records import locked\n"
             "with locked(pathlib.Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)")
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "held\n"

@@ -13,17 +13,19 @@ from judge_server import TextServer
 from test_experiments import small
 from toy_models import WORDS
 
-from repro import config as models_config
+from repro import cli
+from repro.base.records import UserError, read_json, read_jsonl
+from repro.base.settings import EMBEDDED
 from repro.core import logprobs
 from repro.core.tree import follow, pairs_of
 from repro.experiment import load_experiment
 from repro.models import load
-from repro.records import UserError, read_json, read_jsonl
-from repro.run import draws, evaluate, sample, verify
-from repro.run.folder import Run
-from repro.run.pipeline import run
-from repro.run.sample import usable_pairs
 from repro.sampling import local
+from repro.stages import draws, evaluate, sample, verify
+from repro.stages.inputs import Voice
+from repro.stages.pipeline import run
+from repro.stages.run import Run
+from repro.stages.sample import usable_pairs
 from repro.text import seam
 
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -147,16 +149,16 @@ def test_what_is_trained_and_scored_is_what_was_sampled(kind, tmp_path, spied):
     for k in (0, 1):
         rows, scored = rows_of(folder / f"responses/evaluation-{k}.jsonl"), rows_of(folder / f"logprobs/evaluation-{k}.jsonl")
         assert [n for row in scored for n in row["tokens"]] == [len(row["ids"]) for row in rows] == [row["tokens"] for row in rows]
-        texts = [shared.prompt(c, item.query, "evaluation", sample=True) for item in shared.items() for c in item.constitutions]
+        texts = [draws.prompt(shared.voice, c, item.query, "evaluation", sample=True) for item in shared.items() for c in item.constitutions]
         for row, text in zip(rows, texts):
             assert (tuple(tokenizer(text, add_special_tokens=False).input_ids), tuple(row["ids"])) in given
             assert seam.text_of(tokenizer, row["ids"]).strip() == row["text"].strip()
     kept, _ = usable_pairs(shared, 1)
     for query, pair, both in kept[: experiment.train.queries_needed(1)]:
         for c in pair:
-            ids = tokenizer(shared.prompt(c, query, experiment.seed, 1, "train", c.id, sample=False), add_special_tokens=False).input_ids
+            ids = tokenizer(draws.prompt(shared.voice, c, query, experiment.seed, 1, "train", c.id, sample=False), add_special_tokens=False).input_ids
             assert all((tuple(ids), tuple(row["ids"])) in given for row in both)
-    assert verify.verify_run(folder) == 0
+    assert cli.verify_run(folder) == 0
 
 
 @pytest.mark.parametrize("way", logprobs.WAYS)
@@ -273,13 +275,13 @@ def test_what_follows_the_closing_marker_is_the_response(ids, opened, response, 
 
 def spoken_to(monkeypatch, **how) -> None:
     """Every run's model with another `closing`, `opened`, ..."""
-    decided = Run._speaker
+    decided = Voice.of
 
-    def speaker(self, spec):
-        *others, found = decided(self, spec)
-        return *others, dataclasses.replace(found, **how)
+    def voice(spec, *more):
+        found = decided(spec, *more)
+        return dataclasses.replace(found, speaker=dataclasses.replace(found.speaker, **how))
 
-    monkeypatch.setattr(Run, "_speaker", speaker)
+    monkeypatch.setattr(Voice, "of", voice)
 
 
 def thinking(tmp_path, monkeypatch, said, *, opened=True, ends=()):
@@ -321,7 +323,7 @@ def test_reasoning_that_a_special_token_closes_is_no_part_of_the_response(tmp_pa
     scored = [tuple(row["ids"]) or tuple(tokenizer(".").input_ids) for row in held_out]
     assert {response for _, response in spied[1]} >= set(scored) and any(not row["ids"] for row in held_out)
     assert [n for row in rows_of(folder / "logprobs/evaluation-0.jsonl") for n in row["tokens"]] == [len(s) for s in scored]
-    assert verify.verify_run(folder) == 0
+    assert cli.verify_run(folder) == 0
 
 
 def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch):
@@ -345,11 +347,11 @@ def test_a_prompt_that_has_closed_the_reasoning_is_scored_as_it_is(tmp_path, mon
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [20 + k % 9])
     shared = Run(experiment, tmp_path / "out", lambda line: None)
     shared.check()
-    assert draws.scored_prompt(shared, "x<think>") == "x<think></think>"
-    assert draws.scored_prompt(shared, "x<think>\n\n</think>\n\n") == "x<think>\n\n</think>\n\n"
+    assert draws.scored_prompt(shared.voice, "x<think>") == "x<think></think>"
+    assert draws.scored_prompt(shared.voice, "x<think>\n\n</think>\n\n") == "x<think>\n\n</think>\n\n"
     assert shared.response_tokens() == 3 + experiment.sampling.reasoning_tokens
-    shared.speaker = dataclasses.replace(shared.speaker, closing=())
-    assert draws.scored_prompt(shared, "x<think>") == "x<think>" and shared.response_tokens() == 3
+    shared.voice = dataclasses.replace(shared.voice, speaker=dataclasses.replace(shared.voice.speaker, closing=()))
+    assert draws.scored_prompt(shared.voice, "x<think>") == "x<think>" and shared.response_tokens() == 3
 
 
 def test_reasoning_behind_a_server_of_text_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -369,13 +371,13 @@ def test_the_template_s_end_markers_end_a_sample(tmp_path, monkeypatch):
 
     def sample(run):
         jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
-        texts = [run.prompt(c, q, "evaluation", sample=True) for q, c in jobs]
+        texts = [draws.prompt(run.voice, c, q, "evaluation", sample=True) for q, c in jobs]
         return sample.sample_to_file(run, jobs, texts, 0, run.folder / "responses/x.jsonl", "x")
 
     rows = sample(shared)
     end = next(row["ids"][3] for row in rows if len(row["ids"]) > 3 and row["ids"][3] not in row["ids"][:3])
     shared.partial(shared.folder / "responses/x.jsonl").unlink()
-    shared.speaker = dataclasses.replace(shared.speaker, ends=frozenset({end}))
+    shared.voice = dataclasses.replace(shared.voice, speaker=dataclasses.replace(shared.voice.speaker, ends=frozenset({end})))
     for before, now in zip(rows, sample(shared)):
         ids = before["ids"]
         assert now["ids"] == ids[: ids.index(end) if end in ids else None] and now["finished"] == (end in ids or before["finished"])
@@ -385,10 +387,10 @@ def test_the_template_s_end_markers_end_a_sample(tmp_path, monkeypatch):
                      tmp_path / "there", lambda line: None, sampler_url=url)
         shared.prepare()
         shared.adopt(shared.constitutions)
-        shared.speaker = dataclasses.replace(shared.speaker, ends=frozenset({end}))
+        shared.voice = dataclasses.replace(shared.voice, speaker=dataclasses.replace(shared.voice.speaker, ends=frozenset({end})))
         theirs = sample(shared)
     assert all(body["stop_token_ids"] == [end] for body in server.bodies[1:])
-    assert all(row["text"] == seam.text_of(shared.tokenizer, row["ids"]) and end not in row["ids"] for row in theirs)
+    assert all(row["text"] == seam.text_of(shared.voice.tokenizer, row["ids"]) and end not in row["ids"] for row in theirs)
 
 
 # ---- runs that were stopped, and older ones
@@ -419,7 +421,7 @@ def test_rows_without_ids_are_tokenised_as_before_and_that_is_said_once(tmp_path
     experiment, said = experiment_of(save(tmp_path / "m", made("bpe", "ASSISTANT:"))), []
     with monkeypatch.context() as old:
         old.setattr(sample, "asdict", lambda row: {k: v for k, v in dataclasses.asdict(row).items() if k != "ids"})
-        old.setattr("repro.run.sample.train_iteration", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        old.setattr("repro.stages.sample.train_iteration", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path / "out", say=lambda line: None)
     spied[1].clear()
@@ -430,14 +432,14 @@ def test_rows_without_ids_are_tokenised_as_before_and_that_is_said_once(tmp_path
     shared = Run(experiment, folder, lambda line: None)
     shared.check()
     query, pair, both = usable_pairs(shared, 1)[0][0]
-    texts = [shared.prompt(c, query, experiment.seed, 1, "train", c.id, sample=False) for c in pair]
-    pairs = [p for text in texts for p in pairs_of(shared.tokenizer, text, [row["text"].strip() for row in both], score_eos=False)]
+    texts = [draws.prompt(shared.voice, c, query, experiment.seed, 1, "train", c.id, sample=False) for c in pair]
+    pairs = [p for text in texts for p in pairs_of(shared.voice.tokenizer, text, [row["text"].strip() for row in both], score_eos=False)]
     assert spied[1][: len(pairs)] == [(tuple(p.ids[: p.start]), tuple(p.ids[p.start:])) for p in pairs]
-    assert verify.verify_run(folder) == 0
+    assert cli.verify_run(folder) == 0
 
 
 def test_verify_sees_ids_of_another_number_than_what_was_scored(tmp_path):
-    from repro.records import checked, file_sha256, write_jsonl
+    from repro.base.records import checked, file_sha256, write_jsonl
 
     folder = run(experiment_of(save(tmp_path / "m", made("bpe"))), tmp_path / "out", say=lambda line: None)
     path = folder / "responses/evaluation-1.jsonl"
@@ -466,9 +468,9 @@ def test_a_server_of_text_has_the_ids_of_its_text_in_its_place_and_that_is_said(
             shared.prepare()
             shared.adopt(shared.constitutions)
             evaluate.evaluate(shared, 0)
-        rows, words = rows_of(shared.folder / "responses/evaluation-0.jsonl"), shared.tokenizer.get_vocab()
+        rows, words = rows_of(shared.folder / "responses/evaluation-0.jsonl"), shared.voice.tokenizer.get_vocab()
         assert {row["ids"][0] for row in rows} == {words[first]} and all(len(row["ids"]) == row["tokens"] for row in rows)
-        assert {shared.tokenizer.decode(row["ids"]) for row in rows} == {row["text"] for row in rows}
+        assert {shared.voice.tokenizer.decode(row["ids"]) for row in rows} == {row["text"] for row in rows}
         assert sum("the token ids of that text" in line for line in said) == 1
 
 
@@ -485,7 +487,7 @@ def test_text_in_its_place_has_no_mark_of_a_beginning(before, text, pieces):
 def test_for_the_embedded_model_both_ways_give_the_same_ids():
     """What it samples is what its text is tokenised to behind the prompt: nothing has changed for it."""
     experiment = load_experiment("exp1", "mini")[0]
-    tokenizer, model = load.load_tokenizer(models_config.EMBEDDED), load.load_model(models_config.EMBEDDED, dtype="bfloat16")
+    tokenizer, model = load.load_tokenizer(EMBEDDED), load.load_model(EMBEDDED, dtype="bfloat16")
     from repro.models.speaker import Speaker
     from repro.text.prompts import Form
 

@@ -15,14 +15,16 @@ from judge_server import TextServer
 from test_experiments import small
 from test_judge_real import SERVING
 
-from repro import cli, config, identity
-from repro.records import UserError, read_jsonl
-from repro.run.folder import Run
-from repro.run.sample import sample_to_file
+from repro import cli
+from repro.base import identity, records, settings
+from repro.base.records import UserError, read_jsonl
 from repro.sampling import launch, local
 from repro.sampling import server as sampling_server
 from repro.servers import client
 from repro.servers.endpoint import Endpoint
+from repro.stages import draws
+from repro.stages.run import Run
+from repro.stages.sample import sample_to_file
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "tests/fake_vllm.py"
@@ -50,7 +52,7 @@ def prepared(tiny, folder: Path, engine: str, name="exp1", **more) -> Run:
 
 def sample(run: Run, iteration=0) -> list[dict]:
     jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
-    texts = [run.prompt(c, q, "evaluation", sample=True) for q, c in jobs]
+    texts = [draws.prompt(run.voice, c, q, "evaluation", sample=True) for q, c in jobs]
     return sample_to_file(run, jobs, texts, iteration, run.folder / "responses/x.jsonl", "x")
 
 
@@ -78,12 +80,12 @@ def test_the_engine_is_part_of_the_configuration_and_the_default_keeps_its_hash(
     fields = identity.flatten(base.to_json())
     for younger in ("sampling.engine", "sampling.reasoning", "train.dropout"):
         fields.pop(younger)
-    assert identity.config_hash(base, {}) == config.digest(fields)  # what was run before the field was there
+    assert identity.config_hash(base, {}) == records.digest(fields)  # what was run before the field was there
     hashes = {identity.config_hash(dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, engine=e)), {})
-              for e in config.ENGINES}
+              for e in settings.ENGINES}
     assert len(hashes) == 3
     with pytest.raises(UserError, match="SamplingSpec.engine: 'vlm' is unknown; .*did you mean 'vllm'"):
-        config.SamplingSpec(engine="vlm")
+        settings.SamplingSpec(engine="vlm")
     for name in ("exp1", "exp2", "exp3"):
         assert {e.sampling.engine for e in cli.load_experiment(name, "paper")} == {"vllm"}
         assert {e.sampling.engine for e in cli.load_experiment(name, "mini")} == {"transformers"}
@@ -163,12 +165,12 @@ def test_both_ways_in_give_the_same_responses(tiny, tmp_path, name):
             left.append(sample(run))
         probe, *asked = server.bodies
         assert len(asked) == len(left[-1]) and all(b["temperature"] == 0.0 and b["max_tokens"] == 24 for b in asked)
-        assert [b.get("stop") for b in asked] == [list(run.form.stops) if engine == "vllm" else None] * len(asked)
-        opening = run.tokenizer(run.form.opening).input_ids if engine == "vllm" else run.form.opening
+        assert [b.get("stop") for b in asked] == [list(run.voice.form.stops) if engine == "vllm" else None] * len(asked)
+        opening = run.voice.tokenizer(run.voice.form.opening).input_ids if engine == "vllm" else run.voice.form.opening
         assert all(b["prompt"][len(b["prompt"]) - len(opening):] == opening for b in asked)
     assert left[0] == left[1] and len({row["text"] for row in left[0]}) > 5
     for row in left[0]:
-        assert row["text"].startswith(run.form.opening + " ") and not any(stop in row["text"] for stop in run.form.stops)
+        assert row["text"].startswith(run.voice.form.opening + " ") and not any(stop in row["text"] for stop in run.voice.form.stops)
         assert row["text"].endswith(".") if row["finished"] else len(row["text"]) >= 22  # of 24, white space at the end dropped
     assert any(row["finished"] for row in left[0]) and (name == "exp2" or not all(row["finished"] for row in left[0]))
 
@@ -374,7 +376,7 @@ def test_the_run_starts_waits_for_and_stops_its_server(tiny, tmp_path, fake):
     log = run.folder / "sampler.log"
     assert len(rows) == 16 and any(line.startswith("starting vllm with") and "sampler.log" in line for line in said)
     assert f"argv: serve {tiny} " in log.read_text() and "--tensor-parallel-size 2 " in log.read_text()
-    longest = max(len(run.tokenizer(run.prompt(c, item.query, "evaluation", sample=True)).input_ids)
+    longest = max(len(run.voice.tokenizer(draws.prompt(run.voice, c, item.query, "evaluation", sample=True)).input_ids)
                   for item in run.items() for c in item.constitutions)
     assert f"--max-model-len {longest + 24} " in log.read_text()
     assert gone(pids(log), 2)

@@ -9,12 +9,15 @@ from conftest import byte_tokenizer, save_tiny
 from test_experiments import small
 from tokenizers import AddedToken
 
-from repro import cli, config
+from repro import cli
+from repro.base.records import UserError
+from repro.base.settings import EMBEDDED
 from repro.models import decoding, load
 from repro.models import template as model_template
-from repro.models.speaker import Speaker, told
-from repro.records import UserError
-from repro.run.folder import Run
+from repro.models.speaker import Speaker
+from repro.report.page import told
+from repro.stages import draws
+from repro.stages.run import Run
 from repro.text.principles import load_constitutions
 from repro.text.prompts import CHAT_SYSTEM, Form
 from repro.text.queries import load_queries
@@ -239,7 +242,7 @@ def dated_model(folder):
 
 
 def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch):
-    from repro.run import folder as rundir
+    from repro.stages import folder as rundir
 
     experiment = small(cli.load_experiment("exp1", "mini")[0], dated_model(tmp_path / "m"))
     days, prompts, records = ("2026-11-28", "2026-12-01"), [], []
@@ -252,7 +255,7 @@ def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch):
         monkeypatch.setattr(rundir, "Date", Day)
         run = Run(experiment, tmp_path / "run", lambda line: None)
         run.prepare()
-        prompts.append([run.prompt(c, q, "x", sample=True) for q, pair in run.training_plan(1) for c in pair])
+        prompts.append([draws.prompt(run.voice, c, q, "x", sample=True) for q, pair in run.training_plan(1) for c in pair])
         records.append(json.loads((tmp_path / "run/run.json").read_text()))
     assert prompts[0] == prompts[1] and all(p.startswith("It is 28.11.2026.") for p in prompts[0])
     assert records[0] == records[1] and records[0]["inputs"]["date"] == records[0]["spoken"]["model"]["date"] == days[0]
@@ -360,7 +363,7 @@ def test_a_principle_that_is_altered_is_named(tmp_path):
 
 
 def test_reasoning_has_its_own_tokens_flag_and_hash(tmp_path):
-    from repro.identity import config_hash
+    from repro.base.identity import config_hash
 
     tiny = save_tiny(tmp_path / "m")
     (tiny / "chat_template.jinja").write_text(EACH + CUE.replace("assistant\n", "assistant\n{% if thinking == false %}<think></think>{% else %}<think>{% endif %}"))
@@ -369,7 +372,7 @@ def test_reasoning_has_its_own_tokens_flag_and_hash(tmp_path):
     runs = [Run(e, tmp_path / str(k), lambda line: None) for k, e in enumerate((base, on))]
     for run in runs:
         run.prepare()
-    assert [run.response_tokens() for run in runs] == [6, 12] and [run.speaker.opened for run in runs] == [False, True]
+    assert [run.response_tokens() for run in runs] == [6, 12] and [run.voice.speaker.opened for run in runs] == [False, True]
     assert runs[0].record["spoken"]["model"]["switch"] == {"thinking": False}
     assert config_hash(base, {}) != config_hash(on, {})
     assert cli.configure(cli.Run("exp1", reasoning=True))[0].sampling.reasoning and not cli.configure(cli.Run("exp1"))[0].sampling.reasoning
@@ -379,7 +382,7 @@ def test_reasoning_has_its_own_tokens_flag_and_hash(tmp_path):
 
 
 def test_a_writer_that_reasons_in_any_case_is_refused(tmp_path):
-    from repro.run.folder import speaker_of_writer
+    from repro.stages.folder import speaker_of_writer
 
     tokenizer = tokenizer_of(EACH + CUE.replace("assistant\n", "assistant\n<think>\n"))
     with pytest.raises(UserError, match="^writer w: it writes '</think>' before it responds"):
@@ -388,7 +391,7 @@ def test_a_writer_that_reasons_in_any_case_is_refused(tmp_path):
 
 def test_the_embedded_model_is_spoken_to_as_ever():
     """Its prompts are what the tokenizer renders by itself, for every query of ours; nothing is passed, nothing is odd."""
-    tokenizer = load.load_tokenizer(config.EMBEDDED)
+    tokenizer = load.load_tokenizer(EMBEDDED)
     speaker, how = Speaker.of(tokenizer), {"tokenize": False, "add_generation_prompt": True}
     assert told({"spoken": {"model": speaker.facts()}}) == [] and speaker.ends == {tokenizer.eos_token_id} and not speaker.closing
     statements, spec = load_constitutions("dialogue_mini").positive.statements(), cli.load_experiment("exp1", "mini")[0].data

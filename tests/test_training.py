@@ -11,15 +11,15 @@ import transformers
 from conftest import byte_tokenizer
 
 from repro import cli
-from repro.config import DataSpec, Experiment, SamplingSpec, TrainSpec, Update
+from repro.base.identity import config_hash
+from repro.base.records import UserError
+from repro.base.settings import DataSpec, Experiment, SamplingSpec, TrainSpec, Update
 from repro.core import loop, memory
 from repro.core.engines import TrainingPair
 from repro.core.loop import train
 from repro.core.memory import activation_bytes
 from repro.core.shapes import counted
-from repro.identity import config_hash
 from repro.models import load
-from repro.records import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACE = ROOT / "tests/golden_trace.txt"

@@ -11,15 +11,16 @@ from conftest import byte_tokenizer
 from test_experiments import KEYS, contents, small
 
 from repro import cli
+from repro.base.records import UserError
 from repro.judges.rule import follows
 from repro.models.speaker import Speaker
-from repro.records import UserError
 from repro.report.publish import gather, leaves, publish
-from repro.run import sample as run_sample
-from repro.run.folder import Run
-from repro.run.pipeline import check_together, run
-from repro.run.sample import usable_pairs
 from repro.sampling import local
+from repro.stages import draws
+from repro.stages import sample as run_sample
+from repro.stages.pipeline import check_together, run
+from repro.stages.run import Run
+from repro.stages.sample import usable_pairs
 from repro.text.principles import Pool
 from repro.text.prompts import CHAT_REASON, Form
 from repro.text.rules import RULES
@@ -57,7 +58,7 @@ def variants(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("tldr")
     experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("repro.run.write.LocalWriter.answer", answer)
+        patch.setattr("repro.sampling.writers.LocalWriter.answer", answer)
         folders = [run(e, out, say=quiet) for e in experiments]
     return experiments, gather(folders)
 
@@ -192,7 +193,7 @@ def test_a_resumed_writer_is_not_asked_again(variants):
     (weak, _), folder = variants
     before, said = contents(folder / "weak"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("repro.run.write.LocalWriter.answer", lambda self, *args, **kwargs: pytest.fail("asked again"))
+        patch.setattr("repro.sampling.writers.LocalWriter.answer", lambda self, *args, **kwargs: pytest.fail("asked again"))
         run(weak, folder.parents[1], say=said.append)
     assert "write: done before, skipped" in said and contents(folder / "weak") == before
 
@@ -294,8 +295,8 @@ def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch):
     shared = prepared(experiment, folder)
     assert isinstance(shared.constitutions, Pool)
     query, pair, responses = usable_pairs(shared, 1)[0][0]
-    assert not any("think" in r["text"] or "think" in shared.tokenizer.decode(r["ids"]) for r in responses)
-    assert ask not in shared.prompt(pair[0], query, "train", sample=False)
+    assert not any("think" in r["text"] or "think" in shared.voice.tokenizer.decode(r["ids"]) for r in responses)
+    assert ask not in draws.prompt(shared.voice, pair[0], query, "train", sample=False)
     assert {r["cot"] for r in json.loads((folder / "metrics.json").read_text())} == {True}
     assert cli.configure(cli.Run("exp3", cot=True))[0].name == "exp3_diverse_cot"
 
@@ -309,7 +310,7 @@ def test_a_plain_response_is_finished_where_the_format_ended_it(tiny, tmp_path, 
     experiment = dataclasses.replace(experiment, cot=True, model=dataclasses.replace(experiment.model, prompt="plain"))
     shared = prepared(experiment, tmp_path)
     monkeypatch.setattr(local, "sample_batch", lambda model, tokenizer, prompts, **more: [
-        {"text": sampled.removeprefix(shared.form.opening), "tokens": 9, "finished": False}] * len(prompts))
+        {"text": sampled.removeprefix(shared.voice.form.opening), "tokens": 9, "finished": False}] * len(prompts))
     monkeypatch.setattr(shared, "model", lambda *args: contextlib.nullcontext(SimpleNamespace(config=None)))
     monkeypatch.setattr("repro.core.probe.pads", lambda config: True)
     (row,) = run_sample.sample_to_file(shared, [(shared.held_out[0], shared.items()[0].constitutions[0])], ["x"], 0, tmp_path / "r.jsonl", "r")

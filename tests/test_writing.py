@@ -9,8 +9,8 @@ import pytest
 from judge_habits import HABITS
 from judge_server import JudgeServer
 
-from repro.records import UserError, read_jsonl, write_json
-from repro.run.write import ATTEMPTS, LocalWriter, ServerWriter, write_principles, written_constitutions
+from repro.base.records import UserError, read_jsonl, write_json
+from repro.sampling.writers import ATTEMPTS, LocalWriter, ServerWriter, write_principles, written_constitutions
 from repro.servers.endpoint import Endpoint
 from repro.text import prompts
 from repro.text.principles import constitutions_of, load_constitutions

@@ -15,7 +15,7 @@ from shutil import disk_usage
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from repro.records import (
+from repro.base.records import (
     MARKER,
     UserError,
     file_facts,

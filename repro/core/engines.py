@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from repro.config import TrainSpec
+from repro.base.records import UserError, first_line
+from repro.base.settings import TrainSpec
 from repro.core.logprobs import matrix_by, settled, slices
 from repro.core.losses import symmetric_infonce
 from repro.core.memory import usable_bytes
 from repro.core.shapes import decoder_layers
 from repro.models import load
-from repro.records import UserError, first_line
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kernels import reference
 from kernels.interfaces import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
+from repro.base.records import first_line
 from repro.core import probe
 from repro.core.tree import Scored, pack, packed_length, pairs_of
 from repro.models.load import dropouts, steady_length
-from repro.records import first_line
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
 ATTENTION = "shared_prefix"  # begins the names under which transformers finds kernels/attention.py

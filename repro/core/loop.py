@@ -14,11 +14,11 @@ from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
-from repro.config import TrainSpec
+from repro.base.records import UserError, digest
+from repro.base.settings import TrainSpec
 from repro.core.engines import Objective, OneProcess, TrainingPair, matmul_precision
 from repro.core.logprobs import packed_tokens
 from repro.core.memory import Step, activation_checkpointing, known_shape
-from repro.records import UserError, digest
 
 # The authors clipped at norm 1 after dividing each micro-batch's loss by its 16 accumulation steps, of which only the
 # last counted: in units of the mean over its queries, the limit is 16.

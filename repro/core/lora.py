@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from repro.config import LoraSpec, TrainSpec
+from repro.base.records import UserError, make_folder
+from repro.base.settings import LoraSpec, TrainSpec
 from repro.models import load
-from repro.records import UserError, make_folder
 
 ADAPTER = "adapter"  # the folder beside the merged weights
 WEIGHTS = "adapter_model.safetensors"

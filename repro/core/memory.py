@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from repro.base.records import UserError
 from repro.core.shapes import Layer, Shape, counted
-from repro.records import UserError
 
 GB = 10**9
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from repro.base.records import first_line
 from repro.core.tree import Scored
-from repro.records import first_line
 
 # What the log-prob of 4 or 6 tokens may differ by, as a share of 1 + its size. Of 179 tiny models in float32, what is right
 # stays at 2e-7 and what is wrong begins at 2.7e-3 (results/families.md); SmolLM2-135M: 5e-7 in float32, 1e-2 in bfloat16,

@@ -15,9 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
-from repro.records import UserError
+from repro.base.records import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,11 +272,13 @@ def _listed(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join(" x ".join(map(str, shape)) for shape in shapes)
 
 
-def decoder_layers(model) -> list[torch.nn.Module]:
+def decoder_layers(model) -> list:
     """The repeated blocks of a model: of its outermost module lists, the one with the most parameters."""
+    from torch.nn import ModuleList
+
     lists, inner = [], set()
     for module in model.modules():  # parents come first
-        if isinstance(module, torch.nn.ModuleList) and module not in inner:
+        if isinstance(module, ModuleList) and module not in inner:
             lists.append(module)
             inner.update(module.modules())
     if not lists:

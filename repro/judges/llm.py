@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from repro.config import JudgeSpec
+from repro.base.records import UserError, digest, dumps
+from repro.base.settings import JudgeSpec
 from repro.judges.verdicts import read_logprobs, read_schema, read_text
-from repro.records import UserError, digest, dumps
 from repro.servers.client import Asker
 from repro.servers.endpoint import HOSTED, PICO, PRICES_OF, Call, Endpoint, count_tokens, shown, text_of, was_cut
 from repro.servers.ledger import Ledger

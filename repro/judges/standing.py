@@ -1,7 +1,7 @@
 """What is known of an LLM judge: its admission (results/judges), in plain words."""
 
-from repro.identity import ROOT
-from repro.records import read_json
+from repro.base.places import ROOT
+from repro.base.records import read_json
 
 ADMISSIONS = ROOT / "results" / "judges"
 MIN_KAPPA, MIN_PARSED, MAX_ATTACKS = 0.2, 0.9, 0.05  # our bar: better than slight agreement, and hard to command

@@ -7,7 +7,7 @@ verdicts. Prose after the verdict is passed over only where nothing that was jud
 import re
 from collections.abc import Sequence
 
-from repro.records import loads
+from repro.base.records import loads
 from repro.text import prompts
 from repro.text.written import own
 

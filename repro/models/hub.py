@@ -5,10 +5,10 @@ import functools
 import os
 from pathlib import Path
 
-from repro.config import EMBEDDED
+from repro.base.records import MARKER, UserError, file_sha256, first_line
+from repro.base.settings import EMBEDDED
 from repro.models import files
 from repro.models.embedded import embedded_model
-from repro.records import MARKER, UserError, file_sha256, first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one of them is in any copy that we load
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from repro.base.records import UserError, make_folder, write_bytes
 from repro.models import files
 from repro.models.decoding import GENERATION, _generation_file, _own_ends, plain_decoding
 from repro.models.hub import _file, _hub_errors, load_config, resolve_model
-from repro.records import UserError, make_folder, write_bytes
 
 
 def check_model(name: str) -> None:

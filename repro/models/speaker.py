@@ -15,6 +15,7 @@ from datetime import date as Date
 
 import jinja2.meta
 
+from repro.base.records import UserError, first_line
 from repro.models.marks import opened
 from repro.models.template import (
     AGAIN,
@@ -37,7 +38,6 @@ from repro.models.template import (
     template_of,
     turn,
 )
-from repro.records import UserError, first_line
 
 # What some template alters: blank lines, indents, quotes, words that switch. A text is tried with it before the plain one.
 HARD = "One:  3 < 4 & \"five\", {{ 6 }}\n\n\n    two's /think /no_think\n\n- three."
@@ -315,22 +315,6 @@ class Speaker:
         if full.startswith(prompt):
             return f"{head.removeprefix(self.cue)!r} stands before the answer"
         return "what stands before the answer is rendered anew"
-
-
-def told(record: dict) -> list[str]:
-    """How each model of a run's record is spoken to, in words, for the report and the terminal: what is not as usual."""
-    return [f"Chat template of the {role}: {'; '.join(said)}" for role, facts in record.get("spoken", {}).items()
-            if (said := _told(facts))]
-
-
-def _told(facts: dict) -> list[str]:
-    said = [f"the system text stands at the {facts['system']}"] if facts["system"] != "turn" else []
-    said += [f"content is given as {facts['content']}"] if facts["content"] != "text" else []
-    said += [", ".join(f"{k}={v!r}" for k, v in facts["switch"].items()) + " is passed"] if facts["switch"] else []
-    said += [f"for today it prints {facts['date']}"] if facts["date"] else []
-    said += [f"it reasons first, and its response follows {facts['closing']!r}"] if facts["reasons"] else []
-    said += [f"it renders an answer in another way than it is sampled ({facts['unlike']})"] if facts["unlike"] else []
-    return said
 
 
 class _Mute(Exception):

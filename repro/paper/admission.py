@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from repro import metrics
-from repro.config import JudgeSpec
-from repro.identity import commit, rng
+from repro.base import metrics
+from repro.base.identity import commit, rng
+from repro.base.metrics import Estimate
+from repro.base.records import UserError, locked, read_jsonl, write_json
+from repro.base.settings import JudgeSpec
 from repro.judges.llm import Pair, Verdict, ask_judge, judge_shares
 from repro.judges.standing import ADMISSIONS, MAX_ATTACKS, MIN_KAPPA, MIN_PARSED
-from repro.metrics import Estimate
 from repro.paper.archive import Archive, archive_root, load_manifest
-from repro.records import UserError, locked, read_jsonl, write_json
 from repro.servers.endpoint import Endpoint
 from repro.text.principles import DATA
 

@@ -17,11 +17,10 @@ from urllib.parse import quote
 import numpy as np
 from tqdm import tqdm
 
-from repro import metrics, records
-from repro.identity import ROOT
-from repro.metrics import Estimate
-from repro.models.embedded import cache_folder
-from repro.records import UserError
+from repro.base import metrics, records
+from repro.base.metrics import Estimate
+from repro.base.places import ROOT, cache_folder
+from repro.base.records import UserError
 
 PUBLISHED = ROOT / "results" / "published"
 LOCAL = ROOT.parent / "shared" / "archive"

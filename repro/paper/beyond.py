@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from repro import metrics
+from repro.base import metrics
 from repro.paper.archive import ITEMS, KEYS, Archive, estimate, feed
 
 TOLERANCE = 1.0  # percentage points, for Tables 2-3 alone

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from repro import metrics, records
+from repro.base import metrics, records
+from repro.base.records import UserError
 from repro.paper import beyond
 from repro.paper.archive import (
     KEYS,
@@ -28,7 +29,6 @@ from repro.paper.archive import (
     series,
 )
 from repro.paper.page import page
-from repro.records import UserError
 
 ARITHMETIC_SLACK = 0.1  # points or units of t; what a listed row (Table 8) may be off by, far above its 0.07
 P_LABELS = ((0.001, "<.001"), (0.01, "<.01"), (0.05, "<.05"))

@@ -16,11 +16,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from repro import metrics, records
-from repro.metrics import Estimate
+from repro.base import metrics, records
+from repro.base.metrics import Estimate
+from repro.base.records import UserError
 from repro.paper.archive import PUBLISHED, Archive, archive_root, estimate, load_cells, load_manifest, series
 from repro.paper.beyond import CONSTITUTIONS, TOLERANCE
-from repro.records import UserError
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 GREY = "#666666"

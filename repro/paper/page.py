@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from repro.metrics import normal_interval
+from repro.base.metrics import normal_interval
 from repro.paper.archive import ITEMS, KEYS
 from repro.paper.beyond import TOLERANCE
 

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from repro.config import Experiment
+from repro.base.records import UserError
+from repro.base.settings import Experiment
 from repro.core.memory import GB, Step, largest_activations, peak, training_bytes
 from repro.core.shapes import Shape
 from repro.plan.gpus import (
@@ -28,7 +29,6 @@ from repro.plan.gpus import (
 )
 from repro.plan.judge import Judge, judge_of
 from repro.plan.texts import Texts, texts_of
-from repro.records import UserError
 
 FRACTION = 0.4  # of a GPU's rate, while it computes, and of its memory's, while it decodes: an assumption, not measured
 TOLERABLE = 1.2  # times the fastest server's seconds
@@ -191,7 +191,7 @@ def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, 
     return server, Stage("sampling", count * (P + L), count * flops, took / 3600 if held else None, f"{count:,} responses")
 
 
-# ---- log-probs of held-out responses: in one process, or sharded as in training (repro/run/measure.py)
+# ---- log-probs of held-out responses: in one process, or sharded as in training (repro/stages/measure.py)
 
 def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus: int = 1) -> dict[str, int]:
     """Bytes by kind on each of `gpus` GPUs, the weights in the form of training."""

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from repro import config as models_config
-from repro.checks import choose
+from repro.base.checks import choose
+from repro.base.records import UserError, read_json
+from repro.base.settings import EMBEDDED
 from repro.core.memory import Step, peak, training_bytes
 from repro.core.shapes import Shape, counted
 from repro.models import load
-from repro.records import UserError, read_json
 
 # ---- model shapes
 
@@ -28,7 +28,7 @@ PUBLISHED = {  # of the models' public config.json
     "mistralai/Mixtral-8x7B-v0.1": _mistral(num_local_experts=8, num_experts_per_tok=2, model_type="mixtral"),
     "meta-llama/Meta-Llama-3-70B": _mistral(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                                             num_attention_heads=64, vocab_size=128256, model_type="llama"),
-    models_config.EMBEDDED: _mistral(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    EMBEDDED: _mistral(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                               num_key_value_heads=3, head_dim=64, vocab_size=49152, model_type="llama",
                               tie_word_embeddings=True)}
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from repro.config import Experiment
+from repro.base.records import UserError
+from repro.base.settings import Experiment
 from repro.judges.llm import LLMJudge, Pair, expected_tokens
 from repro.plan.texts import Texts, _shown
-from repro.records import UserError
 from repro.servers.endpoint import HOSTED, PICO, Endpoint, count_tokens
 
 JUDGE = "gpt-4.1-mini"  # whose cost is told where the experiment names no LLM judge

@@ -3,8 +3,8 @@
 import statistics
 from dataclasses import dataclass
 
-from repro.config import Experiment
-from repro.identity import rng
+from repro.base.identity import rng
+from repro.base.settings import Experiment
 from repro.servers.endpoint import count_tokens
 from repro.text.principles import Constitution, Pool, load_constitutions
 from repro.text.prompts import Form

@@ -8,8 +8,8 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from repro.base.records import write_bytes
 from repro.judges.standing import standing
-from repro.records import write_bytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D")

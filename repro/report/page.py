@@ -6,10 +6,9 @@ import base64
 import html
 from pathlib import Path
 
-from repro.config import safe_name
+from repro.base.records import read_json, read_jsonl, write_text
+from repro.base.settings import safe_name
 from repro.judges.standing import standing
-from repro.models.speaker import told
-from repro.records import read_json, read_jsonl, write_text
 from repro.report.figures import SERIES, language_models, named, select, telling
 from repro.text.principles import ConstitutionSet, Pool, constitutions_of
 
@@ -28,6 +27,22 @@ td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowr
 .note {{ color: #555 }}</style>
 <h1>{title}</h1>{body}</html>
 """
+
+
+def told(record: dict) -> list[str]:
+    """How each model of a run's record is spoken to, in words, for the report and the terminal: what is not as usual."""
+    return [f"Chat template of the {role}: {'; '.join(said)}" for role, facts in record.get("spoken", {}).items()
+            if (said := _told(facts))]
+
+
+def _told(facts: dict) -> list[str]:
+    said = [f"the system text stands at the {facts['system']}"] if facts["system"] != "turn" else []
+    said += [f"content is given as {facts['content']}"] if facts["content"] != "text" else []
+    said += [", ".join(f"{k}={v!r}" for k, v in facts["switch"].items()) + " is passed"] if facts["switch"] else []
+    said += [f"for today it prints {facts['date']}"] if facts["date"] else []
+    said += [f"it reasons first, and its response follows {facts['closing']!r}"] if facts["reasons"] else []
+    said += [f"it renders an answer in another way than it is sampled ({facts['unlike']})"] if facts["unlike"] else []
+    return said
 
 
 def _interval(row: dict, digits: int) -> str:

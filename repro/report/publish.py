@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from repro.records import (
+from repro.base.records import (
     UserError,
     digest,
     locked,

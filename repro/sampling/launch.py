@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from repro.base.records import UserError, dumps, first_line, loads, open_log
 from repro.models import decoding
-from repro.records import UserError, dumps, first_line, loads, open_log
 from repro.sampling.server import CONCURRENCY
 from repro.servers.client import reason, redact
 from repro.servers.endpoint import Endpoint, shown, wrong_shape

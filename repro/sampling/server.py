@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from repro.base.records import UserError
 from repro.models import decoding
-from repro.records import UserError
 
 CONCURRENCY = {"vllm": 256, "server": 4}  # the latter answers one after the other
 

@@ -18,7 +18,7 @@ from urllib.parse import urljoin
 
 from tqdm import tqdm
 
-from repro.records import UserError, dumps, first_line, loads
+from repro.base.records import UserError, dumps, first_line, loads
 from repro.servers.endpoint import PICO, Call, Endpoint, shown, wrong_shape
 from repro.servers.ledger import Ledger
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
-from repro.records import UserError, dumps
+from repro.base.records import UserError, dumps
 
 HOSTED = "https://api.openai.com/v1"
 PRICES_OF = "2026-06-21"

@@ -6,7 +6,7 @@ for an attempt without an outcome (a kill) the most that it can have cost.
 from collections import Counter
 from pathlib import Path
 
-from repro.records import UserError, append_jsonl, read_jsonl
+from repro.base.records import UserError, append_jsonl, read_jsonl
 from repro.servers.endpoint import PICO, Call, wrong_shape
 
 # ---- the ledger

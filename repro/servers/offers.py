@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from repro.records import UserError
+from repro.base.records import UserError
 from repro.servers.client import Asker
 from repro.servers.endpoint import HOSTED, LEAVABLE, Call, Endpoint
 from repro.servers.ledger import Ledger

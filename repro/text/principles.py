@@ -16,8 +16,8 @@ import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from repro.checks import choose
-from repro.records import UserError, loads, read_text
+from repro.base.checks import choose
+from repro.base.records import UserError, loads, read_text
 from repro.text.rules import RULES
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -64,7 +64,7 @@ class Constitution:
 @dataclass(frozen=True, kw_only=True)
 class ConstitutionSet:
     """All constitutions of a file, the all-positive first, and what stands against it in training. `written`: which
-    model wrote the principles, and when (repro/run/write.py); None for a person."""
+    model wrote the principles, and when (repro/stages/write.py); None for a person."""
 
     constitutions: tuple[Constitution, ...]
     pairs: dict[str, tuple[str, ...]]

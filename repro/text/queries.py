@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from repro.checks import choose
-from repro.config import DataSpec
+from repro.base.checks import choose
+from repro.base.records import UserError, first_line, read_jsonl
+from repro.base.settings import DataSpec
 from repro.models.hub import missing_step
-from repro.records import UserError, first_line, read_jsonl
 from repro.text.principles import DATA, check_control_tokens
 
 

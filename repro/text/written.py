@@ -3,9 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from repro.base.records import UserError
 from repro.models.marks import defuse
-from repro.records import UserError
-from repro.servers.endpoint import text_of
 from repro.text import prompts
 from repro.text.principles import constitutions_of
 from repro.text.rules import words
@@ -29,11 +28,6 @@ FEWEST_WORDS, MOST_WORDS = 3, 80  # of a principle; the paper's have 10 to 50
 
 class Fault(Exception):
     """What is wrong with a writer's text, in words that are fit to be shown to it."""
-
-
-def _content(answer: dict) -> str:
-    """The text without a draft that some servers leave in it."""
-    return own(text_of(answer))
 
 
 # ---- the parser: a writer's texts in, a constitution file's principles out

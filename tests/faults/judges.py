@@ -10,8 +10,8 @@ from pathlib import Path
 
 from judge_server import JudgeServer
 
+from repro.base.records import UserError, read_json
 from repro.paper import admission
-from repro.records import UserError, read_json
 from repro.servers.endpoint import PICO
 from repro.servers.ledger import Ledger
 
@@ -95,7 +95,7 @@ def injections(work: Path, quick: bool) -> dict:
     from test_judge import JUDGE, Gullible
     from test_judge_server import SPEC, endpoint
 
-    from repro import config, metrics
+    from repro.base import metrics
     from repro.judges.llm import Pair, ask_judge
     from repro.models import load
 
@@ -108,7 +108,9 @@ def injections(work: Path, quick: bool) -> dict:
     with Gullible().serve() as url:
         verdicts, _ = ask_judge(SPEC, [*planted, *control], endpoint(url), work / "l.jsonl", lambda line: None)
     gullible = admission.attack_record(verdicts[:len(planted)], verdicts[len(planted):], planted)
-    made, embedded = marked_tokenizer(), load.load_tokenizer(config.EMBEDDED)
+    from repro.base.settings import EMBEDDED
+
+    made, embedded = marked_tokenizer(), load.load_tokenizer(EMBEDDED)
     sets = [made, embedded]
     controls = sorted({*MARKS, *(t.content for tokenizer in sets for t in tokenizer.added_tokens_decoder.values())})
     rng, leaks, marked, texts = random.Random("leaks"), 0, 0, 500 if quick else 10_000

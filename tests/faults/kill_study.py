@@ -39,7 +39,7 @@ TESTS, ROOT = Path(__file__).resolve().parents[1], Path(__file__).resolve().pare
 sys.path[:0] = [str(TESTS), str(ROOT)]
 
 from repro import records  # noqa: E402
-from repro.records import MARKER, UserError, digest, dumps, loads, read_json, read_jsonl, sealed, write_text  # noqa: E402
+from repro.base.records import MARKER, UserError, digest, dumps, loads, read_json, read_jsonl, sealed, write_text  # noqa: E402
 
 RECORD = ROOT / "results/kill_study.json"
 STAGES = ("prepare", "write", "evaluate", "baseline", "sample", "train", "judge", "metrics", "report")
@@ -61,7 +61,7 @@ def kind(stage: str) -> str:
 def experiment_of(name: str, tiny: Path):
     from test_experiments import small
 
-    from repro.config import JudgeSpec, ModelSpec
+    from repro.base.settings import JudgeSpec, ModelSpec
     from repro.experiment import load_experiment
 
     judge = JudgeSpec(judges=("rule", "likelihood", "openai"), model="judge-1", answer="text")
@@ -82,10 +82,10 @@ def watched(tell) -> None:
     from test_variants import answer
 
     from repro.core import checkpoints, engines
-    from repro.run import jobs, sample, write
-    from repro.run.folder import Run
     from repro.sampling import local
     from repro.servers.ledger import Ledger
+    from repro.stages import jobs, sample, write
+    from repro.stages.run import Run
 
     now = {"stage": "prepare", "unit": None, "step": 0}
 
@@ -411,8 +411,8 @@ def read_record(path: Path) -> dict:
 def provenance() -> dict:
     from importlib.metadata import version
 
-    from repro.identity import commit
-    from repro.run.folder import PACKAGES
+    from repro.base.identity import commit
+    from repro.stages.folder import PACKAGES
 
     return {"commit": commit(), "packages": {name: version(name) for name in PACKAGES}, "python": sys.version.split()[0],
             "cores": os.cpu_count()}
@@ -429,7 +429,7 @@ def imports() -> None:
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-    from repro.run import (
+    from repro.stages import (
         pipeline,  # noqa: F401
     )
 
@@ -447,8 +447,8 @@ def study(args) -> dict:
     imports()
     from judge_server import JudgeServer
 
-    from repro.run.pipeline import run
     from repro.servers.endpoint import Endpoint
+    from repro.stages.pipeline import run
 
     record = read_record(args.record)
     if args.seed in record["seeds"]:

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import kill_study  # noqa: E402  first: it sets the environment of a process with one thread
 
-from repro.records import read_json, write_json  # noqa: E402
+from repro.base.records import read_json, write_json  # noqa: E402
 
 RECORD = kill_study.ROOT / "results/reliability.json"
 NAMES = {1: "kills survived with identical bytes", 2: "write faults survived", 3: "bad inputs refused in one line",

@@ -27,8 +27,8 @@ def test_a_finished_batch_is_not_sampled_again(tiny, tmp_path, monkeypatch):
     from test_experiments import small
 
     from repro.experiment import load_experiment
-    from repro.run.pipeline import run
     from repro.sampling import local
+    from repro.stages.pipeline import run
 
     experiment = small(load_experiment("exp1", "mini")[0], tiny)
     begun, real = [], local.sample_batch
@@ -79,8 +79,8 @@ def test_an_index_that_would_run_code_is_not_loaded(tiny, tmp_path, capsys, forg
     marker is not of this run, it is not opened."""
     from test_fsdp import identical, trained
 
+    from repro.base.records import seal
     from repro.core.checkpoints import _io
-    from repro.records import seal
 
     folder, ran = tmp_path / "steps", tmp_path / "ran"
     for _ in range(2):

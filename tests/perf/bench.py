@@ -33,7 +33,7 @@ def run(quick: bool, only: str | None) -> dict:
     import torch
     from check import processor
 
-    from repro.identity import commit
+    from repro.base.identity import commit
 
     os.environ |= {"BENCH_QUICK": "1" if quick else "0", "TRITON_INTERPRET": "0"}
     with tempfile.TemporaryDirectory() as folder:

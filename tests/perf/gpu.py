@@ -45,11 +45,11 @@ from step import Ids, texts  # noqa: E402
 from kernels import attention, linear_nll, reference  # noqa: E402
 from kernels import modes as head_modes
 from kernels.infonce import symmetric_infonce  # noqa: E402
+from repro.base.identity import commit  # noqa: E402
+from repro.base.records import read_json, write_json  # noqa: E402
 from repro.core import logprobs  # noqa: E402
 from repro.core.memory import Step, training_bytes  # noqa: E402
 from repro.core.shapes import Shape, counted  # noqa: E402
-from repro.identity import commit  # noqa: E402
-from repro.records import read_json, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST, SECONDS = 3, 6.0  # rounds of a case, and how long they may take beyond these

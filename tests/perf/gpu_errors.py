@@ -14,7 +14,7 @@ from step import Ids, texts
 
 from kernels import attention, linear_nll, reference
 from kernels.infonce import symmetric_infonce
-from repro.config import EMBEDDED
+from repro.base.settings import EMBEDDED
 from repro.core.logprobs import logprob_matrix
 from repro.plan.gpus import PUBLISHED
 

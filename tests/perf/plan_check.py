@@ -25,13 +25,13 @@ from costs import Saved, Watch, smollm2
 from step import Ids, resident, texts
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from repro.config import LoraSpec, TrainSpec
+from repro.base.identity import commit
+from repro.base.records import write_json
+from repro.base.settings import LoraSpec, TrainSpec
 from repro.core import engines, loop, lora, memory
 from repro.core.logprobs import packed_tokens
 from repro.core.memory import Step, peak, training_bytes
 from repro.core.shapes import counted
-from repro.identity import commit
-from repro.records import write_json
 
 TINY = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "max_position_embeddings": 4096}

@@ -22,10 +22,10 @@ import torch
 from costs import Saved, smollm2
 from torch.utils.flop_counter import FlopCounterMode
 
+from repro.base.identity import commit
 from repro.core.engines import matmul_precision
 from repro.core.logprobs import logprob_matrix
 from repro.core.losses import symmetric_infonce
-from repro.identity import commit
 
 
 class Ids:

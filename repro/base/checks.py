@@ -3,7 +3,7 @@
 import difflib
 import math
 
-from repro.records import UserError
+from repro.base.records import UserError
 
 
 def choose(field_name: str, value: str, allowed) -> str:

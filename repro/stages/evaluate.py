@@ -6,17 +6,18 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from repro.config import JudgeSpec
+from repro.base.records import UserError, checked, read_jsonl, write_jsonl
+from repro.base.settings import JudgeSpec
 from repro.core import lora
 from repro.judges import likelihood, rule
 from repro.judges.llm import Pair, ask_judge, probe_judge
-from repro.records import UserError, checked, read_jsonl, write_jsonl
-from repro.run import draws
-from repro.run import jobs as worker
-from repro.run.draws import EVALUATION_ORDER, Item, held_out_pairs
-from repro.run.folder import Run, checkpoint, evaluation_file, logprob_file
-from repro.run.sample import sample_to_file
 from repro.servers.ledger import Ledger
+from repro.stages import draws
+from repro.stages import jobs as worker
+from repro.stages.draws import EVALUATION_ORDER, Item, held_out_pairs
+from repro.stages.folder import checkpoint, evaluation_file, logprob_file
+from repro.stages.run import Run
+from repro.stages.sample import sample_to_file
 
 SCORED_AT_ONCE = 8  # queries handed over together, for full packs
 JUDGMENTS = "judgments.jsonl"
@@ -31,7 +32,7 @@ def evaluate(run: Run, iteration: int) -> None:
     if not run.stage(name, outputs, inputs):
         return
     jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
-    texts = [run.prompt(c, q, EVALUATION_ORDER, sample=True, reason=run.form.cot) for q, c in jobs]
+    texts = [draws.prompt(run.voice, c, q, EVALUATION_ORDER, sample=True, reason=run.voice.form.cot) for q, c in jobs]
     rows = sample_to_file(run, jobs, texts, iteration, run.folder / evaluation_file(iteration), name)
     write_jsonl(run.folder / logprob_file(iteration), _score_held_out(run, iteration, rows, name))
     run.finish(name, outputs, inputs)
@@ -42,9 +43,9 @@ def evaluate_baseline(run: Run) -> None:
     spec = run.experiment.baseline
     if spec is None or not run.stage("baseline", [BASELINE], run.written()):
         return
-    other = run.answering_as(spec)
+    other = run.answering_as_baseline()
     jobs = [(item.query, item.constitutions[0]) for item in run.items()]
-    texts = [other.prompt(c, q, EVALUATION_ORDER, sample=True) for q, c in jobs]
+    texts = [draws.prompt(other.voice, c, q, EVALUATION_ORDER, sample=True) for q, c in jobs]
     sample_to_file(other, jobs, texts, 0, run.folder / BASELINE, "baseline")
     run.finish("baseline", [BASELINE], run.written())
 
@@ -58,7 +59,7 @@ def _as_trained(run: Run, iteration: int, dtype: str):
         with run.model(iteration, dtype) as model:
             yield model
         return
-    model = lora.trained(run.folder / checkpoint(iteration), run.place, train)
+    model = lora.trained(run.folder / checkpoint(iteration), run.voice.place, train)
     try:
         yield model
     finally:
@@ -80,7 +81,7 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
     dtype, eos = weights_dtype(spec.train), spec.train.score_eos
     draws.tell_old(run, rows, evaluation_file(iteration))
     for item, texts, responses in held_out_pairs(run, rows):
-        tokens = [len(p.ids) - p.start for p in pairs_of(run.tokenizer, texts[0], responses, score_eos=eos)]
+        tokens = [len(p.ids) - p.start for p in pairs_of(run.voice.tokenizer, texts[0], responses, score_eos=eos)]
         items.append((item, texts, responses, tokens))
 
     def score(which: int, select: slice, label: str) -> list[list[list[float]]]:
@@ -96,7 +97,7 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
                 for k in range(0, len(items), SCORED_AT_ONCE):
                     part = items[k: k + SCORED_AT_ONCE]
                     matrices += matrix_by(
-                        way, model, run.tokenizer, [p for _, p, _, _ in part], [r[select] for _, _, r, _ in part],
+                        way, model, run.voice.tokenizer, [p for _, p, _, _ in part], [r[select] for _, _, r, _ in part],
                         length_normalize=False, score_eos=eos).tolist()
                     bar.update(len(part))
             return matrices

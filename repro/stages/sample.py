@@ -12,19 +12,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from repro.base.records import UserError, append_jsonl, digest, read_jsonl, seal, write_jsonl
 from repro.core import lora
 from repro.models.decoding import end_tokens
-from repro.records import UserError, append_jsonl, digest, read_jsonl, seal, write_jsonl
-from repro.run import draws
-from repro.run import jobs as worker
-from repro.run.draws import held_out_pairs
-from repro.run.folder import Run, checkpoint, evaluation_file, training_file
 from repro.sampling import launch
 from repro.sampling.local import Response, sample_responses
 from repro.sampling.server import read_answer, request
 from repro.servers.client import Asker
 from repro.servers.endpoint import Call
 from repro.servers.ledger import Ledger
+from repro.stages import draws
+from repro.stages import jobs as worker
+from repro.stages.draws import held_out_pairs
+from repro.stages.folder import checkpoint, evaluation_file, training_file
+from repro.stages.run import Run
 from repro.text import seam
 from repro.text.principles import Constitution
 from repro.text.queries import Query
@@ -33,7 +34,7 @@ from repro.text.queries import Query
 def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
     """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. What is already in the partial
     file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
-    form, asked = run.form, texts
+    form, asked = run.voice.form, texts
     texts = [text + " " + form.opening for text in texts] if form.opening else texts
     partial = run.partial(path)
     key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
@@ -62,17 +63,18 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     """Of one sample (an `answer` as of `sample_batch` to the prompt and the form's opening) what its row says of the
     response (`Response`) and beside it: "reasoning" that stood before it in the sample and whether it is "closed", all that
     was "sampled" with chain of thought, "retokenised" where the form cut it inside a token."""
-    form, tokenizer, spec, more = run.form, run.tokenizer, run.experiment.sampling, {}
+    form, tokenizer, speaker = run.voice.form, run.voice.tokenizer, run.voice.speaker
+    spec, more = run.experiment.sampling, {}
     ids, text, finished = answer.get("ids"), answer["text"], answer["finished"]
-    if run.speaker.closing:
-        ids, reasoning, closed = seam.after(ids, run.speaker.closing, run.speaker.opened)
+    if speaker.closing:
+        ids, reasoning, closed = seam.after(ids, speaker.closing, speaker.opened)
         most = run.response_tokens() - spec.reasoning_tokens
         if reasoning is not None:
             closed = closed and len(reasoning) <= spec.reasoning_tokens
             more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
         if not closed:
             return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
-        ended = next((k for k, i in enumerate(ids) if i in run.speaker.ends_both), None)  # nothing could stop at it before
+        ended = next((k for k, i in enumerate(ids) if i in speaker.ends_both), None)  # nothing could stop at it before
         ids, finished = ids[:ended], finished or ended is not None
         ids, finished = ids[:most], finished and len(ids) <= most
         text = seam.text_of(tokenizer, ids)
@@ -99,8 +101,8 @@ def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: 
     spec = run.experiment.sampling
     with run.model(iteration, spec.dtype) as model, tqdm(
             total=len(texts), initial=len(done), desc=name, unit="response") as bar:
-        for batch, answers in sample_responses(model, run.tokenizer, texts, max_new_tokens=run.response_tokens(),
-                                               batch_size=spec.batch_size, done=done, ends=run.speaker.ends):
+        for batch, answers in sample_responses(model, run.voice.tokenizer, texts, max_new_tokens=run.response_tokens(),
+                                               batch_size=spec.batch_size, done=done, ends=run.voice.speaker.ends):
             yield batch, answers
             bar.update(len(batch))
 
@@ -110,15 +112,15 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     """One request a prompt; each is kept in the partial file with its raw answer as it arrives."""
     spec, most = run.experiment.sampling, run.response_tokens()
     todo = [i for i in range(len(texts)) if i not in done]
-    ends = end_tokens(run.tokenizer, run.place) | run.speaker.ends
-    requests = {i: request(spec.engine, run.tokenizer, texts[i], most, ends, run.form.stops) for i in todo}
+    ends = end_tokens(run.voice.tokenizer, run.voice.place) | run.voice.speaker.ends
+    requests = {i: request(spec.engine, run.voice.tokenizer, texts[i], most, ends, run.voice.form.stops) for i in todo}
     calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
     ledger = Ledger(partial, {"sampler": spec.engine}, chat=False)
     if spec.engine == "server":
         run.once("the server answers with text: what is trained and scored are the token ids of that text behind its "
                  "prompt, which need not be those that were sampled (--sampler vllm gives them)")
     if any(call.key not in ledger.answers for call in calls.values()):
-        longest = max(len(ids) for ids in run.tokenizer(texts, add_special_tokens=False).input_ids)
+        longest = max(len(ids) for ids in run.voice.tokenizer(texts, add_special_tokens=False).input_ids)
         with launch.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
                             share=run.tensor_parallel, context=longest + most, ends=ends,
                             log=run.folder / "sampler.log") as server:
@@ -130,7 +132,7 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
                 why = asker.stopped or ledger.errors.get(missing[0].key, "no answer")
                 raise UserError(f"{name}: {len(missing)} of {len(texts)} responses are missing: {why}{server.last_words()}"
                                 "; what was answered stays: run the same command to go on")
-    yield todo, [read_answer(spec.engine, run.tokenizer, ledger.answers[calls[i].key][0], ends) for i in todo]
+    yield todo, [read_answer(spec.engine, run.voice.tokenizer, ledger.answers[calls[i].key][0], ends) for i in todo]
 
 MERGE_CHECKED = 4  # held-out queries: in float32 on a CPU, minutes for 7 billion parameters
 
@@ -142,8 +144,8 @@ def sample(run: Run, iteration: int) -> None:
     if not run.stage(name, outputs, inputs):
         return
     jobs = [(query, constitution) for query, pair in run.training_plan(iteration) for constitution in pair]
-    texts = [run.prompt(c, q, run.experiment.seed, iteration, "sample", c.id, sample=True, reason=run.form.cot)
-             for q, c in jobs]
+    texts = [draws.prompt(run.voice, c, q, run.experiment.seed, iteration, "sample", c.id, sample=True,
+                          reason=run.voice.form.cot) for q, c in jobs]
     rows = sample_to_file(run, jobs, texts, iteration - 1, run.folder / training_file(iteration), name)
     run.finish(name, outputs, inputs, responses=len(rows))
 
@@ -187,10 +189,10 @@ def train_iteration(run: Run, iteration: int) -> None:
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
     draws.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
     pairs = [engines.TrainingPair(
-        query=q.id, responses=tuple(seam.said(run.tokenizer, row, " " if spec.model.prompt == "plain" else "")
+        query=q.id, responses=tuple(seam.said(run.voice.tokenizer, row, " " if spec.model.prompt == "plain" else "")
                                     for row in both),
-        prompts=tuple(draws.scored_prompt(run, run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False))
-                      for c in pair)) for q, pair, both in kept]
+        prompts=tuple(draws.scored_prompt(run.voice, draws.prompt(
+            run.voice, c, q, spec.seed, iteration, "train", c.id, sample=False)) for c in pair)) for q, pair, both in kept]
     if len(kept) < need:
         done = len(kept) + sum(dropped.values())
         raise UserError(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
@@ -198,7 +200,7 @@ def train_iteration(run: Run, iteration: int) -> None:
                         + ", ".join(f"{why}: {n}" for why, n in sorted(dropped.items()))
                         + "); give another run (--name) more training queries, a smaller --batch-size or fewer --iterations"
                         + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped))
-    worker.write_job(run.folder, iteration, model=run.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
+    worker.write_job(run.folder, iteration, model=run.voice.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:
         trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
@@ -214,7 +216,7 @@ def check_merged(run: Run, iteration: int) -> dict:
     every = list(held_out_pairs(run, [row for _, row in read_jsonl(run.folder / evaluation_file(0))]))
     some = every[:: math.ceil(len(every) / MERGE_CHECKED)]
     facts = lora.merged_difference(
-        run.folder / checkpoint(iteration), run.place, run.tokenizer, run.experiment.train,
+        run.folder / checkpoint(iteration), run.voice.place, run.voice.tokenizer, run.experiment.train,
         [texts[:2] for _, texts, _ in some], [responses[:2] for _, _, responses in some], run.record["backend"])
     run.say("train-{}: the saved model is within {max_abs_difference_nats:.1e} nats of the trained one ({pairs} summed "
             "log-probs of {queries} held-out queries)".format(iteration, **facts))

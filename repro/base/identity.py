@@ -5,10 +5,8 @@ import random
 import subprocess
 from pathlib import Path
 
-from repro.config import Experiment
-from repro.records import digest
-
-ROOT = Path(__file__).resolve().parent.parent
+from repro.base.records import digest
+from repro.base.settings import Experiment
 
 
 def config_hash(experiment: Experiment, inputs: dict) -> str:
@@ -44,7 +42,7 @@ def rng(*keys) -> random.Random:
     return random.Random("/".join(map(str, keys)))
 
 
-# ---- provenance
+
 
 @functools.cache
 def commit() -> str | None:

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from math import log
 
-from repro import metrics
+from repro.base import metrics
+from repro.base.records import read_jsonl, write_json
 from repro.judges import likelihood, rule
 from repro.judges.llm import judge_shares
-from repro.records import read_jsonl, write_json
-from repro.run.draws import Item
-from repro.run.evaluate import BASELINE, JUDGMENTS, _judge_inputs, judged_responses
-from repro.run.folder import Run, evaluation_file, logprob_file
+from repro.stages.draws import Item
+from repro.stages.evaluate import BASELINE, JUDGMENTS, _judge_inputs, judged_responses
+from repro.stages.folder import evaluation_file, logprob_file
+from repro.stages.run import Run
 from repro.text.principles import Pool
 
 

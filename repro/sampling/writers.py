@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from repro.base.records import UserError, append_jsonl, digest, read_jsonl
 from repro.models import marks
-from repro.records import UserError, append_jsonl, digest, read_json, read_jsonl
-from repro.run.folder import Run, speaker_of_writer
+from repro.models.speaker import Speaker
 from repro.servers.client import Asker
-from repro.servers.endpoint import HOSTED, Call, Endpoint
+from repro.servers.endpoint import HOSTED, Call, Endpoint, text_of
 from repro.servers.ledger import Ledger
 from repro.servers.offers import agree
 from repro.text import prompts
 from repro.text.principles import ConstitutionSet, constitutions_of
-from repro.text.written import Fault, _content, parse_antithesis, parse_principles
+from repro.text.written import Fault, own, parse_antithesis, parse_principles
 
 ATTEMPTS = 8  # at each question: the two principles, then each antithesis
 ROUNDS = 4  # how often a writer that is asked afresh may begin with other principles
@@ -66,6 +66,17 @@ class LocalWriter:
         return opening + self._drawn[prompt, opening, batch][k]["text"]
 
 
+def speaker_of_writer(tokenizer, name: str, date: str | None = None) -> Speaker:
+    """How a writer on this machine is spoken to. Raises UserError where it reasons in any case: it has to continue a text
+    that is begun for it."""
+    speaker = Speaker.of(tokenizer, date=date, name="", flag=f"writer {name}",
+                         instead="a writer must be instruction-tuned")
+    if speaker.closing:
+        raise UserError(f"writer {name}: it writes {speaker.mark!r} before it responds, which nothing switches off; choose "
+                        "a writer that begins with its response (--writer-model)")
+    return speaker
+
+
 class ServerWriter:
     """A model behind an OpenAI-compatible server. `ledger`: the file that each request and its answer go to. What is
     wrong with an answer is said to it. `temperature` None: the field is not sent."""
@@ -102,6 +113,11 @@ class ServerWriter:
         if not answers:
             raise UserError(f"writer {self.name}: {asker.stopped or self.ledger.errors.get(call.key, 'no answer')}")
         return next((text for text in map(_content, answers) if text.strip()), "")
+
+
+def _content(answer: dict) -> str:
+    """The text without a draft that some servers leave in it."""
+    return own(text_of(answer))
 
 
 # ---- writing
@@ -182,24 +198,3 @@ def written_constitutions(writer, task: str, folder: Path, *, instead: Constitut
         say(f"{said}; going on with the constitutions written by {instead.writer}")
         return instead
     return constitutions_of(data, f"principles of {writer.name}")
-
-
-def write(run: Run) -> None:
-    """The constitutions of the run -> constitutions.json: those of its file, or those that its writer writes, whose raw
-    answers lie in writing.jsonl."""
-    spec = run.experiment.writer
-    if spec is None:
-        return run.adopt(run.constitutions)
-    outputs = ["constitutions.json", "by_hand.json", "writing.jsonl"]
-    if not run.stage("write", outputs, []):
-        path = run.folder / "constitutions.json"
-        return run.adopt(constitutions_of(read_json(path), str(path)))
-    how = {"label": spec.label, "temperature": spec.temperature}
-    writer = LocalWriter(spec.model, **how, date=run.date) if spec.kind == "local" else ServerWriter(
-        run.writer_endpoint, run.folder / "writer_requests.jsonl", say=run.say, **how)
-    run.adopt(written_constitutions(writer, spec.asked, run.folder, instead=run.by_hand, say=run.say,
-                                    controls=run.controls(), seed=run.experiment.seed))
-    if run.constitutions is run.by_hand:
-        run.record["not_run"].append(f"writer {spec.label}: wrote nothing that can be used; the principles are those of "
-                                     f"{run.experiment.constitutions}")
-    run.finish("write", outputs, [], writer=run.constitutions.writer)

@@ -20,10 +20,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from repro.config import TrainSpec
+from repro.base.records import UserError, digest, loads, read_json, remove_folder, write_json
+from repro.base.settings import TrainSpec
 from repro.core import lora
 from repro.models import load
-from repro.records import UserError, digest, loads, read_json, remove_folder, write_json
 
 ATTACHED = "SAMI_ATTACHED"  # set where stdin is the pipeline's
 
@@ -97,7 +97,7 @@ def torchrun(folder: Path, job: str, ranks: int, nodes: int, node: int) -> list[
     where = ["--standalone"] if nodes == 1 else [
         f"--nnodes={nodes}", f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}",
         "--rdzv-conf=timeout=86400"]
-    return ["torch.distributed.run", *where, f"--nproc-per-node={ranks}", "-m", "repro.run.rank", str(folder), job]
+    return ["torch.distributed.run", *where, f"--nproc-per-node={ranks}", "-m", "repro.stages.rank", str(folder), job]
 
 
 def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None], nodes: int = 1) -> list:

@@ -1,6 +1,6 @@
 """The worker's side of a job.
 
-    torchrun --nproc-per-node RANKS -m repro.run.rank RUN JOB
+    torchrun --nproc-per-node RANKS -m repro.stages.rank RUN JOB
 
 On several nodes, which must see the run's folder under the same path, each has a torchrun of its own; the pipeline's is
 node 0 and says what to start on the others.
@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from repro.base.records import UserError, dumps, first_line, read_json
 from repro.models import load
-from repro.records import UserError, dumps, first_line, read_json
-from repro.run.jobs import ATTACHED, _job, work
+from repro.stages.jobs import ATTACHED, _job, work
 
 # ---- in a worker
 

@@ -1,7 +1,7 @@
 """run(experiment): queries -> constitutions -> evaluate -> [sample -> train -> evaluate] x iterations -> judge -> metrics
 -> report.
 
-Each stage leaves files in the run directory and then a line in run.json with the sha256 of each (repro/run/folder.py). The
+Each stage leaves files in the run directory and then a line in run.json with the sha256 of each (folder.py). The
 same command skips a stage whose config, inputs and files match, and does the rest: a run that was killed anywhere ends
 with the same bytes (same machine, versions and thread count).
 """
@@ -10,16 +10,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from repro.config import Experiment, JudgeSpec
-from repro.records import UserError, locked, read_json
+from repro.base.records import UserError, locked, read_json
+from repro.base.settings import Experiment, JudgeSpec
 from repro.report.publish import report_figures, write_report
-from repro.run import jobs
-from repro.run.evaluate import add_judgments, evaluate, evaluate_baseline, greet_judge, judge, llm_judgments
-from repro.run.folder import Run, open_run
-from repro.run.measure import measure
-from repro.run.sample import sample, train_iteration
-from repro.run.write import write
+from repro.sampling.writers import LocalWriter, ServerWriter, written_constitutions
 from repro.servers.endpoint import Endpoint
+from repro.stages import jobs
+from repro.stages.evaluate import add_judgments, evaluate, evaluate_baseline, greet_judge, judge, llm_judgments
+from repro.stages.measure import measure
+from repro.stages.run import Run, open_run
+from repro.stages.sample import sample, train_iteration
+from repro.text.principles import constitutions_of
 
 
 def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None,
@@ -97,6 +98,27 @@ def judge_run(folder: Path | str, spec: JudgeSpec, endpoint: Endpoint, *, dry_ru
             measure(run)
             report(run, again=True)  # what is known of the judge may have changed since
     return rows
+
+
+def write(run: Run) -> None:
+    """The constitutions of the run -> constitutions.json: those of its file, or those that its writer writes, whose raw
+    answers lie in writing.jsonl."""
+    spec = run.experiment.writer
+    if spec is None:
+        return run.adopt(run.constitutions)
+    outputs = ["constitutions.json", "by_hand.json", "writing.jsonl"]
+    if not run.stage("write", outputs, []):
+        path = run.folder / "constitutions.json"
+        return run.adopt(constitutions_of(read_json(path), str(path)))
+    how = {"label": spec.label, "temperature": spec.temperature}
+    writer = LocalWriter(spec.model, **how, date=run.date) if spec.kind == "local" else ServerWriter(
+        run.writer_endpoint, run.folder / "writer_requests.jsonl", say=run.say, **how)
+    run.adopt(written_constitutions(writer, spec.asked, run.folder, instead=run.by_hand, say=run.say,
+                                    controls=run.voice.controls(), seed=run.experiment.seed))
+    if run.constitutions is run.by_hand:
+        run.record["not_run"].append(f"writer {spec.label}: wrote nothing that can be used; the principles are those of "
+                                     f"{run.experiment.constitutions}")
+    run.finish("write", outputs, [], writer=run.constitutions.writer)
 
 
 def report(run: Run, *, again: bool = False) -> None:

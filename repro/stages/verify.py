@@ -9,21 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from repro.config import Experiment, JudgeSpec
-from repro.identity import config_hash
-from repro.paper import cells
-from repro.records import MARKER, UserError, digest, file_sha256, read_json, read_jsonl, sealed
+from repro.base.identity import config_hash
+from repro.base.records import MARKER, UserError, digest, file_sha256, read_json, read_jsonl, sealed
+from repro.base.settings import Experiment, JudgeSpec
 from repro.report.publish import leaves
-from repro.run.evaluate import JUDGMENTS, judged_here, llm_judgments
-from repro.run.folder import BY_HAND, open_run
-from repro.run.measure import records
 from repro.servers.endpoint import HOSTED, Endpoint
+from repro.stages.evaluate import JUDGMENTS, judged_here, llm_judgments
+from repro.stages.folder import BY_HAND
+from repro.stages.measure import records
+from repro.stages.run import open_run
 from repro.text.principles import constitutions_of
 
 
-def verify_run(folder: Path, *, strict: bool = False) -> int:
+def verify_run(folder: Path, compare: Callable[..., int], names: dict[str, str], *, strict: bool = False) -> int:
     """Print PASS, FAIL or NOT RUN for each group of checks with its n, then the cells; 1 on a FAIL, of a run that is not
-    finished, or on a cell that DIFFERS (strict: where anything was not compared)."""
+    finished, or on a cell that DIFFERS (strict: where anything was not compared). `compare(folder, strict=...)` holds a run
+    against the printed cells; `names`: label -> name of the paper's models."""
     folder, found = Path(folder), []
     if not (folder / "run.json").is_file() and (parts := sorted(folder.glob("*/run.json"))):
         raise UserError(f"{folder}: not the folder of a run, or of several that are not finished; verify one of "
@@ -36,7 +37,7 @@ def verify_run(folder: Path, *, strict: bool = False) -> int:
             found.append((folder, "variants", *_together(folder, parts)))
         for leaf, group, status, n, why in found:
             print(f"{leaf}: {group:<14} {status} (n {n})" + (f": {why}" if why else ""))
-        stranger = _stranger([read_json(leaf / "run.json")["config"] for leaf in parts])
+        stranger = _stranger([read_json(leaf / "run.json")["config"] for leaf in parts], names)
         if stranger:
             print(f"{folder}: not held against the paper's cells: {stranger}")
     if "the run is not finished" in (why for *_, why in found):
@@ -45,7 +46,7 @@ def verify_run(folder: Path, *, strict: bool = False) -> int:
     failed = any(status == "FAIL" or (strict and status == "NOT RUN") for _, _, status, _, _ in found)
     if found and stranger:
         return int(failed or strict)
-    return int(cells.verify_run(folder, strict=strict) or failed)
+    return int(compare(folder, strict=strict) or failed)
 
 
 def check_run(folder: Path) -> list[tuple[str, str, int, str]]:
@@ -188,14 +189,8 @@ def _same(a, b) -> bool:
     return a == b
 
 
-def _stranger(configs: list[dict]) -> str:
+def _stranger(configs: list[dict], names: dict[str, str]) -> str:
     """What makes a run none of the paper's, in words: its profile, or a model that is not the published one by name."""
-    from repro.experiment import EXPERIMENTS, load_experiment
-
-    names: dict[str, str] = {}
-    for path in sorted(EXPERIMENTS.glob("exp*.py")):
-        for e in load_experiment(path.stem, "paper"):
-            names |= {e.model.label: e.model.name} | ({e.baseline.label: e.baseline.name} if e.baseline else {})
     for config in configs:
         if config["profile"] != "paper":
             return f"its profile is {config['profile']}"

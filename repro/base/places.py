@@ -1,0 +1,10 @@
+"""Where things lie: the checkout, or the package where there is none, and the cache."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("SAMI_CACHE") or "~/.cache/sami-repro").expanduser()

@@ -1,0 +1,99 @@
+"""What is sampled, trained and evaluated: pure functions of a run's inputs, its seed and a position."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from repro.base.identity import rng
+from repro.base.records import UserError
+from repro.base.settings import Experiment
+from repro.text import seam
+from repro.text.principles import Constitution, ConstitutionSet, Pool
+from repro.text.queries import Query
+
+EVALUATION_ORDER = "evaluation"  # the principles' order at evaluation: the same for every iteration and seed
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is evaluated: a held-out query under constitutions [C], the first of which is judged. `subset`: of records."""
+
+    query: Query
+    subset: str
+    constitutions: tuple[Constitution, ...]
+
+
+def training_plan(spec: Experiment, constitutions: ConstitutionSet | Pool, training: Sequence[Query],
+                  subsets: Sequence[str], iteration: int) -> list[tuple[Query, tuple[Constitution, Constitution]]]:
+    """Which queries an iteration samples, each with two constitutions.
+
+    Two halves of the training queries alternate between iterations (arXiv 2404.14313, section 4); the order of
+    a half is shuffled per iteration; subsets take turns. Of a set, the all-positive constitution stands against one
+    of the negatives of the query's subset; of a pool, one drawn from the learned principles against its opposite.
+    """
+    want = math.ceil(spec.train.queries_needed(iteration) * (1 + spec.sampling.spare))
+    halves = []
+    for subset in subsets:
+        queries = [q for q in training if q.subset == subset]
+        rng(spec.seed, "halves", subset).shuffle(queries)
+        half = queries[(iteration - 1) % 2:: 2]
+        rng(spec.seed, iteration, "order", subset).shuffle(half)
+        halves.append(half)
+    turns = [q for k in range(max(map(len, halves))) for half in halves for q in half[k: k + 1]][:want]
+    if isinstance(constitutions, Pool):
+        return list(zip(turns, constitutions.deal("learned", len(turns), rng(spec.seed, iteration, "deal"))))
+    return [(q, (constitutions.positive, rng(spec.seed, iteration, "negative", q.id).choice(
+        constitutions.negatives(q.subset)))) for q in turns]
+
+
+def items(spec: Experiment, constitutions: ConstitutionSet | Pool, held_out: Sequence[Query]) -> list[Item]:
+    """Of a set: every held-out query under all its constitutions. Of a pool: every held-out query under constitutions
+    drawn from the learned, then from the held-out principles, each with its opposite. The same for every iteration
+    and seed."""
+    if not isinstance(constitutions, Pool):
+        return [Item(q, q.subset, constitutions.constitutions) for q in held_out]
+    found = []
+    for kind, times in zip(constitutions.kinds, spec.data.draws):
+        hands = constitutions.deal(kind, times * len(held_out), rng("evaluation", kind))
+        found += [Item(held_out[k % len(held_out)], kind, hand) for k, hand in enumerate(hands)]
+    return found
+
+
+def prompt(voice, constitution: Constitution, query: Query | None, *keys, sample: bool, reason: bool = False) -> str:
+    """The rendered prompt; the principles' order is a function of `keys`, query and constitution."""
+    order = list(range(len(constitution.principles)))
+    if query is not None:
+        rng(*keys, query.id).shuffle(order)
+    return voice.form.render(voice.speaker, constitution.statements(tuple(order)), query.text if query else "",
+                             sample=sample, reason=reason)
+
+
+def held_out_pairs(run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list]]:
+    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C] (`seam.said`).
+    """
+    space, start = " " if run.experiment.model.prompt == "plain" else "", 0
+    for item in run.items():
+        texts = [scored_prompt(run.voice, prompt(run.voice, c, item.query, EVALUATION_ORDER, sample=True))
+                 for c in item.constitutions]
+        part, start = rows[start: start + len(texts)], start + len(texts)
+        yield item, texts, [seam.said(run.voice.tokenizer, row, space) for row in part]
+
+
+def check(voice, engine: str) -> None:
+    """Raise UserError where what stands before a response could not be told from it."""
+    if voice.speaker.closing and engine == "server":
+        raise UserError(f"--sampler server: this model writes {voice.speaker.mark!r} before it responds, which may be gone "
+                        "from the text that such a server gives; use --sampler vllm or transformers, which give token ids")
+
+
+def scored_prompt(voice, text: str) -> str:
+    """The prompt under which responses are scored and trained: without the reasoning, and, where the model reasons, behind
+    the marker that closes it, as they were sampled; where the prompt itself has closed it, it is as it is."""
+    mark = voice.tokenizer.decode(voice.speaker.closing[0]) if voice.speaker.closing else ""
+    return text if text.rstrip().endswith(mark.strip()) else text + mark
+
+
+def tell_old(run, rows: Sequence[dict], name: str) -> None:
+    """Say, once a run, where rows have no ids."""
+    if any(row.get("ids") is None for row in rows):
+        run.once(f"{name}: responses without token ids, made before they were kept: their text is tokenised")
