@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from repro.base.records import UserError, write_json
 from repro.base.settings import TrainSpec
-from repro.core import engines, loop
+from repro.core import engines, loop, memory
 from repro.core.checkpoints import StepCheckpoints
 from repro.core.engines import TrainingPair
 from repro.stages import rank
@@ -36,7 +36,7 @@ def run_case(engine, case: dict, out: Path) -> dict:
     """Train as `case` says and leave the weights in `out`; returns what was seen, or what was raised."""
     spec = TrainSpec(**{"batch_size": 5, "batches": 3, "learning_rate": 1e-3, "precision": "fp32", "optimizer": "adamw"} | case.get("spec", {}))
     steps = StepCheckpoints(Path(case["steps"]), "key", worth=0) if "steps" in case else None
-    seen, passes, tight, reductions, infonce = [], [], [], [], loop.symmetric_infonce
+    seen, passes, tight, reductions, infonce = [], [], [], [], engines.symmetric_infonce
     enable, before_backward, reduce = (PreTrainedModel.activation_checkpointing_enable, engine.before_backward,
                                        getattr(dist, REDUCE))
 
@@ -50,9 +50,9 @@ def run_case(engine, case: dict, out: Path) -> dict:
                mock.patch.object(PreTrainedModel, "activation_checkpointing_enable",
                                  lambda self, *a, **k: tight.append(1) or enable(self, *a, **k))]
     if "room" in case:  # bytes of the machine: too few to keep activations
-        patches += [mock.patch.object(module, "usable_bytes", lambda device: case["room"]) for module in (loop, engines)]
+        patches += [mock.patch.object(module, "usable_bytes", lambda device: case["room"]) for module in (memory, engines)]
     if "poison" in case:  # on this rank alone
-        patches.append(mock.patch.object(loop, "symmetric_infonce",
+        patches.append(mock.patch.object(engines, "symmetric_infonce",
                                          lambda m: infonce(m) * (torch.nan if engine.rank == case["poison"] else 1)))
     for patch in patches:
         patch.start()

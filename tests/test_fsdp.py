@@ -241,7 +241,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_fsdp import trained
-import repro.core.checkpoints as steps, repro.core.loop as training
+import repro.core.checkpoints as steps, repro.core.engines as engines, repro.core.loop as training
 calls = 0
 owner, name = {where}
 real = getattr(owner, name)
@@ -257,7 +257,7 @@ trained(Path({tiny!r}), Path({out!r}))
 
 
 @pytest.mark.parametrize("where, nth, left", [
-    ("training, 'symmetric_infonce'", 3, 1),  # in step 2 or 3
+    ("engines, 'symmetric_infonce'", 3, 1),  # in step 2 or 3
     ("steps.checkpoint, 'save'", 3, 2),       # step 3 trained, none of its files written
     ("steps, 'write_json'", 3, 2),            # its shard written, the trace not
     ("steps, 'seal'", 3, 2),                  # all but the marker

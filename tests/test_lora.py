@@ -192,10 +192,10 @@ def test_the_adapter_loads_with_peft_and_the_merged_model_is_the_same(tiny, alon
 def test_a_killed_iteration_goes_on_and_leaves_the_same_bytes(tiny, alone, tmp_path, capsys):
     """Step checkpoints hold the adapter and its optimizer's state, and no weight of the model."""
     out = job(tiny, tmp_path)
-    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom repro import training, worker\n"
-            "real, calls = training.symmetric_infonce, []\n"
+    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom repro.core import engines\nfrom repro.stages import jobs\n"
+            "real, calls = engines.symmetric_infonce, []\n"
             "def dying(m):\n    calls.append(1)\n    if len(calls) == 4:\n        os.kill(os.getpid(), signal.SIGKILL)\n    return real(m)\n"
-            "training.symmetric_infonce = dying\nworker.work(Path(sys.argv[1]), 1, training.OneProcess(), lambda n: None)\n")
+            "engines.symmetric_infonce = dying\njobs.work(Path(sys.argv[1]), 1, engines.OneProcess(), lambda n: None)\n")
     child = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=dict(os.environ))
     assert child.returncode == -signal.SIGKILL, child.stderr
     saved = sorted((tmp_path / jobs.steps_folder(1)).glob("step-*"))

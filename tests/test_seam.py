@@ -25,7 +25,7 @@ from repro.stages import draws, evaluate, sample, verify
 from repro.stages.inputs import Voice
 from repro.stages.pipeline import run
 from repro.stages.run import Run
-from repro.stages.sample import usable_pairs
+from repro.stages.sample import sample_to_file, usable_pairs
 from repro.text import seam
 
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -372,7 +372,7 @@ def test_the_template_s_end_markers_end_a_sample(tmp_path, monkeypatch):
     def sample(run):
         jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
         texts = [draws.prompt(run.voice, c, q, "evaluation", sample=True) for q, c in jobs]
-        return sample.sample_to_file(run, jobs, texts, 0, run.folder / "responses/x.jsonl", "x")
+        return sample_to_file(run, jobs, texts, 0, run.folder / "responses/x.jsonl", "x")
 
     rows = sample(shared)
     end = next(row["ids"][3] for row in rows if len(row["ids"]) > 3 and row["ids"][3] not in row["ids"][:3])
@@ -421,7 +421,7 @@ def test_rows_without_ids_are_tokenised_as_before_and_that_is_said_once(tmp_path
     experiment, said = experiment_of(save(tmp_path / "m", made("bpe", "ASSISTANT:"))), []
     with monkeypatch.context() as old:
         old.setattr(sample, "asdict", lambda row: {k: v for k, v in dataclasses.asdict(row).items() if k != "ids"})
-        old.setattr("repro.stages.sample.train_iteration", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        old.setattr("repro.stages.pipeline.train_iteration", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path / "out", say=lambda line: None)
     spied[1].clear()

@@ -382,7 +382,7 @@ def test_reasoning_has_its_own_tokens_flag_and_hash(tmp_path):
 
 
 def test_a_writer_that_reasons_in_any_case_is_refused(tmp_path):
-    from repro.stages.folder import speaker_of_writer
+    from repro.sampling.writers import speaker_of_writer
 
     tokenizer = tokenizer_of(EACH + CUE.replace("assistant\n", "assistant\n<think>\n"))
     with pytest.raises(UserError, match="^writer w: it writes '</think>' before it responds"):

@@ -72,8 +72,8 @@ class Voice:
         """Rows of the model that its tokenizer has no token for."""
         return len(unsaid(self.tokenizer, load.rows_of(load_config(self.place)) or 0))
 
-    def frame(self, experiment: Experiment, constitutions: ConstitutionSet | Pool, longest: int) -> int:
-        """The tokens of the longest prompt without its query, which has up to `longest`. Raises UserError for control
+    def frame(self, experiment: Experiment, constitutions: ConstitutionSet | Pool, query: int) -> int:
+        """The tokens of the longest prompt without its query, which has up to `query`. Raises UserError for control
         tokens and for principles that are rendered otherwise than they are."""
         check_control_tokens(((f"{experiment.constitutions}: principle {p.name}", s)
                               for p in constitutions.principles for s in (p.text, p.antithesis)), self.controls())
@@ -89,7 +89,7 @@ class Voice:
         frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
         context = load.context_of(load_config(self.place))
         most = self.response_tokens(experiment.sampling)
-        if context - frame - most - 8 < longest:
+        if context - frame - most - 8 < query:
             raise UserError(f"{experiment.constitutions}: the principles ({frame} tokens with the frame of the prompt) and "
                             f"{most} response tokens leave no room in a context of {context}")
         return frame

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from repro.base.identity import commit
 from repro.base.records import write_json
 from repro.base.settings import LoraSpec, TrainSpec
-from repro.core import engines, loop, lora, memory
+from repro.core import engines, logprobs, loop, lora, memory
 from repro.core.logprobs import packed_tokens
 from repro.core.memory import Step, peak, training_bytes
 from repro.core.shapes import counted
@@ -118,7 +118,7 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
                                             t.shape[-1:] == (vocabulary,) and t.untyped_storage().data_ptr() not in weights
                                             and t.numel() > vocabulary else {}) or keep(t)
     with engines.matmul_precision(model, precision), memory.activation_checkpointing(model, shape, step), saved:
-        loop.matrix_by(way, model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
+        logprobs.matrix_by(way, model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
                            score_eos=False)
     kept = {k: v for k, v in saved.storages.items() if k not in rows}
 
