@@ -51,12 +51,11 @@ def evaluate_baseline(run: Run) -> None:
 def held_out_pairs(run: Run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list]]:
     """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C] (`seam.said`).
     """
-    space, start = " " if run.experiment.model.prompt == "plain" else "", 0
+    start = 0
     for item in run.items():
-        texts = [seam.scored_prompt(run, run.prompt(c, item.query, EVALUATION_ORDER, sample=True))
-                 for c in item.constitutions]
+        texts = [run.prompt(c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
         part, start = rows[start: start + len(texts)], start + len(texts)
-        yield item, texts, [seam.said(run.tokenizer, row, space) for row in part]
+        yield item, texts, [seam.said(run, row) for row in part]
 
 
 @contextmanager

@@ -188,10 +188,9 @@ def train_iteration(run: Run, iteration: int) -> None:
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
     seam.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
     pairs = [training.TrainingPair(
-        query=q.id, responses=tuple(seam.said(run.tokenizer, row, " " if spec.model.prompt == "plain" else "")
-                                    for row in both),
-        prompts=tuple(seam.scored_prompt(run, run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False))
-                      for c in pair)) for q, pair, both in kept]
+        query=q.id, responses=tuple(seam.said(run, row) for row in both),
+        prompts=tuple(run.prompt(c, q, spec.seed, iteration, "train", c.id, sample=False) for c in pair))
+        for q, pair, both in kept]
     if len(kept) < need:
         done = len(kept) + sum(dropped.values())
         raise UserError(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "

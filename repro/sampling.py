@@ -62,10 +62,12 @@ def _plainly(model, ends: Collection[int], never: Collection[int]) -> Iterator[N
 
 
 def answer_of(tokenizer, ids: list[int], ends: Container[int]) -> dict:
-    """{text, ids, tokens, finished} of generated token ids: up to the first of `ends`, where there is one."""
+    """{text, ids, tokens, finished} of generated token ids: up to the first of `ends`, where there is one; and that `end`,
+    where it is not the tokenizer's."""
     length = next((k for k, i in enumerate(ids) if i in ends), len(ids))
-    finished, ids = length < len(ids), ids[:length]
-    return {"text": seam.text_of(tokenizer, ids), "ids": list(ids), "tokens": length, "finished": finished}
+    finished, own = length < len(ids), ids[:length]
+    more = {"end": ids[length]} if finished and ids[length] != tokenizer.eos_token_id else {}
+    return {"text": seam.text_of(tokenizer, own), "ids": list(own), "tokens": length, "finished": finished} | more
 
 
 def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 32,
@@ -114,19 +116,23 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
 def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     """Of one sample (an `answer` as of `sample_batch` to the prompt and the form's opening) what its row says of the
     response (`Response`) and beside it: "reasoning" that stood before it in the sample and whether it is "closed", all that
-    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token."""
+    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token, the ids of the mark that stood
+    right before it ("lead"), and the "end" that was sampled, where that is not the tokenizer's."""
     form, tokenizer, spec, more = run.form, run.tokenizer, run.experiment.sampling, {}
-    ids, text, finished = answer.get("ids"), answer["text"], answer["finished"]
+    ids, text, finished, end = answer.get("ids"), answer["text"], answer["finished"], answer.get("end")
     if run.speaker.closing:
-        ids, reasoning, closed = seam.after(ids, run.speaker.closing, run.speaker.opened)
+        opened = run.speaker.opened or seam.begins(tokenizer, ids, run.speaker.opening)
+        ids, reasoning, lead = seam.after(ids, run.speaker.closing, opened)
         most = run.response_tokens() - spec.reasoning_tokens
         if reasoning is not None:
-            closed = closed and len(reasoning) <= spec.reasoning_tokens
+            closed = bool(lead) and len(reasoning) <= spec.reasoning_tokens
             more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
-        if not closed:
-            return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
+            if not closed:
+                return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
+            more = more | {"lead": lead}
         ended = next((k for k, i in enumerate(ids) if i in run.speaker.ends_both), None)  # nothing could stop at it before
-        ids, finished = ids[:ended], finished or ended is not None
+        if ended is not None:
+            ids, finished, end = ids[:ended], True, ids[ended]
         ids, finished = ids[:most], finished and len(ids) <= most
         text = seam.text_of(tokenizer, ids)
     whole = form.opening + text
@@ -134,7 +140,7 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     if form.cot:
         more = more | {"sampled": whole}
     if text != whole:  # the format ended it
-        finished = finished or (form.kind == "plain" and not whole.rstrip().endswith(text))
+        finished, end = finished or (form.kind == "plain" and not whole.rstrip().endswith(text)), None
     start = whole.index(text, whole.index(form.mark) + len(form.mark)) if form.cot and text else 0
     given = form.opening[start: len(text)]  # the part of the response that the sample was opened with
     before = seam.in_context(tokenizer, prompt, " " + given) if given else []
@@ -145,6 +151,8 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     elif text != whole:
         ids, anew = seam.cut(tokenizer, ids, start, end)
         more = more | ({"retokenised": True} if anew else {})
+    if finished and end not in (None, tokenizer.eos_token_id):
+        more = more | {"end": end}
     return {"text": text, "ids": before + ids, "tokens": len(before + ids), "finished": finished}, more
 
 

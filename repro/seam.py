@@ -2,9 +2,11 @@
 reading.
 
 1. A sample's ids, up to the end token, are its response (`repro.sampling.answer_of`); their text is decoded (`text_of`).
-2. A model that reasons: what follows the marker that closes the reasoning, found on ids (`after`).
+2. A model that reasons: what follows the marker that closes the reasoning, found on ids (`after`). One that may, and has
+   not, has only responded.
 3. Where the form keeps a part of the text, the same part of the ids (`cut`).
-4. Trained and scored are the prompt's ids and then these ids (`repro.prefix`): nothing is tokenised twice.
+4. Trained and scored are the prompt's ids, those of that marker where there was one, and then these ids, the reasoning
+   left out (`said`, `repro.prefix`): nothing is tokenised twice.
 
 An answer that came as text (`--sampler server`) has the ids that its text has behind its prompt (`in_context`).
 """
@@ -23,20 +25,20 @@ def check(run) -> None:
                         "from the text that such a server gives; use --sampler vllm or transformers, which give token ids")
 
 
-def scored_prompt(run, text: str) -> str:
-    """The prompt under which responses are scored and trained: without the reasoning, and, where the model reasons, behind
-    the marker that closes it, as they were sampled; where the prompt itself has closed it, it is as it is."""
-    mark = run.tokenizer.decode(run.speaker.closing[0]) if run.speaker.closing else ""
-    return text if text.rstrip().endswith(mark.strip()) else text + mark
+def said(run, row: dict):
+    """What is trained and scored of a response's row (a text, ids or `repro.prefix.Sampled`): the ids that were sampled,
+    behind the mark behind which they were (the one that closes reasoning, where there was any), with the end that was
+    sampled. An empty response is scored as ".", by ids too (a text would join a prompt that ends in ">"); a row without
+    ids, made before they were kept, by its text: both behind a space in a base model's form."""
+    from repro.prefix import Sampled
 
-
-def said(tokenizer, row: dict, space: str = "") -> str | tuple[int, ...]:
-    """What is trained and scored of a response's row: the ids that were sampled. An empty response is scored as ".", by ids
-    too (a text would join a prompt that ends in ">"); a row without ids, made before they were kept, by its text: both
-    behind `space`."""
+    space = " " if run.experiment.model.prompt == "plain" else ""
     if row.get("ids") is None:
         return space + (row["text"].strip() or ".")
-    return tuple(row["ids"] or tokenizer(space + ".", add_special_tokens=False).input_ids)
+    ids = tuple(row["ids"] or run.tokenizer(space + ".", add_special_tokens=False).input_ids)
+    mark = run.speaker.closing[0] if "reasoning" in row else ()  # of reasoning that was never closed, too
+    lead, end = tuple(row.get("lead", mark)), row.get("end")
+    return Sampled(ids, lead, end) if lead or end is not None else ids
 
 
 def tell_old(run, rows: Sequence[dict], name: str) -> None:
@@ -64,17 +66,24 @@ def without_controls(tokenizer, text: str) -> str:
     return text
 
 
-def after(ids: Sequence[int], closing: Sequence[Sequence[int]], opened: bool) -> tuple[list[int], list[int] | None, bool]:
-    """(response, reasoning, closed) of sampled ids: what follows the first of the id sequences `closing`, and what stands
-    before it. Without one, the sample is all reasoning, not closed, where the prompt has `opened` it; else all response,
-    and the reasoning None. On ids, since decoding drops a marker that is a special token."""
+def begins(tokenizer, ids: Sequence[int], mark: str) -> bool:
+    """Whether a sample begins with a mark, white space apart, which may be control tokens."""
+    return bool(mark) and tokenizer.decode(ids, skip_special_tokens=False).lstrip().startswith(mark)
+
+
+def after(ids: Sequence[int], closing: Sequence[Sequence[int]],
+          opened: bool) -> tuple[list[int], list[int] | None, list[int]]:
+    """(response, reasoning, mark) of sampled ids: what follows the first of the id sequences `closing`, what stands before
+    it, and itself. Without one, the sample is all reasoning, with no mark, where it was `opened` (by the prompt, or the
+    sample's own first mark); else all response, and the reasoning None. On ids, since decoding drops a marker that is a
+    special token."""
     ids = list(ids)
     found = [(k + len(mark), -len(mark)) for mark in map(list, closing) if mark
              for k in range(len(ids) - len(mark) + 1) if ids[k: k + len(mark)] == mark]
     if found:
         end, length = min(found)  # of two that end together the longer one: its beginning is no reasoning
-        return ids[end:], ids[: end + length], True
-    return ([], ids, False) if opened else (ids, None, True)
+        return ids[end:], ids[: end + length], ids[end + length: end]
+    return ([], ids, []) if opened else (ids, None, [])
 
 
 def cut(tokenizer, ids: Sequence[int], start: int, end: int) -> tuple[list[int], bool]:

@@ -23,6 +23,7 @@ from repro import models
 from repro.config import TrainSpec
 from repro.logprobs import matrix_by, packed_tokens, settled, slices
 from repro.losses import symmetric_infonce
+from repro.prefix import Sampled
 from repro.records import UserError, digest
 from repro.shapes import Shape, counted
 from repro.sizes import Step, peak, training_bytes
@@ -39,11 +40,11 @@ PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 @dataclass(frozen=True)
 class TrainingPair:
     """One query's example: C rendered prompts and R responses; in training R = C, response j sampled under prompt j. A
-    response is the token ids that were sampled, or a text (repro/prefix.py)."""
+    response is the token ids that were sampled, alone or with what stood around them, or a text (repro/prefix.py)."""
 
     query: str
     prompts: tuple[str, ...]
-    responses: tuple[str | tuple[int, ...], ...]
+    responses: tuple[str | tuple[int, ...] | Sampled, ...]
 
 
 def weights_dtype(spec: TrainSpec) -> str:

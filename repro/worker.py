@@ -191,11 +191,13 @@ def _heed(asked: list[int]) -> None:
 
 def _job(folder: Path, name: str):
     """A job's file, its TrainSpec and its pairs."""
+    from repro.prefix import Sampled
     from repro.training import TrainingPair
 
     job = read_json(folder / name)
     pairs = [TrainingPair(p["query"], tuple(p["prompts"]), tuple(
-        r if isinstance(r, str) else tuple(r) for r in p["responses"])) for p in job["pairs"]]
+        r if isinstance(r, str) else tuple(r) if isinstance(r, list) else
+        Sampled(tuple(r["ids"]), tuple(r["lead"]), r["end"]) for r in p["responses"])) for p in job["pairs"]]
     return job, TrainSpec(**job["train"]), pairs
 
 

@@ -16,7 +16,7 @@ from toy_models import WORDS
 from repro import checking, evaluation, logprobs, models, sampling, seam
 from repro.cli import load_experiment
 from repro.pipeline import run, usable_pairs
-from repro.prefix import follow, pairs_of
+from repro.prefix import Sampled, follow, pairs_of
 from repro.records import UserError, read_json, read_jsonl
 from repro.rundir import Run
 
@@ -262,7 +262,9 @@ def test_any_cut_holds_its_text_and_keeps_the_ids_within(kind):
     ([7, 92, 93], True, [], [7, 92, 93], False),                 # half a marker closes nothing
     ([91], True, [], [], True), ([], True, [], [], False), ([], False, [], None, True)])
 def test_what_follows_the_closing_marker_is_the_response(ids, opened, response, reasoning, closed):
-    assert seam.after(ids, ((91,), (92, 93, 94), (90, 92, 93, 94), ()), opened) == (response, reasoning, closed)
+    *found, mark = seam.after(ids, ((91,), (92, 93, 94), (90, 92, 93, 94), ()), opened)
+    assert found == [response, reasoning] and bool(mark) == (closed and reasoning is not None)
+    assert ids == [*(reasoning or []), *mark, *response]
 
 
 def spoken_to(monkeypatch, **how) -> None:
@@ -318,13 +320,30 @@ def test_reasoning_that_a_special_token_closes_is_no_part_of_the_response(tmp_pa
     assert checking.verify_run(folder) == 0
 
 
-def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch):
+def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch, spied):
     """Where the prompt has not opened it, an answer without the marker is a response; it has the response's cap."""
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [10, close, 20 + k % 9] if k % 2 else [20 + k % 9] * 5,
                                             opened=False)
     folder = run(experiment, tmp_path / "out", say=lambda line: None)
     rows = rows_of(folder / "responses/evaluation-0.jsonl")
     assert {len(row["ids"]) for row in rows} == {1, 3} and all(("reasoning" in row) == (len(row["ids"]) == 1) for row in rows)
+    # what was answered at once is scored at once, and the other behind the mark
+    assert {(prompt[-1] == close, len(response)) for prompt, response in spied[1]} == {(True, 1), (False, 3)}
+    assert checking.verify_run(folder) == 0
+
+
+@pytest.mark.parametrize("said, closed", [([90, 10, 11], False), ([90, 10, 91, 20], True), ([20, 90, 21], None), ([20], None)])
+def test_reasoning_that_the_sample_begins_itself_and_never_ends_is_no_response(tmp_path, monkeypatch, said, closed):
+    """A model that may reason; its opening mark is a token. A mark in the midst of an answer begins nothing."""
+    experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [
+        {90: close - 1, 91: close}.get(i, i) for i in said], opened=False)
+    spoken_to(monkeypatch, opening="<think>")
+    shared = Run(experiment, tmp_path / "out", lambda line: None)
+    shared.check()
+    answer = sampling.sample_batch(None, tokenizer, ["x"], ends=(), max_new_tokens=9)[0]
+    kept, more = sampling._kept(shared, "x", answer)
+    assert more.get("closed") is closed and kept["ids"] == ([20] if closed else [] if closed is False else answer["ids"])
+    assert ("lead" in more) == bool(closed)
 
 
 def test_an_end_that_closes_reasoning_too_ends_the_response_alone(tmp_path, monkeypatch):
@@ -335,15 +354,19 @@ def test_an_end_that_closes_reasoning_too_ends_the_response_alone(tmp_path, monk
     assert all(row["finished"] and row["tokens"] == 1 and 20 <= row["ids"][0] < 29 for row in rows)
 
 
-def test_a_prompt_that_has_closed_the_reasoning_is_scored_as_it_is(tmp_path, monkeypatch):
+def test_a_response_is_scored_behind_the_mark_behind_which_it_was_sampled(tmp_path, monkeypatch):
+    """Whatever the sample's own mark was joined to; none where there was none; with the end that was sampled."""
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [20 + k % 9])
     shared = Run(experiment, tmp_path / "out", lambda line: None)
     shared.check()
-    assert seam.scored_prompt(shared, "x<think>") == "x<think></think>"
-    assert seam.scored_prompt(shared, "x<think>\n\n</think>\n\n") == "x<think>\n\n</think>\n\n"
+    row, dot = {"text": "x", "ids": [7, 8]}, tuple(tokenizer(".").input_ids)
+    for more, found in (({}, (7, 8)), ({"end": 9}, Sampled((7, 8), (), 9)), ({"reasoning": "r"}, Sampled((7, 8), (close,))),
+                        ({"reasoning": "r", "lead": [5, 6], "end": 9}, Sampled((7, 8), (5, 6), 9)), ({"lead": [5]}, Sampled((7, 8), (5,))),
+                        ({"reasoning": "r", "closed": False, "ids": []}, Sampled(dot, (close,))), ({"ids": []}, dot)):
+        assert seam.said(shared, row | more) == found
     assert shared.response_tokens() == 3 + experiment.sampling.reasoning_tokens
     shared.speaker = dataclasses.replace(shared.speaker, closing=())
-    assert seam.scored_prompt(shared, "x<think>") == "x<think>" and shared.response_tokens() == 3
+    assert shared.response_tokens() == 3
 
 
 def test_reasoning_behind_a_server_of_text_is_refused_before_anything_is_written(tmp_path, monkeypatch):
