@@ -119,7 +119,7 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     was "sampled" with chain of thought, "retokenised" where the form cut it inside a token, the ids of the mark that stood
     right before it ("lead"), and the "end" that was sampled, where that is not the tokenizer's."""
     form, tokenizer, spec, more = run.form, run.tokenizer, run.experiment.sampling, {}
-    ids, text, finished, end = answer.get("ids"), answer["text"], answer["finished"], answer.get("end")
+    ids, text, finished, last = answer.get("ids"), answer["text"], answer["finished"], answer.get("end")
     if run.speaker.closing:
         opened = run.speaker.opened or seam.begins(tokenizer, ids, run.speaker.opening)
         ids, reasoning, lead = seam.after(ids, run.speaker.closing, opened)
@@ -132,7 +132,7 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
             more = more | {"lead": lead}
         ended = next((k for k, i in enumerate(ids) if i in run.speaker.ends_both), None)  # nothing could stop at it before
         if ended is not None:
-            ids, finished, end = ids[:ended], True, ids[ended]
+            ids, finished, last = ids[:ended], True, ids[ended]
         ids, finished = ids[:most], finished and len(ids) <= most
         text = seam.text_of(tokenizer, ids)
     whole = form.opening + text
@@ -140,7 +140,7 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     if form.cot:
         more = more | {"sampled": whole}
     if text != whole:  # the format ended it
-        finished, end = finished or (form.kind == "plain" and not whole.rstrip().endswith(text)), None
+        finished, last = finished or (form.kind == "plain" and not whole.rstrip().endswith(text)), None
     start = whole.index(text, whole.index(form.mark) + len(form.mark)) if form.cot and text else 0
     given = form.opening[start: len(text)]  # the part of the response that the sample was opened with
     before = seam.in_context(tokenizer, prompt, " " + given) if given else []
@@ -151,8 +151,8 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     elif text != whole:
         ids, anew = seam.cut(tokenizer, ids, start, end)
         more = more | ({"retokenised": True} if anew else {})
-    if finished and end not in (None, tokenizer.eos_token_id):
-        more = more | {"end": end}
+    if finished and last not in (None, tokenizer.eos_token_id):
+        more = more | {"end": last}
     return {"text": text, "ids": before + ids, "tokens": len(before + ids), "finished": finished}, more
 
 

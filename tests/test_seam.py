@@ -369,6 +369,30 @@ def test_a_response_is_scored_behind_the_mark_behind_which_it_was_sampled(tmp_pa
     assert shared.response_tokens() == 3
 
 
+def test_the_end_that_was_sampled_is_the_one_that_is_scored(tmp_path, monkeypatch):
+    """Not the tokenizer's; where the cap cut the response, and where the tokenizer's was sampled, that. Through a job's file too."""
+    from repro import worker
+    from repro.training import TrainingPair
+
+    experiment, tokenizer, close = thinking(tmp_path, monkeypatch, None)
+    shared, rows = Run(experiment, tmp_path / "out", lambda line: None), []
+    shared.check()
+    for tail, ends, both in (([50], {2, 50}, ()), ([2], {2, 50}, ()), ([21, 22, 23], {2, 50}, ()), ([50, 30], {2}, {50})):
+        shared.speaker = dataclasses.replace(shared.speaker, ends_both=frozenset(both))
+        kept, more = sampling._kept(shared, "x", sampling.answer_of(tokenizer, [10, close, 20, *tail], ends))
+        rows.append(kept | more)
+    assert [row.get("end") for row in rows] == [50, None, None, 50] and [row["finished"] for row in rows] == [True, True, False, True]
+    said, prompt = [seam.said(shared, row) for row in rows], tokenizer("x: ", add_special_tokens=False).input_ids
+    found = [p.ids for p in pairs_of(tokenizer, "x: ", said, score_eos=True)]
+    assert found == [[*prompt, close, *row["ids"], end] for row, end in zip(rows, (50, 2, 2, 50))]
+    assert [p.ids for p in pairs_of(tokenizer, "x: ", said, score_eos=False)] == [ids[:-1] for ids in found]
+    assert {p.start for p in pairs_of(tokenizer, "x: ", said, score_eos=True)} == {len(prompt) + 1}
+    pair = TrainingPair("q", ("x: ", "y: "), (said[0], (7, 8), "z"))
+    (tmp_path / "training").mkdir()
+    worker.write_job(tmp_path, 1, model="m", pairs=[pair], spec=experiment.train, backend="shared", key="k", out="o", seed=0)
+    assert worker._job(tmp_path, worker.job_file(1))[2] == [pair]
+
+
 def test_reasoning_behind_a_server_of_text_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     experiment, *_ = thinking(tmp_path, monkeypatch, lambda k, close: [20])
     experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, engine="server"))
