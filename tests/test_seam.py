@@ -17,7 +17,7 @@ from repro import cli
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.base.settings import EMBEDDED
 from repro.core import logprobs
-from repro.core.tree import follow, pairs_of
+from repro.core.tree import Sampled, follow, pairs_of
 from repro.experiment import load_experiment
 from repro.models import load
 from repro.sampling import local
@@ -270,7 +270,9 @@ def test_any_cut_holds_its_text_and_keeps_the_ids_within(kind):
     ([7, 92, 93], True, [], [7, 92, 93], False),                 # half a marker closes nothing
     ([91], True, [], [], True), ([], True, [], [], False), ([], False, [], None, True)])
 def test_what_follows_the_closing_marker_is_the_response(ids, opened, response, reasoning, closed):
-    assert seam.after(ids, ((91,), (92, 93, 94), (90, 92, 93, 94), ()), opened) == (response, reasoning, closed)
+    *found, mark = seam.after(ids, ((91,), (92, 93, 94), (90, 92, 93, 94), ()), opened)
+    assert found == [response, reasoning] and bool(mark) == (closed and reasoning is not None)
+    assert ids == [*(reasoning or []), *mark, *response]
 
 
 def spoken_to(monkeypatch, **how) -> None:
@@ -326,13 +328,30 @@ def test_reasoning_that_a_special_token_closes_is_no_part_of_the_response(tmp_pa
     assert cli.verify_run(folder) == 0
 
 
-def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch):
+def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch, spied):
     """Where the prompt has not opened it, an answer without the marker is a response; it has the response's cap."""
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [10, close, 20 + k % 9] if k % 2 else [20 + k % 9] * 5,
                                             opened=False)
     folder = run(experiment, tmp_path / "out", say=lambda line: None)
     rows = rows_of(folder / "responses/evaluation-0.jsonl")
     assert {len(row["ids"]) for row in rows} == {1, 3} and all(("reasoning" in row) == (len(row["ids"]) == 1) for row in rows)
+    # what was answered at once is scored at once, and the other behind the mark
+    assert {(prompt[-1] == close, len(response)) for prompt, response in spied[1]} == {(True, 1), (False, 3)}
+    assert cli.verify_run(folder) == 0
+
+
+@pytest.mark.parametrize("said, closed", [([90, 10, 11], False), ([90, 10, 91, 20], True), ([20, 90, 21], None), ([20], None)])
+def test_reasoning_that_the_sample_begins_itself_and_never_ends_is_no_response(tmp_path, monkeypatch, said, closed):
+    """A model that may reason; its opening mark is a token. A mark in the midst of an answer begins nothing."""
+    experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [
+        {90: close - 1, 91: close}.get(i, i) for i in said], opened=False)
+    spoken_to(monkeypatch, opening="<think>")
+    shared = Run(experiment, tmp_path / "out", lambda line: None)
+    shared.check()
+    answer = local.sample_batch(None, tokenizer, ["x"], ends=(), max_new_tokens=9)[0]
+    kept, more = sample._kept(shared, "x", answer)
+    assert more.get("closed") is closed and kept["ids"] == ([20] if closed else [] if closed is False else answer["ids"])
+    assert ("lead" in more) == bool(closed)
 
 
 def test_an_end_that_closes_reasoning_too_ends_the_response_alone(tmp_path, monkeypatch):
@@ -343,15 +362,43 @@ def test_an_end_that_closes_reasoning_too_ends_the_response_alone(tmp_path, monk
     assert all(row["finished"] and row["tokens"] == 1 and 20 <= row["ids"][0] < 29 for row in rows)
 
 
-def test_a_prompt_that_has_closed_the_reasoning_is_scored_as_it_is(tmp_path, monkeypatch):
+def test_a_response_is_scored_behind_the_mark_behind_which_it_was_sampled(tmp_path, monkeypatch):
+    """Whatever the sample's own mark was joined to; none where there was none; with the end that was sampled."""
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [20 + k % 9])
     shared = Run(experiment, tmp_path / "out", lambda line: None)
     shared.check()
-    assert draws.scored_prompt(shared.voice, "x<think>") == "x<think></think>"
-    assert draws.scored_prompt(shared.voice, "x<think>\n\n</think>\n\n") == "x<think>\n\n</think>\n\n"
+    row, dot = {"text": "x", "ids": [7, 8]}, tuple(tokenizer(".").input_ids)
+    for more, found in (({}, (7, 8)), ({"end": 9}, Sampled((7, 8), (), 9)), ({"reasoning": "r"}, Sampled((7, 8), (close,))),
+                        ({"reasoning": "r", "lead": [5, 6], "end": 9}, Sampled((7, 8), (5, 6), 9)), ({"lead": [5]}, Sampled((7, 8), (5,))),
+                        ({"reasoning": "r", "closed": False, "ids": []}, Sampled(dot, (close,))), ({"ids": []}, dot)):
+        assert draws.said(shared.voice, row | more) == found
     assert shared.response_tokens() == 3 + experiment.sampling.reasoning_tokens
     shared.voice = dataclasses.replace(shared.voice, speaker=dataclasses.replace(shared.voice.speaker, closing=()))
-    assert draws.scored_prompt(shared.voice, "x<think>") == "x<think>" and shared.response_tokens() == 3
+    assert shared.response_tokens() == 3
+
+
+def test_the_end_that_was_sampled_is_the_one_that_is_scored(tmp_path, monkeypatch):
+    """Not the tokenizer's; where the cap cut the response, and where the tokenizer's was sampled, that. Through a job's file too."""
+    from repro.core.engines import TrainingPair
+    from repro.stages import jobs
+
+    experiment, tokenizer, close = thinking(tmp_path, monkeypatch, None)
+    shared, rows = Run(experiment, tmp_path / "out", lambda line: None), []
+    shared.check()
+    for tail, ends, both in (([50], {2, 50}, ()), ([2], {2, 50}, ()), ([21, 22, 23], {2, 50}, ()), ([50, 30], {2}, {50})):
+        shared.voice = dataclasses.replace(shared.voice, speaker=dataclasses.replace(shared.voice.speaker, ends_both=frozenset(both)))
+        kept, more = sample._kept(shared, "x", local.answer_of(tokenizer, [10, close, 20, *tail], ends))
+        rows.append(kept | more)
+    assert [row.get("end") for row in rows] == [50, None, None, 50] and [row["finished"] for row in rows] == [True, True, False, True]
+    said, prompt = [draws.said(shared.voice, row) for row in rows], tokenizer("x: ", add_special_tokens=False).input_ids
+    found = [p.ids for p in pairs_of(tokenizer, "x: ", said, score_eos=True)]
+    assert found == [[*prompt, close, *row["ids"], end] for row, end in zip(rows, (50, 2, 2, 50))]
+    assert [p.ids for p in pairs_of(tokenizer, "x: ", said, score_eos=False)] == [ids[:-1] for ids in found]
+    assert {p.start for p in pairs_of(tokenizer, "x: ", said, score_eos=True)} == {len(prompt) + 1}
+    pair = TrainingPair("q", ("x: ", "y: "), (said[0], (7, 8), "z"))
+    (tmp_path / "training").mkdir()
+    jobs.write_job(tmp_path, 1, model="m", pairs=[pair], spec=experiment.train, backend="shared", key="k", out="o", seed=0)
+    assert jobs._job(tmp_path, jobs.job_file(1))[2] == [pair]
 
 
 def test_reasoning_behind_a_server_of_text_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -86,6 +86,37 @@ def test_a_system_text_may_switch_too():
     assert "Deliberation: off" in asked(speaker_of(template)) and speaker_of(template).switch == {"enable_thinking": False}
 
 
+@pytest.mark.parametrize("test, off, on", [
+    ("think == 'no'", {"think": "no"}, {}), ("thinking_mode|default('thinking') == 'chat'", {"thinking_mode": "chat"}, {}),
+    ("speed in ['fast', 'faster']", {"speed": "fast"}, {}), ("reasoning_mode == 'OFF'", {"reasoning_mode": "OFF"}, {}),
+    ("brief", {"brief": True}, {}), ("thinking is defined and thinking.type == 'disabled'", {"thinking": {"type": "disabled"}}, {}),
+    ("options is defined and options.get('deep', true) is false", {"options": {"deep": False}}, {}),
+    ("depth != 'long'", {}, {"depth": "long"})])
+@pytest.mark.parametrize("closed", ["<think></think>", "</think>"])
+def test_a_switch_of_any_name_and_value_is_known_by_what_it_does(test, off, on, closed):
+    cue = f"{{% if {test} %}}{closed}{{% else %}}<think>{{% endif %}}"
+    template = EACH + CUE.replace("assistant\n", "assistant\n" + cue)
+    speaker, thinking = speaker_of(template), speaker_of(template, reasoning=True)
+    assert speaker.switch == off and asked(speaker).endswith("assistant\n" + closed) and not speaker.reasons
+    assert thinking.switch == on and asked(thinking).endswith("assistant\n<think>") and thinking.reasons
+
+
+@pytest.mark.parametrize("cue", ["{{ prefix|default('<think>') }}{% if style == '</think>' %}{% endif %}",
+                                 "{% if opening %}{{ opening }}{% else %}<think>{% endif %}"])
+def test_what_puts_a_text_of_its_own_in_the_cue_is_no_switch(cue):
+    speaker = speaker_of(EACH + CUE.replace("assistant\n", "assistant\n" + cue))
+    assert speaker.switch == {} and speaker.opened and asked(speaker).endswith("<think>")
+
+
+@pytest.mark.parametrize("mark, opening", [("</think>", "<think>"), ("[/THINK]", "[THINK]"), ("<|END_THINKING|>", "<|START_THINKING|>"),
+                                           ("<|think_end|>", "<|think_begin|>")])
+def test_a_model_that_may_reason_begins_with_a_mark_of_its_own(mark, opening):
+    """By the mirror of the closing one, where the template does not render reasoning."""
+    facts = speaker_of(EACH.replace("m.content", f"m.content.split('{mark}')[-1]") + CUE).facts()
+    assert (facts["reasons"], facts["opened"], facts["opening"], facts["closing"]) == (True, False, opening, mark)
+    assert told({"spoken": {"model": facts}}) == [f"Chat template of the model: it may reason first, and its response then follows {mark!r}"]
+
+
 def test_a_value_that_is_only_printed_is_no_switch():
     template = "Reasoning: {{ reasoning_effort|default('medium') }}\n" + EACH + CUE
     assert speaker_of(template).switch == {} and "Reasoning: medium" in asked(speaker_of(template))
@@ -122,6 +153,7 @@ def test_what_closes_reasoning_is_read_from_a_turn_that_has_some():
                 "{% if add_generation_prompt %}<|start|>assistant{% endif %}")
     speaker = speaker_of(channels, marks)
     assert (speaker.reasons, speaker.opened, speaker.mark) == (True, False, "<|channel|>final<|message|>")
+    assert speaker.opening == "<|channel|>analysis<|message|>"
     assert speaker.closing == (ids_of(speaker, speaker.mark),) and speaker.facts()["ends"] == ["<|return|>"]
     both = speaker_of(channels.replace("<|return|>", "<|end|>"), marks)  # a stop there would be one in the reasoning
     assert not both.ends and both.ends_both == set(ids_of(both, "<|end|>"))
@@ -235,6 +267,12 @@ def test_a_template_prints_the_date_that_it_is_given(today, printed):
     assert speaker_of(EACH + CUE, date="2026-11-28").date is None
 
 
+@pytest.mark.parametrize("when", ["'%w') == '0'", "'%d%m') == '2412'", "'%Y') == '2031'"])
+def test_a_date_that_changes_a_prompt_on_some_days_alone_is_one_of_the_runs(when):
+    template = "{% if strftime_now(" + when + " %}A day of its own. {% endif %}" + EACH + CUE
+    assert speaker_of(template, date="2026-11-28").date == "2026-11-28"
+
+
 def dated_model(folder):
     tiny = save_tiny(folder)
     (tiny / "chat_template.jinja").write_text("It is {{ strftime_now('%d.%m.%Y') }}.\n" + EACH + CUE)
@@ -279,6 +317,7 @@ def test_an_answer_ends_where_a_rendered_turn_of_the_model_does(turn, added, end
 
 
 def test_no_end_is_made_up_of_ordinary_text():
+    assert not speaker_of("<user>{{ messages[-1].content }}<assistant>", ("<user>", "<assistant>")).ends  # the next cue is none
     assert speaker_of("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:").ends == frozenset()
 
 

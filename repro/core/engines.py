@@ -33,17 +33,18 @@ from repro.core.logprobs import matrix_by, settled, slices
 from repro.core.losses import symmetric_infonce
 from repro.core.memory import usable_bytes
 from repro.core.shapes import decoder_layers
+from repro.core.tree import Sampled
 from repro.models import load
 
 
 @dataclass(frozen=True)
 class TrainingPair:
     """One query's example: C rendered prompts and R responses; in training R = C, response j sampled under prompt j. A
-    response is the token ids that were sampled, or a text (repro/core/tree.py)."""
+    response is the token ids that were sampled, alone or with what stood around them, or a text (tree.py)."""
 
     query: str
     prompts: tuple[str, ...]
-    responses: tuple[str | tuple[int, ...], ...]
+    responses: tuple[str | tuple[int, ...] | Sampled, ...]
 
 
 def weights_dtype(spec: TrainSpec) -> str:

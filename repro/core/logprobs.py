@@ -26,7 +26,7 @@ from kernels.interfaces import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
 from repro.base.records import first_line
 from repro.core import probe
-from repro.core.tree import Scored, pack, packed_length, pairs_of
+from repro.core.tree import Sampled, Scored, pack, packed_length, pairs_of
 from repro.models.load import dropouts, steady_length
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
@@ -73,7 +73,8 @@ def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
 
 
 def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]],
-              responses: Sequence[Sequence[str | Sequence[int]]], *, length_normalize: bool, score_eos: bool) -> Tensor:
+              responses: Sequence[Sequence[str | Sequence[int] | Sampled]], *, length_normalize: bool,
+              score_eos: bool) -> Tensor:
     """`logprob_matrix` in one of WAYS, whose being right for the model is settled. Here a response may be token ids too, as
     they were sampled, which are scored as they are."""
     B, C, R = len(prompts), len(prompts[0]), len(responses[0])
@@ -93,8 +94,8 @@ def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]],
     return totals / totals.new_tensor(counts).view(B, C, R)
 
 
-def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str | Sequence[int]]], *,
-                  score_eos: bool) -> tuple[list[int], list[int]]:
+def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str | Sequence[int] | Sampled]],
+                  *, score_eos: bool) -> tuple[list[int], list[int]]:
     """Tokens that each of the B queries takes in a packed sequence, and how many log-probs are of it (as `matrix_by`)."""
     groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
     queries = [groups[k: k + C] for k in range(0, len(groups), C)]

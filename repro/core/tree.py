@@ -1,7 +1,8 @@
 """Token ids of C x R pairs -> one packed sequence that computes each shared prefix once.
 
 1. pair (c, r) of a query -> ids of prompt + response, and the position where scoring starts. A response is the token ids
-   that were sampled, which follow the prompt's; or a text, tokenised jointly with the prompt.
+   that were sampled, which follow the prompt's (`Sampled`: with what stood between the two); or a text, tokenised jointly
+   with the prompt.
 2. The R sequences of one constitution share their longest common prefix of token ids (at most the tokens before the
    first scored one): what is *shared* is found on ids, what is *scored* is kept apart from it.
 3. One group per (query, constitution), [prefix | tail 1 | ... | tail R], group after group in one sequence without
@@ -26,6 +27,16 @@ class Scored:
 
     ids: list[int]
     start: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A response's token ids; before them, not scored, those of the mark behind which they were sampled (`lead`); and the
+    token that ended it, where that is not the tokenizer's own end."""
+
+    ids: tuple[int, ...]
+    lead: tuple[int, ...] = ()
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,17 @@ def follow(prompt: Sequence[int], response: Sequence[int], end: int | None = Non
     return Scored(ids, len(prompt))
 
 
-def pairs_of(tokenizer, prompt: str, responses: Sequence[str | Sequence[int]], *, score_eos: bool) -> list[Scored]:
+def pairs_of(tokenizer, prompt: str, responses: Sequence[str | Sequence[int] | Sampled], *,
+             score_eos: bool) -> list[Scored]:
     """One prompt with each of its responses: token ids by `follow`, text by `tokenize_pair`."""
-    end = tokenizer.eos_token_id if score_eos else None
     ids = [] if all(isinstance(r, str) for r in responses) else tokenizer(prompt, add_special_tokens=False).input_ids
-    return [tokenize_pair(tokenizer, prompt, r, score_eos=score_eos) if isinstance(r, str) else follow(ids, r, end)
-            for r in responses]
+
+    def sampled(r: Sampled) -> Scored:
+        own = tokenizer.eos_token_id if r.end is None else r.end
+        return follow([*ids, *r.lead], r.ids, own if score_eos else None)
+
+    return [tokenize_pair(tokenizer, prompt, r, score_eos=score_eos) if isinstance(r, str) else
+            sampled(r if isinstance(r, Sampled) else Sampled(tuple(r))) for r in responses]
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

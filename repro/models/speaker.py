@@ -9,11 +9,11 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date as Date
 
-import jinja2.meta
+import jinja2
 
 from repro.base.records import UserError, first_line
 from repro.models.marks import opened
@@ -33,9 +33,10 @@ from repro.models.template import (
     laid,
     mirrored,
     own_text,
+    read_values,
+    reads_clock,
     sequences,
     state_of,
-    template_of,
     turn,
 )
 
@@ -53,12 +54,13 @@ class Speaker:
     """How a model is spoken to. Made by `Speaker.of` (a chat template) or `Speaker.plain` (a base model).
 
     `system`: "turn", or "head of the user turn" where a system turn is dropped or refused. `content`: one of LAYOUTS.
-    `switch`: the template's variables that are passed. `date`: what it prints for today, None where it prints none. `cue`:
+    `switch`: the template's variables that are passed. `date`: what it gets for today, None where it asks for none. `cue`:
     what follows the user's text. `ends`: ids that end an answer, beside the tokenizer's and the model's; `ends_both`: ids
     that end a block of reasoning too, at which nothing may be stopped before that is over. `reasons`: the model may reason
-    before it answers, and `opened`: the cue has begun it. `closing`: the sequences of ids after one of which the response
-    begins, the mark as it stands alone first. `unlike`: why the template renders an answer in another way than it is
-    sampled; "" where prompt + answer + end is its own rendering.
+    before it answers; `opened`: the cue has begun it; `opening`: else the mark with which the model begins it, "" where
+    none is known. `closing`: the sequences of ids after one of which the response begins, the mark as it stands alone
+    first. `unlike`: why the template renders an answer in another way than it is sampled; "" where prompt + answer + end is
+    its own rendering.
     """
 
     tokenizer: object = field(repr=False, compare=False)
@@ -73,6 +75,7 @@ class Speaker:
     ends_both: frozenset[int] = frozenset()
     reasons: bool = False
     opened: bool = False
+    opening: str = ""
     closing: tuple[tuple[int, ...], ...] = ()
     mark: str = ""
     unlike: str = ""
@@ -95,8 +98,8 @@ class Speaker:
             draft = draft._laid_out()._switched(reasoning)
             draft = replace(draft, cue=draft._cue())
             draft = draft._answered(reasoning)
-            dated = {replace(draft, date=d)._probe() for d in ("1999-03-02", "2010-10-14", "2024-12-31")}
-            return draft if len(dated) > 1 else replace(draft, date=None)
+            turns = draft._turns([turn("system", SYSTEM), turn("user", USER)])
+            return draft if reads_clock(tokenizer, turns, **draft.switch) else replace(draft, date=None)
         except _Mute as e:
             raise UserError(f"{flag}: {e}; {instead}") from e
 
@@ -131,8 +134,8 @@ class Speaker:
         """What a run's record says: JSON data."""
         return {"system": self.system, "content": self.content, "switch": self.switch, "date": self.date, "cue": self.cue,
                 "ends": [self._token(i) for i in sorted(self.ends | self.ends_both)], "reasons": self.reasons,
-                "opened": self.opened, "closing": self.mark or None, "rendered_as_sampled": not self.unlike,
-                "unlike": self.unlike or None}
+                "opened": self.opened, "opening": self.opening or None, "closing": self.mark or None,
+                "rendered_as_sampled": not self.unlike, "unlike": self.unlike or None}
 
     # ---- how it is decided
 
@@ -140,9 +143,11 @@ class Speaker:
         return str(self.tokenizer.convert_ids_to_tokens(i))
 
     def _render(self, messages: Sequence[dict], cue: bool = True, **switch) -> str:
-        turns = messages if self.system == "turn" else headed(messages)
-        return apply(self.tokenizer, laid(turns, self.content), self.date or Date.today().isoformat(), cue,
-                      **self.switch | switch)
+        return apply(self.tokenizer, self._turns(messages), self.date or Date.today().isoformat(), cue,
+                     **self.switch | switch)
+
+    def _turns(self, messages: Sequence[dict]) -> list[dict]:
+        return laid(messages if self.system == "turn" else headed(messages), self.content)
 
     def _probe(self, **switch) -> str:
         return self._render([turn("system", SYSTEM), turn("user", USER)], **switch)
@@ -176,11 +181,8 @@ class Speaker:
 
     def _switched(self, reasoning: bool) -> "Speaker":
         """With the variable passed that switches reasoning off, or on: found by what it changes."""
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        template = template_of(self.tokenizer)
-        read = jinja2.meta.find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
-        names = sorted((n for n in read if _NAMES.search(n)), key=lambda n: (n != "enable_thinking", n != "thinking", n))
+        own = read_values(self.tokenizer)
+        names = sorted((n for n in own if _NAMES.search(n)), key=lambda n: (n != "enable_thinking", n != "thinking", n))
         base = self._probe()
         found: list[tuple[bool, dict, dict]] = []
         for name in names:
@@ -206,10 +208,28 @@ class Speaker:
                 on = {name: opens[0] if on is None and opens else on} if on is not None or opens else (
                     {} if base != out else {name: other[0]})
                 found.append((not closed, {name: off}, on))
+        if not found:
+            found = list(self._by_effect(own, base))
         if not found:  # Granite 3.3: a switch that does nothing beside a system text, so that nothing asks for reasoning
             return replace(self, idle=any(re.fullmatch("(enable_)?thinking", n) for n in names))
         _, off, on = min(found, key=lambda f: f[0])
         return replace(self, switch=on if reasoning else off)
+
+    def _by_effect(self, own: dict[str, list], base: str) -> Iterator[tuple[bool, dict, dict]]:
+        """A variable of any name, with a value that the template itself compares something with, is a switch where it
+        undoes the reasoning that the cue opens, or opens what the cue has closed."""
+        was, cue = self._state_of(base), self._cue_of(base)
+        for name in sorted(own) if was else ():
+            nonsense = self._try(**{name: UNKNOWN}) or ""
+            for value in own[name]:
+                out = self._try(**{name: value})
+                if out is None or isinstance(value, str) and nonsense.replace(UNKNOWN, value) == out:
+                    continue
+                state = self._state_of(out)
+                if was == "opened" and (state == "closed" or not state and cue.startswith(self._cue_of(out).rstrip())):
+                    yield state != "closed", {name: value}, {}
+                elif was == "closed" and state == "opened":
+                    yield False, {}, {name: value}
 
     def _state_of(self, out: str) -> str:
         return state_of(self._cue_of(out))
@@ -250,7 +270,7 @@ class Speaker:
         """Ends, reasoning, and whether the template renders an answer as it is sampled."""
         state, head = state_of(self.cue), self._head()
         wrapper = head.removeprefix(self.cue).strip() if head is not None and head.startswith(self.cue) else ""
-        between = self._between()
+        begun, between = self._between()
         told = (BRACKET.findall(self.cue) or [""])[-1]  # Command A: <|START_RESPONSE|>
         said = "" if self.idle or re.search("response|final|answer", told, re.I) else own_text(self.tokenizer)
         closers = [m for m in BRACKET.findall(said) if re.search(WORD, m, re.I) and CLOSES.search(m) and " " not in m]
@@ -267,11 +287,14 @@ class Speaker:
         closing = sequences(self.tokenizer, mark) if mark else ()
         inside = set(self.tokenizer(between, add_special_tokens=False).input_ids) if reasons and between else set()
         ends = self._ends()
-        return replace(self, reasons=reasons, opened=state == "opened", closing=closing, mark=mark,
+        shown = (m for m in BRACKET.findall(own_text(self.tokenizer)) if mirrored(m) == closes)
+        opening = "" if not reasons or state == "opened" else begun or next(shown, "") or mirrored(closes, back=True)
+        return replace(self, reasons=reasons, opened=state == "opened", opening=opening, closing=closing, mark=mark,
                        ends=frozenset(ends - inside), ends_both=frozenset(ends & inside), unlike=self._unlike(head))
 
-    def _between(self) -> str:
-        """What the template renders between a turn's reasoning and its answer; "" where it renders no reasoning."""
+    def _between(self) -> tuple[str, str]:
+        """What the template renders between its cue and a turn's reasoning, and between that and the answer; "" where it
+        renders no reasoning."""
         given = ({k: THOUGHT for k in ("reasoning_content", "reasoning", "thinking")},
                  {"content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": ANSWER}]})
         for more in given:
@@ -279,16 +302,17 @@ class Speaker:
             if isinstance(full, str) and THOUGHT in full and ANSWER in full[full.rindex(THOUGHT):]:
                 text = full[full.rindex(THOUGHT) + len(THOUGHT): full.rindex(ANSWER)].strip()
                 if BRACKET.search(text) and "{" not in text and len(text) <= 160:  # else it prints the fields themselves
-                    return text
-        return ""
+                    head = full[:full.rindex(THOUGHT)].rpartition(USER)[2]
+                    return head.removeprefix(self.cue).strip() if head.startswith(self.cue) else "", text
+        return "", ""
 
     def _ends(self) -> set[int]:
         """The control token that follows an answer: the turn's end, else the beginning of the user's next turn."""
         controls = set(control_tokens(self.tokenizer))
         for after in ((), (turn("user", AGAIN),)):
             full = self._spoken(*after)
-            if not isinstance(full, str) or ANSWER not in full:
-                continue
+            if not isinstance(full, str) or ANSWER not in full[full.rfind(USER):] or USER not in full:
+                continue  # a template of the last turn alone: its cue follows, no end
             rest = full[full.rindex(ANSWER) + len(ANSWER):]
             rest = rest[:rest.index(AGAIN)] if after and AGAIN in rest else rest
             for i in self.tokenizer(rest, add_special_tokens=False).input_ids:

@@ -2,12 +2,14 @@
 marks in it open and close reasoning. What follows from that for a model is decided in repro/models/speaker.py.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
 import jinja2.ext
+import jinja2.meta
 
 from repro.models.marks import defuse
 
@@ -32,15 +34,17 @@ def template_of(tokenizer) -> str:
 
 
 @contextmanager
-def _dated(template: str, date: str) -> Iterator[None]:
-    """`strftime_now` in the template tells this date. transformers 5.23 gives templates today, and turns a function that a
-    caller passes into a placeholder; the compiled template, which it keeps, looks up its own globals first."""
+def _dated(template: str, date: str) -> Iterator[list[str]]:
+    """`strftime_now` in the template tells this date; yields the formats that it is asked for. transformers 5.23 gives
+    templates today, and turns a function that a caller passes into a placeholder; the compiled template, which it keeps,
+    looks up its own globals first."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     moment, own = datetime.fromisoformat(date), _compile_jinja_template(template).globals
-    own["strftime_now"] = moment.strftime
+    asked: list[str] = []
+    own["strftime_now"] = lambda form: asked.append(form) or moment.strftime(form)
     try:
-        yield
+        yield asked
     finally:
         own.pop("strftime_now", None)
 
@@ -48,6 +52,38 @@ def _dated(template: str, date: str) -> Iterator[None]:
 def apply(tokenizer, messages: list[dict], date: str, cue: bool, **switch) -> str:
     with _dated(tokenizer.get_chat_template(), date):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue, **switch)
+
+
+def reads_clock(tokenizer, messages: list[dict], **switch) -> bool:
+    """Whether the template asks for today. Not whether the renders of some days differ: it may look at Sundays alone."""
+    with _dated(tokenizer.get_chat_template(), "2026-01-01") as asked:
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+    return bool(asked)
+
+
+def read_values(tokenizer) -> dict[str, list]:
+    """The variables that the template reads, less the call's own, each with values that may mean something to it: False,
+    True, and each text that it compares anything with; these below each attribute that it reads of the variable too."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = template_of(tokenizer)
+    environment = _compile_jinja_template(template).environment
+    tree = environment.parse(template)
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "date", "cue"}
+    texts = {c.value for node in tree.find_all(jinja2.nodes.Compare) for c in node.find_all(jinja2.nodes.Const)
+             if isinstance(c.value, str) and c.value}
+    names = jinja2.meta.find_undeclared_variables(environment.parse(template)) - taken  # this folds lists in its tree
+    values = [False, True, *sorted(texts)]
+    found: dict[str, list] = {name: list(values) for name in names}
+    reads = [(node.node, node.attr) for node in tree.find_all(jinja2.nodes.Getattr)]
+    reads += [(node.node, node.arg.value) for node in tree.find_all(jinja2.nodes.Getitem) if isinstance(
+        node.arg, jinja2.nodes.Const)]
+    reads += [(node.node.node, node.args[0].value) for node in tree.find_all(jinja2.nodes.Call) if isinstance(
+        node.node, jinja2.nodes.Getattr) and node.node.attr == "get" and node.args and isinstance(
+        node.args[0], jinja2.nodes.Const)]
+    for base, key in dict.fromkeys((b.name, k) for b, k in reads if isinstance(b, jinja2.nodes.Name) and b.name in names):
+        found[base] += [{key: value} for value in values]
+    return found
 
 
 def turn(role: str, text: str, **more) -> dict:
@@ -134,9 +170,16 @@ def state_of(cue: str) -> str:
     return "closed" if CLOSES.search(last[0]) or BRACKET.search(cue, last.end()) else "opened"
 
 
-def mirrored(text: str) -> str:
+def mirrored(text: str, back: bool = False) -> str:
     """The mark that closes what the last opening mark of reasoning in a text opens, by the habits of marks; "" where it has
-    no such form, or there is none."""
+    no such form, or there is none. `back`: the mark that opens what this one closes."""
+    if back:
+        if turned := re.fullmatch(r"<(\w+)\|>", text):
+            return f"<|{turned[1]}>"
+        for opens, closes in (("begin", "end"), ("START", "END")):
+            if re.search(rf"(?<![A-Za-z]){closes}(?![A-Za-z])", text):
+                return text.replace(closes, opens)
+        return text.replace("/", "", 1) if "/" in text[:3] else ""
     mark = next((m[0] for m in reversed(list(BLOCK.finditer(text)))
                  if re.search(WORD, m[0], re.I) and not CLOSES.search(m[0]) and " " not in m[0]), "")
     if turned := re.fullmatch(r"<\|(\w+)>\w*", mark):  # Gemma 4: <|channel>thought ... <channel|>

@@ -39,8 +39,9 @@ def _told(facts: dict) -> list[str]:
     said = [f"the system text stands at the {facts['system']}"] if facts["system"] != "turn" else []
     said += [f"content is given as {facts['content']}"] if facts["content"] != "text" else []
     said += [", ".join(f"{k}={v!r}" for k, v in facts["switch"].items()) + " is passed"] if facts["switch"] else []
-    said += [f"for today it prints {facts['date']}"] if facts["date"] else []
-    said += [f"it reasons first, and its response follows {facts['closing']!r}"] if facts["reasons"] else []
+    said += [f"its today is {facts['date']}"] if facts["date"] else []
+    said += [f"it {'reasons' if facts['opened'] else 'may reason'} first, and its response "
+             f"{'' if facts['opened'] else 'then '}follows {facts['closing']!r}"] if facts["reasons"] else []
     said += [f"it renders an answer in another way than it is sampled ({facts['unlike']})"] if facts["unlike"] else []
     return said
 

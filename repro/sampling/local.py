@@ -71,10 +71,12 @@ def _plainly(model, ends: Collection[int], never: Collection[int]) -> Iterator[N
 
 
 def answer_of(tokenizer, ids: list[int], ends: Container[int]) -> dict:
-    """{text, ids, tokens, finished} of generated token ids: up to the first of `ends`, where there is one."""
+    """{text, ids, tokens, finished} of generated token ids: up to the first of `ends`, where there is one; and that `end`,
+    where it is not the tokenizer's."""
     length = next((k for k, i in enumerate(ids) if i in ends), len(ids))
-    finished, ids = length < len(ids), ids[:length]
-    return {"text": seam.text_of(tokenizer, ids), "ids": list(ids), "tokens": length, "finished": finished}
+    finished, own = length < len(ids), ids[:length]
+    more = {"end": ids[length]} if finished and ids[length] != tokenizer.eos_token_id else {}
+    return {"text": seam.text_of(tokenizer, own), "ids": list(own), "tokens": length, "finished": finished} | more
 
 
 def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 32,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from repro.base.identity import rng
 from repro.base.records import UserError
 from repro.base.settings import Experiment
-from repro.text import seam
+from repro.core.tree import Sampled
 from repro.text.principles import Constitution, ConstitutionSet, Pool
 from repro.text.queries import Query
 
@@ -69,14 +69,12 @@ def prompt(voice, constitution: Constitution, query: Query | None, *keys, sample
 
 
 def held_out_pairs(run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list]]:
-    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C] (`seam.said`).
-    """
-    space, start = " " if run.experiment.model.prompt == "plain" else "", 0
+    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C] (`said`)."""
+    start = 0
     for item in run.items():
-        texts = [scored_prompt(run.voice, prompt(run.voice, c, item.query, EVALUATION_ORDER, sample=True))
-                 for c in item.constitutions]
+        texts = [prompt(run.voice, c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
         part, start = rows[start: start + len(texts)], start + len(texts)
-        yield item, texts, [seam.said(run.voice.tokenizer, row, space) for row in part]
+        yield item, texts, [said(run.voice, row) for row in part]
 
 
 def check(voice, engine: str) -> None:
@@ -86,11 +84,18 @@ def check(voice, engine: str) -> None:
                         "from the text that such a server gives; use --sampler vllm or transformers, which give token ids")
 
 
-def scored_prompt(voice, text: str) -> str:
-    """The prompt under which responses are scored and trained: without the reasoning, and, where the model reasons, behind
-    the marker that closes it, as they were sampled; where the prompt itself has closed it, it is as it is."""
-    mark = voice.tokenizer.decode(voice.speaker.closing[0]) if voice.speaker.closing else ""
-    return text if text.rstrip().endswith(mark.strip()) else text + mark
+def said(voice, row: dict) -> str | tuple[int, ...] | Sampled:
+    """What is trained and scored of a response's row: the ids that were sampled, behind the mark behind which they were
+    (the one that closes reasoning, where there was any), with the end that was sampled. An empty response is scored as ".",
+    by ids too (a text would join a prompt that ends in ">"); a row without ids, made before they were kept, by its text:
+    both behind a space in a base model's form."""
+    space = " " if voice.form.kind == "plain" else ""
+    if row.get("ids") is None:
+        return space + (row["text"].strip() or ".")
+    ids = tuple(row["ids"] or voice.tokenizer(space + ".", add_special_tokens=False).input_ids)
+    mark = voice.speaker.closing[0] if "reasoning" in row else ()  # of reasoning that was never closed, too
+    lead, end = tuple(row.get("lead", mark)), row.get("end")
+    return Sampled(ids, lead, end) if lead or end is not None else ids
 
 
 def tell_old(run, rows: Sequence[dict], name: str) -> None:

@@ -174,10 +174,12 @@ def _lost(heard: dict) -> str:
 def _job(folder: Path, name: str):
     """A job's file, its TrainSpec and its pairs."""
     from repro.core.engines import TrainingPair
+    from repro.core.tree import Sampled
 
     job = read_json(folder / name)
     pairs = [TrainingPair(p["query"], tuple(p["prompts"]), tuple(
-        r if isinstance(r, str) else tuple(r) for r in p["responses"])) for p in job["pairs"]]
+        r if isinstance(r, str) else tuple(r) if isinstance(r, list) else
+        Sampled(tuple(r["ids"]), tuple(r["lead"]), r["end"]) for r in p["responses"])) for p in job["pairs"]]
     return job, TrainSpec(**job["train"]), pairs
 
 

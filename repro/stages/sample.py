@@ -62,20 +62,24 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
 def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     """Of one sample (an `answer` as of `sample_batch` to the prompt and the form's opening) what its row says of the
     response (`Response`) and beside it: "reasoning" that stood before it in the sample and whether it is "closed", all that
-    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token."""
+    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token, the ids of the mark that stood
+    right before it ("lead"), and the "end" that was sampled, where that is not the tokenizer's."""
     form, tokenizer, speaker = run.voice.form, run.voice.tokenizer, run.voice.speaker
     spec, more = run.experiment.sampling, {}
-    ids, text, finished = answer.get("ids"), answer["text"], answer["finished"]
+    ids, text, finished, last = answer.get("ids"), answer["text"], answer["finished"], answer.get("end")
     if speaker.closing:
-        ids, reasoning, closed = seam.after(ids, speaker.closing, speaker.opened)
+        opened = speaker.opened or seam.begins(tokenizer, ids, speaker.opening)
+        ids, reasoning, lead = seam.after(ids, speaker.closing, opened)
         most = run.response_tokens() - spec.reasoning_tokens
         if reasoning is not None:
-            closed = closed and len(reasoning) <= spec.reasoning_tokens
+            closed = bool(lead) and len(reasoning) <= spec.reasoning_tokens
             more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
-        if not closed:
-            return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
+            if not closed:
+                return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
+            more = more | {"lead": lead}
         ended = next((k for k, i in enumerate(ids) if i in speaker.ends_both), None)  # nothing could stop at it before
-        ids, finished = ids[:ended], finished or ended is not None
+        if ended is not None:
+            ids, finished, last = ids[:ended], True, ids[ended]
         ids, finished = ids[:most], finished and len(ids) <= most
         text = seam.text_of(tokenizer, ids)
     whole = form.opening + text
@@ -83,7 +87,7 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     if form.cot:
         more = more | {"sampled": whole}
     if text != whole:  # the format ended it
-        finished = finished or (form.kind == "plain" and not whole.rstrip().endswith(text))
+        finished, last = finished or (form.kind == "plain" and not whole.rstrip().endswith(text)), None
     start = whole.index(text, whole.index(form.mark) + len(form.mark)) if form.cot and text else 0
     given = form.opening[start: len(text)]  # the part of the response that the sample was opened with
     before = seam.in_context(tokenizer, prompt, " " + given) if given else []
@@ -94,6 +98,8 @@ def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
     elif text != whole:
         ids, anew = seam.cut(tokenizer, ids, start, end)
         more = more | ({"retokenised": True} if anew else {})
+    if finished and last not in (None, tokenizer.eos_token_id):
+        more = more | {"end": last}
     return {"text": text, "ids": before + ids, "tokens": len(before + ids), "finished": finished}, more
 
 
@@ -189,10 +195,9 @@ def train_iteration(run: Run, iteration: int) -> None:
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
     draws.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
     pairs = [engines.TrainingPair(
-        query=q.id, responses=tuple(seam.said(run.voice.tokenizer, row, " " if spec.model.prompt == "plain" else "")
-                                    for row in both),
-        prompts=tuple(draws.scored_prompt(run.voice, draws.prompt(
-            run.voice, c, q, spec.seed, iteration, "train", c.id, sample=False)) for c in pair)) for q, pair, both in kept]
+        query=q.id, responses=tuple(draws.said(run.voice, row) for row in both),
+        prompts=tuple(draws.prompt(run.voice, c, q, spec.seed, iteration, "train", c.id, sample=False) for c in pair))
+        for q, pair, both in kept]
     if len(kept) < need:
         done = len(kept) + sum(dropped.values())
         raise UserError(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "

@@ -2,9 +2,11 @@
 reading.
 
 1. A sample's ids, up to the end token, are its response (`answer_of`); their text is decoded (`text_of`).
-2. A model that reasons: what follows the marker that closes the reasoning, found on ids (`after`).
+2. A model that reasons: what follows the marker that closes the reasoning, found on ids (`after`). One that may, and has
+   not, has only responded.
 3. Where the form keeps a part of the text, the same part of the ids (`cut`).
-4. Trained and scored are the prompt's ids and then these ids (`repro.prefix`): nothing is tokenised twice.
+4. Trained and scored are the prompt's ids, those of that marker where there was one, and then these ids, the reasoning
+   left out (stages/draws.py, core/tree.py): nothing is tokenised twice.
 
 An answer that came as text (`--sampler server`) has the ids that its text has behind its prompt (`in_context`).
 """
@@ -13,15 +15,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from repro.models.template import control_tokens
-
-
-def said(tokenizer, row: dict, space: str = "") -> str | tuple[int, ...]:
-    """What is trained and scored of a response's row: the ids that were sampled. An empty response is scored as ".", by ids
-    too (a text would join a prompt that ends in ">"); a row without ids, made before they were kept, by its text: both
-    behind `space`."""
-    if row.get("ids") is None:
-        return space + (row["text"].strip() or ".")
-    return tuple(row["ids"] or tokenizer(space + ".", add_special_tokens=False).input_ids)
 
 
 def text_of(tokenizer, ids: Sequence[int]) -> str:
@@ -43,17 +36,24 @@ def without_controls(tokenizer, text: str) -> str:
     return text
 
 
-def after(ids: Sequence[int], closing: Sequence[Sequence[int]], opened: bool) -> tuple[list[int], list[int] | None, bool]:
-    """(response, reasoning, closed) of sampled ids: what follows the first of the id sequences `closing`, and what stands
-    before it. Without one, the sample is all reasoning, not closed, where the prompt has `opened` it; else all response,
-    and the reasoning None. On ids, since decoding drops a marker that is a special token."""
+def begins(tokenizer, ids: Sequence[int], mark: str) -> bool:
+    """Whether a sample begins with a mark, white space apart, which may be control tokens."""
+    return bool(mark) and tokenizer.decode(ids, skip_special_tokens=False).lstrip().startswith(mark)
+
+
+def after(ids: Sequence[int], closing: Sequence[Sequence[int]],
+          opened: bool) -> tuple[list[int], list[int] | None, list[int]]:
+    """(response, reasoning, mark) of sampled ids: what follows the first of the id sequences `closing`, what stands before
+    it, and itself. Without one, the sample is all reasoning, with no mark, where it was `opened` (by the prompt, or the
+    sample's own first mark); else all response, and the reasoning None. On ids, since decoding drops a marker that is a
+    special token."""
     ids = list(ids)
     found = [(k + len(mark), -len(mark)) for mark in map(list, closing) if mark
              for k in range(len(ids) - len(mark) + 1) if ids[k: k + len(mark)] == mark]
     if found:
         end, length = min(found)  # of two that end together the longer one: its beginning is no reasoning
-        return ids[end:], ids[: end + length], True
-    return ([], ids, False) if opened else (ids, None, True)
+        return ids[end:], ids[: end + length], ids[end + length: end]
+    return ([], ids, []) if opened else (ids, None, [])
 
 
 def cut(tokenizer, ids: Sequence[int], start: int, end: int) -> tuple[list[int], bool]:
