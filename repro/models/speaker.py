@@ -13,9 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date as Date
 
-import jinja2
-
-from repro.base.records import UserError, first_line
+from repro.base.records import UserError
 from repro.models.marks import opened
 from repro.models.template import (
     AGAIN,
@@ -23,6 +21,7 @@ from repro.models.template import (
     BRACKET,
     CLOSES,
     LAYOUTS,
+    LEAST,
     SYSTEM,
     THOUGHT,
     USER,
@@ -35,18 +34,17 @@ from repro.models.template import (
     own_text,
     read_values,
     reads_clock,
+    reason_of,
     sequences,
     state_of,
+    switches,
     turn,
+    where_lost,
 )
 
 # What some template alters: blank lines, indents, quotes, words that switch. A text is tried with it before the plain one.
 HARD = "One:  3 < 4 & \"five\", {{ 6 }}\n\n\n    two's /think /no_think\n\n- three."
 UNKNOWN = "qzx"  # a value that no template knows
-_NAMES = re.compile(r"think|reason|effort", re.I)  # of variables that may switch reasoning
-_LEVELS = re.compile(r"effort|mode|option|strength|level", re.I)
-_INVERTED = re.compile(r"skip|disable|hide|^no_", re.I)
-_OFF, _LEAST, _ON = ("none", "no_think", "off", "disabled"), ("minimal", "low"), ("on", "enabled", "high", "medium")
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,12 @@ class Speaker:
         try:
             out = self._render(messages)
         except Exception as e:  # the template's own: by its checks of roles, or a mistake in it
-            raise UserError(f"the chat template{self._whose} does not take a text ({_reason(e)}); reword it, or "
+            raise UserError(f"the chat template{self._whose} does not take a text ({reason_of(e)}); reword it, or "
                             f"{self.instead}") from e
         for m in messages:
             if m["content"].strip() not in out:
                 raise UserError(f"the chat template{self._whose} alters the {m['role']}'s text "
-                                f"{_where(m['content'].strip(), out)}; reword it, or {self.instead}")
+                                f"{where_lost(m['content'].strip(), out)}; reword it, or {self.instead}")
         if not out.endswith(self.cue):
             raise UserError(f"the chat template{self._whose} ends its prompt in another way for this text "
                             f"({out[-40:]!r}, not {self.cue[-40:]!r}); reword it, or {self.instead}")
@@ -176,20 +174,15 @@ class Speaker:
                         return draft
                     lost = lost or ("a system's" if user in out else "a user's")
         if lost is None:
-            raise _Mute(f"the tokenizer{self._whose} has no chat template that takes a user turn ({_reason(failure)})")
+            raise _Mute(f"the tokenizer{self._whose} has no chat template that takes a user turn ({reason_of(failure)})")
         raise _Mute(f"the chat template{self._whose} leaves {lost} text out of the prompt, given as text or as parts")
 
     def _switched(self, reasoning: bool) -> "Speaker":
         """With the variable passed that switches reasoning off, or on: found by what it changes."""
         own = read_values(self.tokenizer)
-        names = sorted((n for n in own if _NAMES.search(n)), key=lambda n: (n != "enable_thinking", n != "thinking", n))
         base = self._probe()
         found: list[tuple[bool, dict, dict]] = []
-        for name in names:
-            offs = (0,) if "budget" in name else (*_OFF, *_LEAST) if _LEVELS.search(name) else (False, *_OFF)
-            ons = (-1,) if "budget" in name else _ON if _LEVELS.search(name) else (True, *_ON)
-            if _INVERTED.search(name):
-                offs, ons = (True,), (False,)
+        for name, offs, ons in switches(own):
             nonsense = self._try(**{name: UNKNOWN})
 
             def known(value, out, nonsense=nonsense):  # "Reasoning: none" only prints the word: not one of the template's
@@ -201,7 +194,7 @@ class Speaker:
                 closed = out is not None and self._state_of(out) == "closed"
                 other = [v for v in reads if reads[v] != out]
                 if out is None or self._state_of(out) == "opened" or not (other or base != out) or not (
-                        closed or (known(off, out) and off not in _LEAST and other)):
+                        closed or (known(off, out) and off not in LEAST and other)):
                     continue
                 opens = [v for v in other if self._state_of(reads[v]) == "opened" and known(v, reads[v])]
                 on = next((v for v in other if isinstance(v, bool)), None)
@@ -211,7 +204,7 @@ class Speaker:
         if not found:
             found = list(self._by_effect(own, base))
         if not found:  # Granite 3.3: a switch that does nothing beside a system text, so that nothing asks for reasoning
-            return replace(self, idle=any(re.fullmatch("(enable_)?thinking", n) for n in names))
+            return replace(self, idle=any(re.fullmatch("(enable_)?thinking", n) for n in own))
         _, off, on = min(found, key=lambda f: f[0])
         return replace(self, switch=on if reasoning else off)
 
@@ -325,7 +318,7 @@ class Speaker:
     def _unlike(self, head: str | None) -> str:
         full = self._spoken()
         if not isinstance(full, str):
-            return f"it raises for a turn of the model's ({_reason(full)})"
+            return f"it raises for a turn of the model's ({reason_of(full)})"
         if head is None:
             return "it alters the answer"
         prompt = self._probe()
@@ -343,17 +336,3 @@ class Speaker:
 
 class _Mute(Exception):
     """Why a template cannot be spoken through."""
-
-
-def _reason(error: Exception | None) -> str:
-    return first_line(error) if isinstance(error, ValueError | jinja2.TemplateError) else (
-        f"{type(error).__name__}: {first_line(error)}")
-
-
-def _where(text: str, out: str) -> str:
-    """Where a render leaves a text: the last words that it has of it, and what is lost."""
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if text[:middle] in out else (low, middle - 1)
-    return f"(after {text[max(0, low - 20): low]!r} it leaves out or changes {text[low: low + 20]!r})"

@@ -4,13 +4,14 @@ marks in it open and close reasoning. What follows from that for a model is deci
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
 import jinja2.ext
 import jinja2.meta
 
+from repro.base.records import first_line
 from repro.models.marks import defuse
 
 SYSTEM, USER, ANSWER = "Every reply is short.", "What is the colour of the sky?", "It is mostly blue."
@@ -205,3 +206,41 @@ def sequences(tokenizer, mark: str) -> tuple[tuple[int, ...], ...]:
     kept = [s for k, s in enumerate(found) if s and not any(
         s != t and s[:len(t)] == t and (s[len(t):] in tail or not s[len(t):]) for t in found)]
     return tuple(dict.fromkeys([found[0], *kept]))
+
+
+# ---- switches of reasoning
+
+_NAMES = re.compile(r"think|reason|effort", re.I)  # of variables that may switch reasoning
+_LEVELS = re.compile(r"effort|mode|option|strength|level", re.I)
+_INVERTED = re.compile(r"skip|disable|hide|^no_", re.I)
+OFF, LEAST, ON = ("none", "no_think", "off", "disabled"), ("minimal", "low"), ("on", "enabled", "high", "medium")
+
+
+def switches(names: Iterable[str]) -> Iterator[tuple[str, tuple, tuple]]:
+    """Of a template's variables those that may switch reasoning, by their names, with the values that may switch it off and
+    on; the commonest first."""
+    for name in sorted((n for n in names if _NAMES.search(n)), key=lambda n: (n != "enable_thinking", n != "thinking", n)):
+        if _INVERTED.search(name):
+            yield name, (True,), (False,)
+        elif "budget" in name:
+            yield name, (0,), (-1,)
+        elif _LEVELS.search(name):
+            yield name, (*OFF, *LEAST), ON
+        else:
+            yield name, (False, *OFF), (True, *ON)
+
+
+# ---- what is wrong, in words
+
+def reason_of(error: Exception | None) -> str:
+    return first_line(error) if isinstance(error, ValueError | jinja2.TemplateError) else (
+        f"{type(error).__name__}: {first_line(error)}")
+
+
+def where_lost(text: str, out: str) -> str:
+    """Where a render leaves a text: the last words that it has of it, and what is lost."""
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text[:middle] in out else (low, middle - 1)
+    return f"(after {text[max(0, low - 20): low]!r} it leaves out or changes {text[low: low + 20]!r})"
