@@ -25,7 +25,7 @@ from repro.configure import EXPERIMENTS, configure, load_experiment, only_varian
 from repro.endpoint import Endpoint
 from repro.flags import Figures, Judge, Plan, Publish, Run, Verify
 from repro.records import UserError, read_json
-from repro.report import cut_answers, dropped_pairs, leaves
+from repro.report import cut_answers, dropped_pairs, leaves, worsened
 from repro.run_figures import select, series, telling
 
 
@@ -49,7 +49,7 @@ def summary(folder: Path) -> list[str]:
              change("length, tokens", 1, metric="length_tokens"),
              change("following, by rule", 2, metric="following", principle=None)]
     lines += [(f"{leaf.name}: " if leaf != folder else "") + line for leaf in leaves(folder)
-              for line in (*dropped_pairs(leaf), *cut_answers(leaf))]
+              for line in (*dropped_pairs(leaf), *cut_answers(leaf), *worsened(leaf))]
     stages = [s for leaf in leaves(folder) for s in read_json(leaf / "run.json")["stages"].values()]
     lines.append(f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
                  f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB")

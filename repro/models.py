@@ -217,7 +217,7 @@ def _hub_errors(name, load):
         raise UserError(f"--model {name}: config.json: {' '.join(str(e).split())}") from e
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"--model {name}: {first_line(e)}") from e
-    except (TypeError, KeyError, AttributeError) as e:  # JSON of another form than transformers expects
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as e:  # JSON of another form than transformers expects
         raise UserError(f"--model {name}: not a model in Hugging Face format ({type(e).__name__}: {first_line(e)})") from e
 
 
@@ -236,7 +236,13 @@ def check_model(name: str) -> None:
                         "config.json), which is not run here; give a model of a family that transformers knows")
     intake.check_kind(name, _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)))
     if Path(place).is_dir():
-        intake.check_folder(name, Path(place))
+        held = intake.check_folder(name, Path(place))
+        try:
+            model = load_model(name, device="meta")
+        except Exception as e:  # whatever a model's own code makes of values that nobody has checked
+            raise UserError(f"--model {name}: config.json: no model can be made of it ({type(e).__name__}: "
+                            f"{first_line(e)})") from e
+        intake.check_tensors(name, held, model)
     elif _file(place, intake.ADAPTER):
         raise UserError(f"--model {name}: {intake.ADAPTER} beside the weights: the adapter would be loaded into them; give "
                         "a folder with a copy without it")
@@ -250,10 +256,13 @@ def load_tokenizer(name: str):
     place = resolve_model(name)
     try:
         tokenizer = _hub_errors(place, lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False))
-    except UserError as e:
+    except Exception as e:  # tokenizers (0.23) raises that very class for a file of another form
         if reason := intake.without_tokenizer(place):
             raise UserError(f"--model {place}: {reason}") from e
-        raise
+        if type(e) is not Exception:
+            raise
+        raise UserError(f"--model {place}: tokenizer.json is not of a form that the installed tokenizers reads "
+                        f"({first_line(e)}); a newer one may, or save the tokenizer again with this one") from e
     ends = [i for i in _own_ends(place) if tokenizer.convert_ids_to_tokens(i)]
     intake.check_tokenizer(place, tokenizer, rows_of(load_config(place)), ends)
     if tokenizer.eos_token_id is None:
@@ -292,13 +301,8 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
         place, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named below
         generation_config=plain_decoding(_own_ends(place), **ids)))  # given one, it does not read the file
-    if missing := sorted(info["missing_keys"]):  # transformers (5.23) draws them at random, and warns
-        raise UserError(f"--model {name}: the weights lack {len(missing)} of the tensors that config.json asks for: "
-                        f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
-    if mismatched := sorted(info["mismatched_keys"]):
-        tensor, there, asked = mismatched[0]
-        raise UserError(f"--model {name}: {tensor} is {tuple(there)} in the weights and {tuple(asked)} by config.json "
-                        f"({len(mismatched)} such tensors)")
+    intake.lacking(name, info["missing_keys"])  # transformers (5.23) draws them at random, and warns
+    intake.misshapen(name, info["mismatched_keys"])
     model.generation_file = _generation_file(place)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
