@@ -120,8 +120,10 @@ FELL = math.log(2)  # nats of a bound: as much as it can rise with two constitut
 
 
 def worsened(folder: Path) -> list[str]:
-    """A line where training, which raises the bound, has lowered it by more than FELL: most often by too high a rate."""
-    config, lines = read_json(folder / "run.json")["config"], []
+    """A line for a learning rate whose steps are large, and one where training, which raises the bound, has lowered it by
+    more than FELL: most often by such a rate."""
+    record = read_json(folder / "run.json")
+    config, lines = record["config"], [record["large_step"]] if "large_step" in record else []
     rows = select(read_json(folder / "metrics.json"), metric="mi", estimator="infonce", principle=None)
     for start in select(rows, iteration=0):
         fell = [r for r in select(rows, **{k: start[k] for k in SERIES}) if start["value"] - r["value"] > FELL]

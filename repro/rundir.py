@@ -53,6 +53,7 @@ from repro.speaker import Speaker, told
 from repro.writing import speaker_of_writer
 
 BY_HAND = "by_hand.json"  # beside constitutions that a model wrote: those whose rules measure following
+LARGE_STEP = 0.01  # of a weight's size: ten times what the shipped experiments' first steps are
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
@@ -168,6 +169,9 @@ class Run:
             self.say("rows of the embedding that the tokenizer has no token for: " + ", ".join(
                 f"{count} of the {which}" for which, count in self.unsaid.items()) + "; they are never sampled here, and "
                 "decode to nothing in a server's answer")
+        if large := self._large_step():
+            self.record["large_step"] = large
+            self.say(large)
         self.say(f"{len(self.training)} training and {len(self.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(self.dropped.items())))
         phrases = " or ".join(map(repr, self.experiment.sampling.drop_phrases))
@@ -213,6 +217,20 @@ class Run:
     def _unsaid(self) -> int:
         """Rows of the model that its tokenizer has no token for."""
         return len(unsaid(self.tokenizer, models.rows_of(models.load_config(self.place)) or 0))
+
+    def _large_step(self) -> str | None:
+        """What is to say of a learning rate whose first step moves the weights by more than LARGE_STEP of their size. It
+        moves each by the rate, whatever its gradient is, and torch's RMSprop (alpha 0.99) by ten times that; weights are
+        about as large as they were drawn."""
+        train, drawn = self.experiment.train, getattr(models.load_config(self.place), "initializer_range", None)
+        if train.lora or not isinstance(drawn, float) or not drawn > 0:
+            return None
+        step = train.learning_rate * (10 if train.optimizer == "rmsprop" else 1)
+        if step <= LARGE_STEP * drawn:
+            return None
+        return (f"learning rate {train.learning_rate:g} is large for this model: the first step moves each weight by about "
+                f"{step:.2g}, {step / drawn:.0%} of a weight's usual size (initializer_range {drawn:g}); the shipped "
+                "experiments' by 0.1% at most (--learning-rate)")
 
     def answering_as(self, spec: ModelSpec) -> "Run":
         """This run with another model in the policy's place, for a baseline's responses (without chain of thought)."""

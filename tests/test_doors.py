@@ -403,3 +403,32 @@ def test_a_bound_that_training_has_lowered_is_told_with_the_rate(tmp_path):
     assert told(0.2, -0.5, -119.25, -3.0) == [
         "training lowered the bound on helpful, which it is there to raise, from 0.20 to -119.25 nats (n 7), first in iteration 1: most "
         "often the learning rate, here 0.01, is too high for the model; try a tenth of it (--learning-rate)"]
+
+
+@pytest.mark.parametrize("rate, optimizer, large", [
+    ("1e-2", "rmsprop", "moves each weight by about 0.1, 500% of a weight's usual size (initializer_range 0.02)"), ("2.1e-5", "rmsprop", "1% of a"),
+    ("2e-5", "rmsprop", None), ("2e-4", "adamw", None), ("1e-3", "adamw", "5% of a weight's usual size"), ("5e-7", "rmsprop", None)])
+def test_a_rate_whose_steps_are_large_for_the_model_is_told(tmp_path, made, rate, optimizer, large):
+    """At the beginning, and, since the run keeps it, at its end and in its report."""
+    from test_experiments import small
+
+    from repro.report import worsened
+    from repro.rundir import Run
+
+    folder = made(edited("config.json", initializer_range=0.02))
+    base = small(load_experiment("exp1", "mini")[0], folder)
+    said, experiment = [], dataclasses.replace(base, train=dataclasses.replace(base.train, learning_rate=float(rate), optimizer=optimizer))
+    run = Run(experiment, tmp_path / "run", said.append)
+    run.prepare()
+    assert [line for line in said if "is large" in line] == ([run.record["large_step"]] if large else [])
+    assert large is None or large in run.record["large_step"]
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}} | {k: v for k, v in run.record.items() if k == "large_step"}))
+    (tmp_path / "metrics.json").write_text("[]")
+    assert worsened(tmp_path) == ([run.record["large_step"]] if large else [])
+
+
+def test_the_shipped_experiments_steps_are_small():
+    """What the line about large steps says of them."""
+    runs = [e for name in ("exp1", "exp2", "exp3") for profile in ("mini", "paper") for e in load_experiment(name, profile)]
+    drawn = {"mini": models.load_config(str(models.embedded_model())).initializer_range, "paper": 0.02}  # Mistral's, Mixtral's, Llama's
+    assert max(e.train.learning_rate * (10 if e.train.optimizer == "rmsprop" else 1) / drawn[e.profile] for e in runs) <= 0.001 + 1e-9
