@@ -46,7 +46,7 @@ def redact(text: str, key: str) -> str:
     for k in range(len(key) - 7):
         piece, at = key[k: k + 8], -1
         while (at := text.find(piece, at + 1)) >= 0:
-            hidden[at: at + size] = b"\1" * size
+            hidden[at: at + 8] = b"\1" * 8
     return re.sub("\0+", "[key]", "".join("\0" if h else c for c, h in zip(text, hidden))) if any(hidden) else text
 
 

@@ -638,6 +638,11 @@ def test_judge_address_that_is_none_is_one_line_and_names_where_it_came_from(url
         Endpoint(model="m", flag="--writer-url")
 
 
+def test_judge_address_that_is_empty_is_not_the_hosted_one():
+    with pytest.raises(UserError, match="--base-url: empty; give a server's address"):
+        endpoint("")
+
+
 def test_judge_key_that_stands_in_the_place_of_its_name_is_not_shown():
     with pytest.raises(UserError, match="--key-env: must be the name") as e:
         Endpoint(model="m", key_env=KEY)
