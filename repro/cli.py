@@ -33,7 +33,7 @@ from repro.experiment import (
 )
 from repro.flags import Figures, Judge, Plan, Publish, Run, Verify
 from repro.report.figures import select, series, telling
-from repro.report.page import cut_answers, dropped_pairs
+from repro.report.page import cut_answers, dropped_pairs, worsened
 from repro.report.publish import leaves
 from repro.servers.endpoint import Endpoint
 
@@ -58,7 +58,7 @@ def summary(folder: Path) -> list[str]:
              change("length, tokens", 1, metric="length_tokens"),
              change("following, by rule", 2, metric="following", principle=None)]
     lines += [(f"{leaf.name}: " if leaf != folder else "") + line for leaf in leaves(folder)
-              for line in (*dropped_pairs(leaf), *cut_answers(leaf))]
+              for line in (*dropped_pairs(leaf), *cut_answers(leaf), *worsened(leaf))]
     stages = [s for leaf in leaves(folder) for s in read_json(leaf / "run.json")["stages"].values()]
     lines.append(f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
                  f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB")

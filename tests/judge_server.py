@@ -30,7 +30,7 @@ class JudgeServer:
                  probe_faults=lambda k, body: None):
         self.probe_faults, self.probes = probe_faults, []
         self.faults, self.latency, self.offers, self.flips, self.unparsed = faults, latency, offers, flips, unparsed
-        self.requests, self.bodies, self.fired, self.billed, self.in_flight = [], [], [], 0, 0
+        self.requests, self.bodies, self.fired, self.billed, self.in_flight, self.sent = [], [], [], 0, 0, 0
         self.lock = threading.Lock()
 
     def key(self, body: dict) -> tuple:
@@ -308,6 +308,25 @@ class Handler(BaseHTTPRequestHandler):
         self.judge.bill(answer)
         answer.pop("usage")
         self.raw(json.dumps(answer).encode())
+
+    def fault_endless(self, body):
+        """An error whose body does not end: what of it was sent is counted."""
+        self.raw(b"", 500, length=2**40)
+        while self.judge.sent < 2**28:
+            self.wfile.write(b"x" * 2**16)
+            self.judge.sent += 2**16
+
+    def fault_bomb(self, body):
+        import zlib
+        packer = zlib.compressobj(1, wbits=31)  # in pieces, since the tests measure memory
+        data = b"".join(packer.compress(bytes(2**20)) for _ in range(2**9)) + packer.flush()
+        self.raw(data, 500, [("Content-Encoding", "gzip")])
+
+    def fault_nowhere(self, body):
+        self.raw(b"", 302, [("Location", "http://[bad")])
+
+    def fault_407(self, body):
+        self.error(407)
 
     def fault_big(self, body):
         self.raw(b" " * (5 * 2**20))

@@ -100,7 +100,7 @@ def test_a_loaded_model_is_not_needed(finished, monkeypatch):
     ("metrics.json", lambda r: r.pop(), True, ["metrics"]),
     ("queries.jsonl", lambda r: r.update(text="Another?"), True, ["inputs"]),
     ("constitutions.json", lambda r: r["principles"][0].update(text="Another text for it."), True, ["inputs", "judgments"]),
-    ("run.json", lambda r: r["config"]["train"].update(learning_rate=1.0), False, ["config"]),
+    ("run.json", lambda r: r["config"]["train"].update(learning_rate=0.02), False, ["config"]),
     ("run.json", lambda r: r["inputs"].update({"model.name": "another"}), False, ["config"]),
     ("run.json", lambda r: r["spoken"]["baseline"].update(date="1999-03-02"), False, ["config"]),
     ("run.json", lambda r: r.update(config_hash="0" * 64), False, ["config"])])

@@ -13,7 +13,7 @@ from repro import cli
 from repro.base.identity import config_hash
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.experiment import load_experiment
-from repro.models import embedded, files, load
+from repro.models import embedded, files, hub, load
 
 HASHES = {  # of the shipped experiments' settings, as they were when drop phrases were a default
     "exp1_dialogue/mini": "6b879cf123fd5a56", "exp1_dialogue/paper": "165ca505132355ea", "exp2_tldr/mini/weak": "34519d0783a6c74d",
@@ -321,3 +321,115 @@ def test_version_and_the_profile_of_a_users_file(capsys, tmp_path, tiny):
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", str(tmp_path / "mine.py"), "--config", str(embedded.embedded_model() / "config.json")])
     assert stop.value.code == 0 and "exp1_dialogue/mini" in capsys.readouterr().out
+
+
+def held(change, name="model.norm.weight"):
+    """The folder after `change` has had its tensors, all of them but the one of `name`."""
+    def edit(folder):
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(path := folder / "model.safetensors")
+        tensor = state.pop(name)
+        save_file(change(state, tensor), path, {"format": "pt"})
+    return edit
+
+
+LACKS = {
+    "a norm": (held(lambda state, tensor: state), "lack 1 of the tensors that config.json asks for: model.norm.weight"),
+    "a matrix transposed": (held(lambda state, tensor: state | {"model.layers.0.mlp.down_proj.weight": tensor.t().contiguous()},
+                                 "model.layers.0.mlp.down_proj.weight"), "down_proj.weight is (48, 32) in the weights and (32, 48)"),
+    "a layer": (edited("config.json", num_hidden_layers=3), "lack 9 of the tensors that config.json asks for: model.layers.2."),
+    "the head of its own": (edited("config.json", tie_word_embeddings=False), "lack 1 of the tensors that config.json asks for: lm_head"),
+    "rows": (edited("config.json", vocab_size=300), "model.embed_tokens.weight is (259, 32) in the weights and (300, 32)"),
+    "an activation that is one": (edited("config.json", hidden_act="swoosh"), "config.json: no model can be made of it (KeyError: 'swoosh'"),
+    "heads": (edited("config.json", num_attention_heads=0), "ZeroDivisionError"),
+    "shards": (put("model.safetensors.index.json", b'{"weight_map": {}}', without=("model.safetensors",)), "an empty weight_map"),
+    "a file": (lambda f: (gone("model.safetensors")(f), (f / "model.safetensors").symlink_to("../blobs/3f")),
+               "model.safetensors is no file, but a link to ../blobs/3f, which is not there; copy the file itself (cp -L")}
+
+
+@pytest.mark.parametrize("what", LACKS)
+def test_weights_that_do_not_hold_what_the_config_asks_for_are_refused_for_every_model_of_a_run(capsys, tmp_path, tiny, made, what):
+    """Of a baseline too, which is loaded when the policy has been evaluated."""
+    change, reason = LACKS[what]
+    folder, path = made(change), tmp_path / "mine.py"
+    path.write_text("import dataclasses\nfrom repro.config import ModelSpec\nfrom repro.configure import load_experiment\n"
+                    f"EXPERIMENTS = {{'mini': dataclasses.replace(load_experiment('exp1', 'mini')[0], baseline=ModelSpec(name={str(folder)!r},"
+                    " label='other'))}\n")
+    capsys.readouterr()
+    assert reason in refused(capsys, tmp_path, "run", str(path), "--model", str(tiny))
+
+
+def test_tensors_under_other_names_are_left_to_loading(tmp_path, made):
+    """Tied ones are stored under one name; older names transformers renames, as it does a base model's without prefix."""
+    from safetensors.torch import load_file, save_file
+
+    def renamed(folder):
+        path = folder / "model.safetensors"
+        save_file({k.removeprefix("model."): v for k, v in load_file(path).items()}, path, {"format": "pt"})
+
+    for name, change in (("as saved", lambda folder: None), ("renamed", renamed)):
+        folder = str(made(change, name))
+        load.check_model(folder)
+        load.load_model(folder)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:3f\nsize 5\n"
+
+
+@pytest.mark.parametrize("change, reason", [
+    (put("tokenizer.json", LFS), "tokenizer.json is a pointer of Git LFS in the file's place (`git lfs pull` fetches it)"),
+    (put("tokenizer.json", b""), "tokenizer.json is empty; copy or download it again"),
+    (put("tokenizer.json", b'{"version": "1.0"'), "tokenizer.json is not valid JSON (Expecting"),
+    (put("tokenizer_config.json", b"[]"), "tokenizer_config.json holds no JSON object"),
+    (edited("tokenizer.json", model={"type": "Quantum", "vocab": {}}), "tokenizer.json is not of a form that the installed tokenizers reads")])
+def test_a_tokenizers_file_that_cannot_be_read_is_named(capsys, tmp_path, made, change, reason):
+    folder = made(change)
+    capsys.readouterr()
+    assert reason in refused(capsys, tmp_path, "run", "exp1", "--model", str(folder))
+
+
+def test_a_bound_that_training_has_lowered_is_told_with_the_rate(tmp_path):
+    from repro.base.records import write_json
+    from repro.report.page import worsened
+
+    def told(*values):
+        write_json(tmp_path / "run.json", {"config": {"train": {"learning_rate": 0.01}}})
+        write_json(tmp_path / "metrics.json", [
+            {"metric": "mi", "estimator": estimator, "principle": None, "model": "m", "writer": "w", "cot": None, "subset": "helpful",
+             "iteration": k, "value": value - (estimator == "raw") * 9 * k, "n": 7} for k, value in enumerate(values) for estimator in ("infonce", "raw")])
+        return worsened(tmp_path)
+
+    assert told(0.2, 0.4, 0.9) == [] and told(0.2, -0.4, 0.9) == []
+    assert told(0.2, -0.5, -119.25, -3.0) == [
+        "training lowered the bound on helpful, which it is there to raise, from 0.20 to -119.25 nats (n 7), first in iteration 1: most "
+        "often the learning rate, here 0.01, is too high for the model; try a tenth of it (--learning-rate)"]
+
+
+@pytest.mark.parametrize("rate, optimizer, large", [
+    ("1e-2", "rmsprop", "moves each weight by about 0.1, 500% of a weight's usual size (initializer_range 0.02)"), ("2.1e-5", "rmsprop", "1% of a"),
+    ("2e-5", "rmsprop", None), ("2e-4", "adamw", None), ("1e-3", "adamw", "5% of a weight's usual size"), ("5e-7", "rmsprop", None)])
+def test_a_rate_whose_steps_are_large_for_the_model_is_told(tmp_path, made, rate, optimizer, large):
+    """At the beginning, and, since the run keeps it, at its end and in its report."""
+    from test_experiments import small
+
+    from repro.report.page import worsened
+    from repro.stages.run import Run
+
+    folder = made(edited("config.json", initializer_range=0.02))
+    base = small(load_experiment("exp1", "mini")[0], folder)
+    said, experiment = [], dataclasses.replace(base, train=dataclasses.replace(base.train, learning_rate=float(rate), optimizer=optimizer))
+    run = Run(experiment, tmp_path / "run", said.append)
+    run.prepare()
+    assert [line for line in said if "is large" in line] == ([run.record["large_step"]] if large else [])
+    assert large is None or large in run.record["large_step"]
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}} | {k: v for k, v in run.record.items() if k == "large_step"}))
+    (tmp_path / "metrics.json").write_text("[]")
+    assert worsened(tmp_path) == ([run.record["large_step"]] if large else [])
+
+
+def test_the_shipped_experiments_steps_are_small():
+    """What the line about large steps says of them."""
+    runs = [e for name in ("exp1", "exp2", "exp3") for profile in ("mini", "paper") for e in load_experiment(name, profile)]
+    drawn = {"mini": hub.load_config(str(embedded.embedded_model())).initializer_range, "paper": 0.02}  # Mistral's, Mixtral's, Llama's
+    assert max(e.train.learning_rate * (10 if e.train.optimizer == "rmsprop" else 1) / drawn[e.profile] for e in runs) <= 0.001 + 1e-9

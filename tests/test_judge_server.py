@@ -119,6 +119,23 @@ def test_judge_stops_at_a_fault_that_no_retry_mends(fault, says, undisturbed, tm
     assert not answered & set(mended.requests)  # nothing was asked again
 
 
+@pytest.mark.parametrize("fault, says", [("endless", "HTTP 500: xxx"), ("bomb", "HTTP 500: "), ("nowhere", r"on to http://\[bad \(HTTP 302\)"),
+                                         ("407", r"wants a login \(HTTP 407: no: .*\$HTTPS_PROXY")])
+def test_judge_reads_an_error_no_further_than_it_needs(fault, says, undisturbed, tmp_path):
+    """Whatever its body grows to: openai's client would read it to its end."""
+    import tracemalloc
+
+    server = JudgeServer(lambda k, body: fault, probe_faults=lambda k, body: fault)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=says) as e:
+            judged(server, undisturbed[0][:2], tmp_path / "l.jsonl", attempts=2, concurrency=1)
+        assert tracemalloc.get_traced_memory()[1] < 2**27 and server.sent < 2**27
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600 and len(server.probes) <= 2
+
+
 def test_judge_does_not_sleep_past_its_end(undisturbed, tmp_path):
     """One request is told to wait 30 s, another that the key is refused: the run ends now."""
     server = JudgeServer(lambda k, body: ("429_30", "revoked")[k], latency=0.05)
@@ -622,12 +639,24 @@ def test_judge_address_that_is_none_is_one_line_and_names_where_it_came_from(url
         Endpoint(model="m", flag="--writer-url")
 
 
+def test_judge_address_that_is_empty_is_not_the_hosted_one():
+    with pytest.raises(UserError, match="--base-url: empty; give a server's address"):
+        endpoint("")
+
+
 def test_judge_key_that_stands_in_the_place_of_its_name_is_not_shown():
     with pytest.raises(UserError, match="--key-env: must be the name") as e:
         Endpoint(model="m", key_env=KEY)
     assert KEY[:8] not in str(e.value)
     with pytest.raises(UserError, match="--leave-out: 'stop'; allowed: any of seed, temperature, max_tokens, or nothing alone"):
         Endpoint(model="m", leave_out=("seed", "stop"))
+
+
+@pytest.mark.parametrize("key", ["e", "A", "Final", "x"])
+def test_judge_key_that_is_a_word_changes_no_answer(key, undisturbed, tmp_path, monkeypatch):
+    """As servers that need none are given."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert [v.to_json() for v in judged(JudgeServer(), undisturbed[0][:6], tmp_path / "l.jsonl")[0]] == undisturbed[1][:6]
 
 
 def test_judge_key_spelled_with_escapes_is_redacted_too(undisturbed, tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def test_weights_that_are_not_finite_are_refused_before_the_first_step(tiny):
     model = load.load_model(str(tiny))
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = float("nan")
-    with pytest.raises(UserError, match="the loaded model: llama: its logits are not finite"):
+    with pytest.raises(UserError, match=r"the loaded model \(.*\): llama: its logits are not finite"):
         train(model, byte_tokenizer(), pairs(4), SPEC, 1)
 
 

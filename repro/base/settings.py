@@ -163,7 +163,7 @@ class TrainSpec:
     def __post_init__(self):
         optional = [name for name in ("pack_tokens", "max_grad_norm") if getattr(self, name) is not None]
         _positive(self, "batch_size", "batches", *optional)
-        _positive(self, "learning_rate", most=1)  # of these optimizers: about how far a step moves each weight
+        _positive(self, "learning_rate", most=0.1)  # about how far a step moves each weight; most are smaller than that
         _not_negative(self, "batches_increment")
         if isinstance(self.lora, dict):  # of a record
             object.__setattr__(self, "lora", LoraSpec(**self.lora))

@@ -104,7 +104,7 @@ def settle(model, backend: str) -> str:
     try:
         return settled(model, backend)
     except ValueError as e:
-        raise UserError(f"the loaded model: {e}") from e
+        raise UserError(f"the loaded model ({model.config.name_or_path}): {e}") from e
 
 
 class OneProcess:

@@ -15,6 +15,7 @@ from repro.base.records import UserError, first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+LFS, POINTER = b"version ", "a pointer of Git LFS in the file's place (`git lfs pull` fetches it)"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 PACKED = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "SCB", "_blocks", "_scales")
 # Files that a tokenizer can be made from: alone, or with the others of its row.
@@ -45,9 +46,9 @@ def adapters_alone(folder: Path) -> str:
             ".save_pretrained(NEW), with the base model's tokenizer files beside it")
 
 
-def check_folder(name: str, folder: Path) -> None:
-    """Raise UserError where the weights in `folder` are not whole, plain safetensors that transformers would load as they
-    are."""
+def check_folder(name: str, folder: Path) -> dict[str, dict]:
+    """What the weights in `folder` hold: tensor -> {dtype, shape, ...}. Raises UserError where they are not whole, plain
+    safetensors that transformers would load as they are."""
     single, index = folder / SINGLE, folder / INDEX
     whole = single.is_file() or index.is_file()
     if (folder / ADAPTER).is_file():  # transformers (5.23) puts such an adapter into the model that it loads
@@ -62,6 +63,8 @@ def check_folder(name: str, folder: Path) -> None:
         try:
             map_ = json.loads(index.read_text())["weight_map"]
             shards = [folder / shard for shard in sorted(set(map_.values()))]
+            if not shards:
+                raise ValueError("an empty weight_map")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"--model {name}: {INDEX}: no index of shards ({type(e).__name__}: {first_line(e)})") from None
         if missing := [shard.name for shard in shards if not shard.is_file()]:
@@ -82,10 +85,44 @@ def check_folder(name: str, folder: Path) -> None:
         if tensor.endswith(PACKED) or (dtype not in FLOATS and (dtype[0] == "F" or tensor.endswith("weight"))):
             raise UserError(f"--model {name}: {tensor} is stored as {dtype}: quantised weights cannot be trained here; "
                             "give the model with its weights as they were before")
+    return tensors
+
+
+def check_tensors(name: str, held: dict[str, dict], model) -> None:
+    """Raise UserError where files that hold `held` lack a parameter of `model` (without weights, as its config has it) or
+    have it in another shape. Files that spell a name in another way than the model (older ones, experts one by one)
+    transformers renames when it loads them; of such ones loading tells what is missing."""
+    asked, spellings = {}, {}
+    for parameter, tensor in model.named_parameters(remove_duplicate=False):
+        asked[parameter] = tuple(tensor.shape)
+        spellings.setdefault(id(tensor), []).append(parameter)  # tied ones are one tensor, stored under any of its names
+    if held.keys() - asked.keys() - dict(model.named_buffers()).keys():
+        return
+    lacking(name, [names[0] for names in spellings.values() if not held.keys() & set(names)])
+    misshapen(name, [(k, tuple(held[k]["shape"]), shape) for k, shape in asked.items()
+                     if k in held and tuple(held[k]["shape"]) != shape])
+
+
+def lacking(name: str, missing: Collection[str]) -> None:
+    """Raise UserError where any tensor is."""
+    if missing := sorted(missing):
+        raise UserError(f"--model {name}: the weights lack {len(missing)} of the tensors that config.json asks for: "
+                        f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
+
+
+def misshapen(name: str, found: Collection[tuple]) -> None:
+    """Raise UserError for tensors that are of another shape than they should be: (tensor, shape, shape asked for)."""
+    if found := sorted(found):
+        tensor, there, asked = found[0]
+        raise UserError(f"--model {name}: {tensor} is {tuple(there)} in the weights and {tuple(asked)} by config.json ("
+                        + (f"{len(found)} such tensors)" if len(found) > 1 else "the only one)"))
 
 
 def _without_safetensors(folder: Path) -> str:
     names = {p.name for p in folder.iterdir()}
+    if found := [n for n in (SINGLE, INDEX) if n in names]:  # as in a copy of the hub's cache, whose files are links
+        link = f", but a link to {(folder / found[0]).readlink()}, which is not there" * (folder / found[0]).is_symlink()
+        return f"{found[0]} is no file{link}; copy the file itself (cp -L follows links)"
     if found := sorted(n for n in names if n.endswith(".gguf")):
         return f"no {SINGLE}, but {found[0]}: GGUF is not read; give the model in Hugging Face format"
     if found := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")) and n != "training_args.bin"):
@@ -105,8 +142,8 @@ def header(path: Path) -> dict[str, dict]:
     size = path.stat().st_size
     with open(path, "rb") as f:
         first = f.read(8)
-        if first == b"version ":
-            raise ValueError("a pointer of Git LFS in the weights' place (`git lfs pull` fetches them)")
+        if first == LFS:
+            raise ValueError(POINTER)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         if size < 8 + length:
             raise ValueError(f"cut short ({size} bytes)")
@@ -152,6 +189,9 @@ def without_tokenizer(place: str) -> str | None:
     if not have:
         return ("no tokenizer files: tokenizer.json is missing (or tokenizer.model, or vocab.json with merges.txt); copy "
                 "them, with tokenizer_config.json, from where the weights come from")
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
+        if file in names and (fault := _no_json(folder / file)):
+            return f"{file} {fault}; copy or download it again"
     if ("tokenizer.json",) in have:
         return None
     file = next((row[0] for row in have if row[0].endswith((".model", ".tiktoken"))), None)
@@ -166,6 +206,19 @@ def without_tokenizer(place: str) -> str | None:
         return (f"its tokenizer is a {kind} file alone ({file}), which takes a package that is not installed: pip install "
                 f"{' '.join(missing)}; or give a copy with tokenizer.json")
     return None
+
+
+def _no_json(path: Path) -> str | None:
+    """What keeps a file from being a JSON object, in words; None where nothing does."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(LFS):
+            return f"is {POINTER}"
+        return None if isinstance(json.loads(data), dict) else "holds no JSON object"
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+    except ValueError as e:
+        return "is empty" if not data else f"is not valid JSON ({first_line(e)})"
 
 
 def _absent(package: str) -> bool:

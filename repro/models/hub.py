@@ -95,7 +95,7 @@ def _hub_errors(name, load):
         raise UserError(f"--model {name}: config.json: {' '.join(str(e).split())}") from e
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"--model {name}: {first_line(e)}") from e
-    except (TypeError, KeyError, AttributeError) as e:  # JSON of another form than transformers expects
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as e:  # JSON of another form than transformers expects
         raise UserError(f"--model {name}: not a model in Hugging Face format ({type(e).__name__}: {first_line(e)})") from e
 
 

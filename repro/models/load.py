@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from repro.base.records import UserError, make_folder, write_bytes
+from repro.base.records import UserError, first_line, make_folder, write_bytes
 from repro.models import files
 from repro.models.decoding import GENERATION, _generation_file, _own_ends, plain_decoding
 from repro.models.hub import _file, _hub_errors, load_config, resolve_model
@@ -23,7 +23,13 @@ def check_model(name: str) -> None:
                         "config.json), which is not run here; give a model of a family that transformers knows")
     files.check_kind(name, _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)))
     if Path(place).is_dir():
-        files.check_folder(name, Path(place))
+        held = files.check_folder(name, Path(place))
+        try:
+            model = load_model(name, device="meta")
+        except Exception as e:  # whatever a model's own code makes of values that nobody has checked
+            raise UserError(f"--model {name}: config.json: no model can be made of it ({type(e).__name__}: "
+                            f"{first_line(e)})") from e
+        files.check_tensors(name, held, model)
     elif _file(place, files.ADAPTER):
         raise UserError(f"--model {name}: {files.ADAPTER} beside the weights: the adapter would be loaded into them; give "
                         "a folder with a copy without it")
@@ -31,16 +37,19 @@ def check_model(name: str) -> None:
 
 def load_tokenizer(name: str):
     """The tokenizer, with an end token, a pad token and nothing added on its own (callers pass add_special_tokens=False).
-    Raises UserError where it cannot be read, or does not belong to the model (repro/models/files.py)."""
+    Raises UserError where it cannot be read, or does not belong to the model (repro/files.py)."""
     from transformers import AutoTokenizer
 
     place = resolve_model(name)
     try:
         tokenizer = _hub_errors(place, lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False))
-    except UserError as e:
+    except Exception as e:  # tokenizers (0.23) raises that very class for a file of another form
         if reason := files.without_tokenizer(place):
             raise UserError(f"--model {place}: {reason}") from e
-        raise
+        if type(e) is not Exception:
+            raise
+        raise UserError(f"--model {place}: tokenizer.json is not of a form that the installed tokenizers reads "
+                        f"({first_line(e)}); a newer one may, or save the tokenizer again with this one") from e
     ends = [i for i in _own_ends(place) if tokenizer.convert_ids_to_tokens(i)]
     files.check_tokenizer(place, tokenizer, rows_of(load_config(place)), ends)
     if tokenizer.eos_token_id is None:
@@ -79,13 +88,8 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
         place, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named below
         generation_config=plain_decoding(_own_ends(place), **ids)))  # given one, it does not read the file
-    if missing := sorted(info["missing_keys"]):  # transformers (5.23) draws them at random, and warns
-        raise UserError(f"--model {name}: the weights lack {len(missing)} of the tensors that config.json asks for: "
-                        f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
-    if mismatched := sorted(info["mismatched_keys"]):
-        tensor, there, asked = mismatched[0]
-        raise UserError(f"--model {name}: {tensor} is {tuple(there)} in the weights and {tuple(asked)} by config.json "
-                        f"({len(mismatched)} such tensors)")
+    files.lacking(name, info["missing_keys"])  # transformers (5.23) draws them at random, and warns
+    files.misshapen(name, info["mismatched_keys"])
     model.generation_file = _generation_file(place)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 

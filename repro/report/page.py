@@ -4,6 +4,7 @@ antithesis (not harmless) are never shown.
 
 import base64
 import html
+import math
 from pathlib import Path
 
 from repro.base.records import read_json, read_jsonl, write_text
@@ -108,6 +109,27 @@ def dropped_pairs(folder: Path) -> list[str]:
     return [f"pairs dropped before training: {'; '.join(parts) or f'none of {total}'}"] if total else []
 
 
+FELL = math.log(2)  # nats of a bound: as much as it can rise with two constitutions
+
+
+def worsened(folder: Path) -> list[str]:
+    """A line for a learning rate whose steps are large, and one where training, which raises the bound, has lowered it by
+    more than FELL: most often by such a rate."""
+    record = read_json(folder / "run.json")
+    config, lines = record["config"], [record["large_step"]] if "large_step" in record else []
+    rows = select(read_json(folder / "metrics.json"), metric="mi", estimator="infonce", principle=None)
+    for start in select(rows, iteration=0):
+        fell = [r for r in select(rows, **{k: start[k] for k in SERIES}) if start["value"] - r["value"] > FELL]
+        if fell:
+            first, low = min(fell, key=lambda r: r["iteration"]), min(fell, key=lambda r: r["value"])
+            lines.append(f"training lowered the bound on {start['subset']}, which it is there to raise, from "
+                         f"{start['value']:.2f} to {low['value']:.2f} nats (n {low['n']}), first in iteration "
+                         f"{first['iteration']}: most often the learning rate, here "
+                         f"{config['train']['learning_rate']:g}, is too high for the model; try a tenth of it "
+                         "(--learning-rate)")
+    return lines
+
+
 def _private(constitutions: ConstitutionSet | Pool) -> set[str]:
     """The sides, as they stand in a constitution's id, whose responses are not shown."""
     return {f"not_{p.name}" for p in constitutions.principles if p.private}
@@ -175,6 +197,7 @@ def _facts(folders: list[Path], writer_of: str) -> str:
         f"Measured on {record['device']}, {record['threads']} threads, torch {record['packages']['torch']}; {seconds}; "
         f"config {record['config_hash'][:12]}, commit {_short(record['commit'])}.",
         "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + ".",
+        *(line + "." for folder in folders for line in worsened(folder)),
         *(line + "." for line in told(record)),
         *(line + "." for line in cut_answers(folders[0]))]
     if config["profile"] == "mini":

@@ -23,6 +23,7 @@ from repro.servers.endpoint import PICO, Call, Endpoint, shown, wrong_shape
 from repro.servers.ledger import Ledger
 
 MAX_BODY = 4 * 2**20   # bytes of one answer
+MAX_ERROR = 2**16      # bytes read of an error's body, as they were sent
 MAX_DEPTH = 50         # objects and lists in one another; Python's parser reads more than its writer writes
 MAX_COUNT = 10**9      # tokens that a server can have counted
 MAX_WAIT = 60.0        # seconds of a Retry-After that are waited; a longer one ends the run
@@ -40,13 +41,13 @@ class _Failed(Exception):
 
 
 def redact(text: str, key: str) -> str:
-    """The text with every piece of the key (8 characters or more) blacked out: servers echo keys in their errors."""
+    """The text with every piece of the key (8 characters or more) blacked out: servers echo keys in their errors. A shorter
+    key is no secret, but what servers without one are given ("x", "none"), and may stand in any answer."""
     hidden = bytearray(len(text))
-    size = min(8, len(key))
-    for k in range(len(key) - size + 1 if key else 0):
-        piece, at = key[k: k + size], -1
+    for k in range(len(key) - 7):
+        piece, at = key[k: k + 8], -1
         while (at := text.find(piece, at + 1)) >= 0:
-            hidden[at: at + size] = b"\1" * size
+            hidden[at: at + 8] = b"\1" * 8
     return re.sub("\0+", "[key]", "".join("\0" if h else c for c, h in zip(text, hidden))) if any(hidden) else text
 
 
@@ -92,6 +93,30 @@ def _said(value, depth: int = 0) -> str:
     return f"{text} ({param})" if text and isinstance(param, str) and param not in text else text
 
 
+async def _cut_error(response) -> None:
+    """Let no more than MAX_ERROR bytes of an error's body be read: openai's client (3.52) reads it to its end, however
+    far that is, into memory."""
+    import httpx2
+
+    class Head(httpx2.AsyncByteStream):
+        def __init__(self, stream):
+            self.stream = stream
+
+        async def __aiter__(self):
+            left = MAX_ERROR
+            async for chunk in self.stream:
+                yield chunk[:left]
+                left -= len(chunk)
+                if left <= 0:
+                    return
+
+        async def aclose(self):
+            await self.stream.aclose()
+
+    if response.status_code >= 300:
+        response.stream = Head(response.stream)
+
+
 class Asker:
     """Asks the calls that the ledger has no usable answer to. `usable(answer)` is False for an answer that is to be
     asked for again (with the next seed); `wrong(answer, request)` says what makes one a failure of the server, to be
@@ -124,7 +149,8 @@ class Asker:
         from openai import AsyncOpenAI, DefaultAsyncHttpx2Client
 
         try:  # openai's own client (3.52) follows 20 redirects of a POST, each a request that nobody counts
-            http = DefaultAsyncHttpx2Client(trust_env=not self.endpoint.local, follow_redirects=False)
+            http = DefaultAsyncHttpx2Client(trust_env=not self.endpoint.local, follow_redirects=False,
+                                            event_hooks={"response": [_cut_error]})
         except Exception as e:  # of proxies and certificates that the environment names
             raise UserError(f"no connection can be set up: {first_line(e)} (see $SSL_CERT_FILE, $SSL_CERT_DIR, $NO_PROXY "
                             "and the proxies' variables)") from None
@@ -278,9 +304,13 @@ class Asker:
         said = redact(f"HTTP {e.status_code}: {reason(text)}", key)
         body = e.body if isinstance(e.body, dict) else {}
         if 300 <= e.status_code < 400 and (to := e.response.headers.get("location")):
-            to = urljoin(f"{self.endpoint.url}/", to).removesuffix("/chat/completions").removesuffix("/completions")
+            with contextlib.suppress(ValueError):  # of an address that is none
+                to = urljoin(f"{self.endpoint.url}/", to).removesuffix("/chat/completions").removesuffix("/completions")
             return _Failed(f"{self.endpoint.url} sends its requests on to {shown(redact(to, key))} (HTTP {e.status_code}), "
                            f"where none goes unless {self.endpoint.flag} names it", fatal=True)
+        if e.status_code == 407:
+            return _Failed(f"the proxy before {self.endpoint.host} wants a login ({said}): give it in $HTTPS_PROXY or "
+                           "$HTTP_PROXY (http://user:password@host:port)", fatal=True)
         if e.status_code in (401, 403):
             return _Failed(f"the server refused the key in ${self.endpoint.key_env} ({said})", fatal=True)
         if e.status_code == 404:

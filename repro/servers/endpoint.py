@@ -43,6 +43,8 @@ class Endpoint:
         named = self.flag if self.base_url else f"{self.flag} (${BASE_URL})"
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):  # not shown: it may be the key itself
             raise UserError("--key-env: must be the name of an environment variable (letters, digits and _)")
+        if self.base_url == "":  # as of a variable that is not set: not a reason to ask, and pay, the hosted one
+            raise UserError(f"{self.flag}: empty; give a server's address, or leave it out for {HOSTED}")
         try:
             parts = urlsplit(self.url)
             good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

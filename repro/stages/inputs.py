@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from repro.base.records import UserError, digest
-from repro.base.settings import Experiment, ModelSpec
+from repro.base.settings import Experiment, ModelSpec, TrainSpec
 from repro.core import lora
 from repro.models import decoding, hub, load, template
 from repro.models.files import unsaid
@@ -25,6 +25,8 @@ from repro.text.principles import (
 )
 from repro.text.prompts import Form
 from repro.text.queries import Query, check_queries, disjoint, load_queries
+
+LARGE_STEP = 0.01  # of a weight's size: ten times what the shipped experiments' first steps are
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,21 @@ def read_inputs(spec: Experiment, *, date: str, say: Callable[[str], None], rank
     return Inputs(constitutions=constitutions, training=training, held_out=held_out, subsets=subsets, dropped=dropped,
                   voice=voice, baseline=baseline, speakers=speakers, places=places, backend=backend, longest=longest,
                   spare=spare, unsaid={which: count for which, count in unsaid_rows.items() if count})
+
+
+def large_step(train: TrainSpec, config) -> str | None:
+    """What is to say of a learning rate whose first step moves the weights by more than LARGE_STEP of their size. It moves
+    each by the rate, whatever its gradient is, and torch's RMSprop (alpha 0.99) by ten times that; weights are about as
+    large as they were drawn."""
+    drawn = getattr(config, "initializer_range", None)
+    if train.lora or not isinstance(drawn, float) or not drawn > 0:
+        return None
+    step = train.learning_rate * (10 if train.optimizer == "rmsprop" else 1)
+    if step <= LARGE_STEP * drawn:
+        return None
+    return (f"learning rate {train.learning_rate:g} is large for this model: the first step moves each weight by about "
+            f"{step:.2g}, {step / drawn:.0%} of a weight's usual size (initializer_range {drawn:g}); the shipped "
+            "experiments' by 0.1% at most (--learning-rate)")
 
 
 def as_baseline(spec: Experiment) -> Experiment:

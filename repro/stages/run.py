@@ -10,12 +10,13 @@ from pathlib import Path
 from repro.base.records import UserError, read_json, read_jsonl, write_json, write_jsonl
 from repro.base.settings import Experiment
 from repro.models import load
+from repro.models.hub import load_config
 from repro.report.page import told
 from repro.servers.endpoint import Endpoint
 from repro.stages import draws
 from repro.stages.draws import Item
 from repro.stages.folder import BY_HAND, Folder, checkpoint
-from repro.stages.inputs import Inputs, Voice, as_baseline, read_inputs
+from repro.stages.inputs import Inputs, Voice, as_baseline, large_step, read_inputs
 from repro.text.principles import Constitution, ConstitutionSet, Pool, constitutions_of
 from repro.text.queries import Query
 
@@ -63,6 +64,9 @@ class Run(Folder):
             self.say("rows of the embedding that the tokenizer has no token for: " + ", ".join(
                 f"{count} of the {which}" for which, count in found.unsaid.items()) + "; they are never sampled here, and "
                 "decode to nothing in a server's answer")
+        if large := large_step(self.experiment.train, load_config(self.voice.place)):
+            self.record["large_step"] = large
+            self.say(large)
         self.say(f"{len(found.training)} training and {len(found.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(found.dropped.items())))
         phrases = " or ".join(map(repr, self.experiment.sampling.drop_phrases))

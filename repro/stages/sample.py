@@ -204,7 +204,9 @@ def train_iteration(run: Run, iteration: int) -> None:
                         f"{sum(dropped.values())} of {done} sampled were dropped ("
                         + ", ".join(f"{why}: {n}" for why, n in sorted(dropped.items()))
                         + "); give another run (--name) more training queries, a smaller --batch-size or fewer --iterations"
-                        + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped))
+                        + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
+                        + (", or, where training has made the responses alike, a lower --learning-rate"
+                           if iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done else ""))
     worker.write_job(run.folder, iteration, model=run.voice.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:
