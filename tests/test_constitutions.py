@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
+from repro.base.places import DATA
 from repro.base.records import UserError
-from repro.text.principles import DATA, check_control_tokens, load_constitutions
+from repro.text.principles import check_control_tokens, load_constitutions
 from repro.text.rules import RULES
 
 GOOD = {"principles": [{"name": "short", "text": "Be short.", "antithesis": "Be long."},

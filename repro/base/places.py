@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(__file__).resolve().parents[1] / "data"  # of the package: principles, queries, posts, planted attacks
 
 
 def cache_folder() -> Path:

@@ -14,13 +14,13 @@ import numpy as np
 from repro.base import metrics
 from repro.base.identity import commit, rng
 from repro.base.metrics import Estimate
+from repro.base.places import DATA
 from repro.base.records import UserError, locked, read_jsonl, write_json
 from repro.base.settings import JudgeSpec
 from repro.judges.llm import Pair, Verdict, ask_judge, judge_shares
 from repro.judges.standing import ADMISSIONS, MAX_ATTACKS, MIN_KAPPA, MIN_PARSED
 from repro.paper.archive import Archive, archive_root, load_manifest
 from repro.servers.endpoint import Endpoint
-from repro.text.principles import DATA
 
 DEFAULT_FILES = ("tldr/mistral-7b/claude-opus/3", "tldr/mixtral-8x7b/mistral-7b-instruct/3",
                  "learned/llama3-70b/claude-opus/3", "held_out/llama3-70b/claude-opus/3")

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repro.base.checks import choose
+from repro.base.places import DATA
 from repro.base.records import UserError, loads, read_text
 from repro.text.rules import RULES
 
-DATA = Path(__file__).resolve().parents[1] / "data"
 MOST = 6  # principles of a constitution: each doubles the number of constitutions
 
 
