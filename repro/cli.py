@@ -23,12 +23,12 @@ import tyro
 from repro.base.records import UserError, read_json
 from repro.base.settings import JudgeSpec
 from repro.experiment import (
-    EXPERIMENTS,
     configure,
     load_experiment,
     only_variant,
     over,
     paper_models,
+    shipped,
     told_of,
 )
 from repro.flags import Figures, Judge, Plan, Publish, Run, Verify
@@ -110,7 +110,7 @@ def plan_command(args: Plan) -> None:
 
     if args.usd_per_gpu_hour is not None and not 0 <= args.usd_per_gpu_hour < math.inf:
         raise UserError(f"--usd-per-gpu-hour {args.usd_per_gpu_hour:g}: must be a number of 0 or more")
-    names = [p.stem for p in sorted(EXPERIMENTS.glob("exp*.py"))] if args.experiment == "all" else [args.experiment]
+    names = list(shipped()) if args.experiment == "all" else [args.experiment]
     settings = [(8 if args.gpus is None else args.gpus, gpu_of(args.gpu, args.gpu_memory))]
     if args.experiment == "all" and (args.gpus, args.gpu, args.gpu_memory) == (None, None, None):
         settings = [(count, gpu_of(kind, None)) for count, kind in PLANNED]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from repro.base import settings
 from repro.base.checks import choose
+from repro.base.places import EXPERIMENTS
 from repro.base.records import UserError, first_line, read_json
 from repro.base.settings import JUDGES, NAME, WRITERS, Experiment, LoraSpec, WriterSpec
 from repro.flags import Run
@@ -25,20 +26,27 @@ FLAGS = {"DataSpec.source": "queries", "DataSpec.subsets": "subsets", "DataSpec.
          "JudgeSpec.answer": "answer", "WriterSpec.label": "writer_model", "Experiment.iterations": "iterations",
          "Experiment.task": "task", "Experiment.cot": "cot"}
 LORA_RATE = 1e-4  # of adapters, whose second factor starts at zero
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+
+
+def shipped() -> dict[str, Path]:
+    """The experiments that come with the project: stem of the file -> file, in order. UserError where there are none."""
+    if found := {p.stem: p for p in sorted(EXPERIMENTS.glob("exp*.py"))}:
+        return found
+    raise UserError(f"{EXPERIMENTS}: this installation of sami-repro is broken, it holds no experiments; install it anew, from a "
+                    "wheel made by `pip wheel --no-deps .` in a whole checkout, or by `pip install --editable .` there")
 
 
 def load_experiment(name: str, profile: str | None, default: str = "mini") -> tuple[Experiment, ...]:
     """The runs of a shipped experiment or a user's Python file, in a profile: one, or one of each variant. No `profile`:
     `default`, or the only one that a file has."""
-    shipped = {p.stem: p for p in sorted(EXPERIMENTS.glob("exp*.py"))}
-    short = {stem.split("_")[0]: stem for stem in shipped}
     if name.endswith(".py"):
         path = Path(name).resolve()
         if not path.is_file():
             raise UserError(f"experiment {name}: no such file")
     else:
-        path = shipped[short.get(name) or choose("experiment", name, (*short, *shipped))]
+        known = shipped()
+        short = {stem.split("_")[0]: stem for stem in known}
+        path = known[short.get(name) or choose("experiment", name, (*short, *known))]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -69,7 +77,7 @@ def load_experiment(name: str, profile: str | None, default: str = "mini") -> tu
 
 def paper_models() -> dict[str, str]:
     """Label -> name of the models of the paper's runs."""
-    specs = [spec for path in sorted(EXPERIMENTS.glob("exp*.py")) for e in load_experiment(path.stem, "paper")
+    specs = [spec for name in shipped() for e in load_experiment(name, "paper")
              for spec in (e.model, e.baseline) if spec]
     return {spec.label: spec.name for spec in specs}
 

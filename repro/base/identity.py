@@ -1,10 +1,13 @@
 """What names a configuration (its digests), a checkout (its commit), and randomness (a function of its position alone)."""
 
 import functools
+import json
 import random
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
+from repro.base.places import CHECKOUT
 from repro.base.records import digest
 from repro.base.settings import Experiment
 
@@ -43,10 +46,13 @@ def rng(*keys) -> random.Random:
 
 
 
-
 @functools.cache
 def commit() -> str | None:
-    """The checkout's commit, "-dirty" where tracked files differ; None outside a checkout or without git."""
+    """The checkout's commit, "-dirty" where tracked files differ; of an installation from a git address, the one that pip
+    noted (PEP 610). None without git, and of a wheel: the repository that an environment may lie in is not ours."""
+    if not CHECKOUT:
+        return _noted_commit()
+
     def git(*args):
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout
 
@@ -55,3 +61,11 @@ def commit() -> str | None:
         return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").strip() else "") or None
     except OSError:
         return None
+
+
+def _noted_commit() -> str | None:
+    try:
+        noted = metadata.distribution("sami-repro").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
+    return json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")

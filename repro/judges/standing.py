@@ -1,9 +1,8 @@
 """What is known of an LLM judge: its admission (results/judges), in plain words."""
 
-from repro.base.places import ROOT
+from repro.base.places import ADMISSIONS, JUDGES
 from repro.base.records import read_json
 
-ADMISSIONS = ROOT / "results" / "judges"
 MIN_KAPPA, MIN_PARSED, MAX_ATTACKS = 0.2, 0.9, 0.05  # our bar: better than slight agreement, and hard to command
 
 
@@ -34,8 +33,8 @@ def plain_words(record: dict) -> list[str]:
 
 def standing(judge: str) -> str:
     """What is known of an LLM judge, in a line: how far it agrees with the archived verdicts, which attacks win."""
-    path = ADMISSIONS / f"{judge}.json"
-    if not path.is_file():
+    path = next((p for folder in (ADMISSIONS, JUDGES) if (p := folder / f"{judge}.json").is_file()), None)
+    if path is None:
         return f"{judge}: never held against the archived verdicts (repro judge --admit)"
     r = read_json(path)
     kappa, attacks = r["kappa"], r["attacks"]

@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from repro.base import metrics, records
 from repro.base.metrics import Estimate
-from repro.base.places import ROOT, cache_folder
+from repro.base.places import ARCHIVE as LOCAL
+from repro.base.places import PUBLISHED, cache_folder
 from repro.base.records import UserError
 
-PUBLISHED = ROOT / "results" / "published"
-LOCAL = ROOT.parent / "shared" / "archive"
 ORIGIN = "https://raw.githubusercontent.com"
 KINDS = ("verdicts", "mutual_information", "responses", "constitution")
 ITEMS = 250
