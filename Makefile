@@ -1,5 +1,5 @@
 # SAMI reproduction suite. Each target works as the first command on a fresh machine: it makes .venv itself.
-PYTHON ?= python3.11
+PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
 PROFILE ?= mini
 OUT ?= runs
 TORCH := 2.13.0
@@ -9,9 +9,12 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# The newest Python that starts (a version manager's name may be empty), can make an environment, and has torch's pinned build.
 # On Linux without a GPU: torch's CPU build, from a local wheel if pip finds one, else from PyTorch's own index.
 # Elsewhere pip's default build. Nothing is compiled.
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,yes))
+CPU_PIP = $(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) torch==$(TORCH)+cpu
+INSTALL_TORCH = $(if $(CPU_TORCH),$(CPU_PIP),$(PIP) torch==$(TORCH))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup exp1 exp2 exp3 verify figures test families faults bench bench-gpu bench-check imports lint clean
@@ -22,14 +25,12 @@ help:  ## List the targets
 setup: $(STAMP)  ## Make the environment in .venv (every other target does this by itself)
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or pass PYTHON=..."; exit 2; }
-	@echo "setting up .venv (about 2 GB, once)"
-	@$(PYTHON) -m venv --clear .venv
-ifeq ($(CPU_TORCH),yes)
-	@$(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) torch==$(TORCH)+cpu
-else
-	@$(PIP) torch==$(TORCH)
-endif
+	@for p in $(PYTHON); do \
+	  $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  echo "setting up .venv with $$($$p --version) (about 2 GB, once)"; \
+	  $$p -m venv --clear .venv && { $(INSTALL_TORCH); } && exit; \
+	  echo "make: $$p: torch $(TORCH) could not be installed"; \
+	done; echo "make: none of $(PYTHON) is Python 3.11 or newer with venv and takes torch $(TORCH); pass PYTHON=..."; exit 2
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
