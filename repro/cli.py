@@ -238,7 +238,7 @@ def _terminate(signum, frame):
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `repro` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a locale of ASCII alone ends no run at its last line
@@ -265,10 +265,8 @@ def main(argv: list[str] | None = None) -> None:
         if e.code == 143:
             print("\nrepro: stopped; run the same command to go on", file=sys.stderr)
         raise
-
-
-if __name__ == "__main__":
-    main()
+    finally:  # raised in an atexit callback (a second SIGTERM: make and `timeout` both send one) it would be a traceback
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 if __name__ == "__main__":

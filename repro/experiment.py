@@ -32,8 +32,8 @@ def shipped() -> dict[str, Path]:
     """The experiments that come with the project: stem of the file -> file, in order. UserError where there are none."""
     if found := {p.stem: p for p in sorted(EXPERIMENTS.glob("exp*.py"))}:
         return found
-    raise UserError(f"{EXPERIMENTS}: this installation of sami-repro is broken, it holds no experiments; install it anew, from a "
-                    "wheel made by `pip wheel --no-deps .` in a whole checkout, or by `pip install --editable .` there")
+    raise UserError(f"{EXPERIMENTS}: this installation of sami-repro is broken, it holds no experiments; install it anew, "
+                    "from a wheel made by `pip wheel --no-deps .` in a whole checkout, or by `pip install -e .` there")
 
 
 def load_experiment(name: str, profile: str | None, default: str = "mini") -> tuple[Experiment, ...]:

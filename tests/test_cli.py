@@ -1,6 +1,7 @@
 """A user's mistakes: one clear line on stderr, exit code 2, no traceback, nothing written."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -207,3 +208,23 @@ def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):
     assert lines[-1] == (f"report: {tmp_path}/report.html (iterations 0 -> 1 of helpful: bound 0.50 -> 1.50 nats, "
                          "length 20 -> 21 tokens, following 0.00 -> 1.00)")
     assert lines[-2] == "1.0 minutes of work in all, peak memory 1.5 GiB"
+
+
+def test_a_second_sigterm_as_the_program_ends_leaves_no_traceback():
+    """`timeout` and make each send one: the later comes while Python runs what is registered for its end."""
+    code = ("import atexit, time\nfrom repro import cli\natexit.register(lambda: (print('ending', flush=True), time.sleep(30)))\n"
+            "cli.COMMANDS[cli.Verify] = lambda args: (print('working', flush=True), time.sleep(30))\ncli.main(['verify'])")
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for said in ("working", "ending"):
+        assert child.stdout.readline() == said + "\n"
+        child.send_signal(signal.SIGTERM)
+    _, told = child.communicate(timeout=20)
+    assert told == "\nrepro: stopped; run the same command to go on\n"
+    assert child.returncode == -signal.SIGTERM
+
+
+def test_main_leaves_sigterm_as_it_was():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "exp9"])
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,9 +1,12 @@
 """The distribution, the import directions, and a README that names every source file."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -96,6 +99,119 @@ def test_the_readme_names_every_source_file_once_and_nothing_else():
     named = re.findall(r"^ +(\w+) ", tree, flags=re.M)
     files = [Path(p).stem for top in ("experiments", "repro", "kernels") for p in tracked(f"{top}/*.py")]
     assert sorted(named) == sorted(f for f in files if f != "__init__")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A folder with what the wheel installs, built from a copy of what git tracks (`build/` of a checkout keeps files that are
+    long gone, and setuptools packs them)."""
+    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for path in tracked():
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, copy / path)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(out)], cwd=copy, check=True)
+    (built,) = out.glob("*.whl")
+    with zipfile.ZipFile(built) as packed:
+        for name in packed.namelist():
+            packed.extract(name, out / "unpacked")
+    return out / "unpacked"
+
+
+def in_empty_folder(wheel: Path, folder: Path, *argv: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "repro.cli", *argv], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(wheel)} | env)
+
+
+SHIPPED = {"experiments/": "repro/experiments/", "results/published/": "repro/published/", "results/judges/": "repro/judged/"}
+
+
+def test_the_wheel_holds_the_code_and_what_it_reads_and_nothing_else(wheel):
+    held = {str(p.relative_to(wheel)) for p in wheel.rglob("*") if p.is_file() and not p.relative_to(wheel).parts[0].endswith(".dist-info")}
+    expected = {p for p in tracked("repro", "kernels") if not p.endswith(".md")}
+    for ours, theirs in SHIPPED.items():
+        found = tracked(ours)
+        assert found, ours
+        expected |= {p.replace(ours, theirs, 1) for p in found}
+    assert held == expected
+    (record,) = wheel.glob("*.dist-info")
+    assert (record / "top_level.txt").read_text().split() == ["kernels", "repro"]  # who owns `kernels`: the test above
+
+
+def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
+    code = "import repro, kernels; print(repro.__file__, kernels.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(wheel)})
+    assert found.stdout.count(str(wheel)) == 2, found.stdout + found.stderr
+    assert in_empty_folder(wheel, tmp_path, "--version").stdout == f"sami-repro {version('sami-repro')}\n"
+    planned = in_empty_folder(wheel, tmp_path, "plan", "exp1", "--profile", "mini")
+    here = subprocess.run([sys.executable, "-m", "repro.cli", "plan", "exp1", "--profile", "mini"], cwd=ROOT, capture_output=True, text=True)
+    assert planned.stdout == here.stdout != "" and planned.returncode == 0, planned.stderr
+    (tmp_path / "mine.py").write_text((ROOT / "experiments/exp1_dialogue.py").read_text())
+    assert in_empty_folder(wheel, tmp_path, "plan", "mine.py", "--profile", "mini").stdout == here.stdout
+
+
+def test_the_wheel_reads_inside_and_writes_below_the_current_folder(wheel, tmp_path):
+    """The published tables, pins and admissions are the package's; an admission made here is looked into first."""
+    code = ("from repro.paper import archive, cells; from repro.judges import standing\n"
+            "assert archive.load_manifest() and archive.load_cells()\n"
+            "judge = next(standing.JUDGES.glob('*.json')).stem\n"
+            "assert 'NOT admitted' in standing.standing(judge), standing.standing(judge)\n"
+            "from repro.base.records import read_json, write_json\n"
+            "record = read_json(standing.JUDGES / f'{judge}.json')\n"
+            "write_json(standing.ADMISSIONS / f'{judge}.json', record | {'admitted': True})\n"
+            "assert ': admitted;' in standing.standing(judge)")
+    before = {p: p.stat().st_mtime_ns for p in wheel.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(wheel)})
+    assert [str(p.relative_to(tmp_path).parent) for p in tmp_path.rglob("*.json")] == ["results/judges"]
+    assert before == {p: p.stat().st_mtime_ns for p in wheel.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+
+
+def test_an_installation_without_its_experiments_says_how_to_mend_it(wheel, tmp_path):
+    broken = shutil.copytree(wheel, tmp_path / "broken")
+    shutil.rmtree(broken / "repro/experiments")
+    for argv in (["run", "exp1"], ["plan", "all"], ["run", "exp9"]):
+        done = in_empty_folder(broken, tmp_path, *argv)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "is broken, it holds no experiments; install it anew" in done.stderr and "allowed" not in done.stderr
+    (tmp_path / "mine.py").write_text((ROOT / "experiments/exp1_dialogue.py").read_text())
+    assert in_empty_folder(broken, tmp_path, "plan", "mine.py", "--profile", "mini").returncode == 0  # one's own file needs none of them
+
+
+def test_the_commit_is_ours_or_none(wheel, tmp_path):
+    """Of a git address the one that pip noted; of a wheel none, though its environment lies in another repository."""
+    for argv in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "x", "--allow-empty"]):
+        subprocess.run(["git", *argv], cwd=tmp_path, check=True)
+    installed = shutil.copytree(wheel, tmp_path / "site-packages")
+    plain = f"sami-repro {version('sami-repro')}"
+    assert in_empty_folder(installed, tmp_path, "--version").stdout == plain + "\n"
+    (record,) = installed.glob("*.dist-info")
+    (record / "direct_url.json").write_text('{"url": "https://example.org/x.git", "vcs_info": {"vcs": "git", "commit_id": "0123abcd"}}')
+    assert in_empty_folder(installed, tmp_path, "--version").stdout == plain + ", commit 0123abcd\n"
+
+
+@pytest.mark.parametrize("there, taken", [
+    (("3.11", "3.12", "3.13", "3.14"), "3.14"), (("3.11",), "3.11"), (("3.10", "3.11", "3.12"), "3.12"), (("3.10",), None), ((), None)])
+def test_make_takes_the_newest_python_that_starts(tmp_path, there, taken):
+    """With stand-ins for the Pythons, and for pip in the environment that they make. One that does not start (a version
+    manager's empty name) is passed over."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for tool in ("sh", "make", "uname", "touch", "mkdir", "cat", "chmod"):
+        (bin / tool).symlink_to(shutil.which(tool))
+    for name in {"3.11", "3.12", "3.13", "3.14", "", *there}:
+        old = "1" if name == "3.10" else "0"
+        stand_in = (f"#!{shutil.which('sh')}\ncase $1 in -c) exit {old};; --version) echo Python {name};;\n-m) mkdir -p .venv/bin\n"
+                    f"echo '#!{shutil.which('sh')}' > .venv/bin/python; chmod +x .venv/bin/python;; esac\n")
+        path = bin / f"python{name or 3}"
+        path.write_text(stand_in if name in there else f"#!{shutil.which('sh')}\nexit 127\n")
+        path.chmod(0o755)
+    done = subprocess.run(["make", "setup"], cwd=tmp_path, env={"PATH": str(bin)}, capture_output=True, text=True)
+    if taken:
+        assert done.returncode == 0 and done.stdout == f"setting up .venv with Python {taken} (about 2 GB, once)\n", done.stdout + done.stderr
+    else:
+        assert done.returncode == 2 and done.stdout == ("make: none of python3.14 python3.13 python3.12 python3.11 python3 is Python 3.11 or newer "
+                                                        "with venv and takes torch 2.13.0; pass PYTHON=...\n"), done.stdout + done.stderr
 
 
 UNSAFE = re.compile(r"\b(?:yaml\.\w*load|pickle|dill|joblib|shelve|marshal|torch\.load|allow_pickle|trust_remote_code(?!=False)|tarfile"

@@ -1,5 +1,5 @@
 """Where things lie. In a checkout (`pip install -e .`, `make`): experiments/ and results/ of the checkout. Installed from a
-wheel: what is read (experiments, published tables, judges' admissions) lies in the package, where pyproject.toml maps it, and
+wheel: what is read (experiments, published tables, judges' admissions) lies in the package, where pyproject.toml maps it;
 what is written goes below the current folder."""
 
 import os
@@ -11,7 +11,7 @@ CHECKOUT = (ROOT / "experiments").is_dir() and not (PACKAGE / "experiments").is_
 
 DATA = PACKAGE / "data"  # principles, queries, posts, planted attacks
 EXPERIMENTS = ROOT / "experiments" if CHECKOUT else PACKAGE / "experiments"
-PUBLISHED = ROOT / "results" / "published" if CHECKOUT else PACKAGE / "published"  # what the paper prints, the record's pins
+PUBLISHED = ROOT / "results" / "published" if CHECKOUT else PACKAGE / "published"  # the paper's cells, the record's pins
 JUDGES = ROOT / "results" / "judges" if CHECKOUT else PACKAGE / "judged"  # admissions that come with the project
 
 ADMISSIONS = JUDGES if CHECKOUT else Path("results", "judges")  # where `repro judge --admit` writes; looked into first
