@@ -17,7 +17,7 @@ from repro import cli
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.base.settings import EMBEDDED
 from repro.core import logprobs
-from repro.core.tree import Sampled, follow, pairs_of
+from repro.core.tree import Sampled, follow, pairs_of, tokenised
 from repro.experiment import load_experiment
 from repro.models import load
 from repro.sampling import local
@@ -169,7 +169,7 @@ def test_the_model_itself_gets_these_ids(tmp_path, way):
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].tolist()))
     words = tokenizer.get_vocab()
     prompts, responses = [["ASSISTANT: ", "Be kind. ASSISTANT: "]], [[(words["time"], words["t"], words["i"]), (words["house"],)]]
-    matrix = logprobs.matrix_by(way, model, tokenizer, prompts, responses, length_normalize=False, score_eos=True)
+    matrix = logprobs.matrix_of(way, model, tokenised(tokenizer, prompts, responses, score_eos=True), length_normalize=False)
     ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts[0]]
     tails = [[*r, 2] for r in responses[0]]
     packed = [[*i, *tails[0], *tails[1]] for i in ids]
