@@ -411,7 +411,7 @@ def test_an_attached_model_still_generates_and_forwards_as_before(tiny):
 
 
 def test_an_attention_that_does_not_know_the_layout_gives_nan_and_is_refused(tiny, monkeypatch):
-    from kernels import attention
+    from kernels import interfaces
     from repro.core import logprobs
     from repro.core.tree import tokenised
 
@@ -422,7 +422,7 @@ def test_an_attention_that_does_not_know_the_layout_gives_nan_and_is_refused(tin
                                   length_normalize=True).isnan().all()
     with pytest.raises(ValueError, match="have other log-probs than each alone .by nan"):
         matrix(model, tokenizer, "shared")
-    assert attention.attention_interface is not logprobs.attention_interface
+    assert interfaces.attention_interface is not logprobs.attention_interface
 
 
 def test_many_queries_in_one_pack_equal_one_at_a_time(tiny, monkeypatch):
