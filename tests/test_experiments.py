@@ -148,6 +148,7 @@ def test_each_iteration_samples_with_the_model_before_it(finished):
 def test_every_iteration_trains_the_initial_weights(finished, tiny):
     """The first loss of iteration 3 is the initial model's on its first batch, not that of iteration 2's model; and six
     RMSprop steps, each at most 10 learning rates (the least denominator is sqrt(0.01 g^2)), bound how far it moves."""
+    from repro.core import engines
     from repro.core.logprobs import matrix_of
     from repro.core.losses import symmetric_infonce
     from repro.core.tree import tokenised

@@ -32,13 +32,13 @@ STEPS = 40
 PIPELINE = """
 import signal, sys
 from pathlib import Path
-from repro import worker
+from repro.stages import jobs
 from repro.base.records import UserError
 def end(number, frame):
     raise SystemExit(128 + number)
 signal.signal(signal.SIGTERM, end)
 try:
-    worker.train(Path(sys.argv[1]), 1, 2, on_query=lambda n: print("queries", n, flush=True))
+    jobs.train(Path(sys.argv[1]), 1, 2, on_query=lambda n: print("queries", n, flush=True))
 except UserError as e:
     print(e, flush=True)
     sys.exit(2)

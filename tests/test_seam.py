@@ -16,7 +16,7 @@ from toy_models import WORDS
 from repro import cli
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.base.settings import EMBEDDED
-from repro.core import logprobs
+from repro.core import logprobs, tree
 from repro.core.tree import Sampled, follow, pairs_of, tokenised
 from repro.experiment import load_experiment
 from repro.models import load
@@ -112,19 +112,19 @@ def rows_of(path: Path) -> list[dict]:
 @pytest.fixture
 def spied(monkeypatch):
     """(sampled, given): the ids that were sampled, and (prompt, response) ids of all that models are then given to score."""
-    sampled, given, answer, groups = [], [], local.answer_of, logprobs._groups
+    sampled, given, answer, pairs = [], [], local.answer_of, tree.pairs_of
 
     def answered(tokenizer, ids, ends):
         sampled.append(tuple(ids[: next((k for k, i in enumerate(ids) if i in ends), len(ids))]))
         return answer(tokenizer, ids, ends)
 
-    def grouped(*args):
-        found = groups(*args)
-        given.extend((tuple(p.ids[: p.start]), tuple(p.ids[p.start:])) for group in found for p in group)
+    def paired(*args, **how):
+        found = pairs(*args, **how)
+        given.extend((tuple(p.ids[: p.start]), tuple(p.ids[p.start:])) for p in found)
         return found
 
     monkeypatch.setattr(local, "answer_of", answered)
-    monkeypatch.setattr(logprobs, "_groups", grouped)
+    monkeypatch.setattr(tree, "pairs_of", paired)
     return sampled, given
 
 
