@@ -89,6 +89,16 @@ def unknown_flags(pages: dict[str, str], scripts: str) -> list[str]:
     return wrong
 
 
+def lost_paths(pages: dict[str, str], files: list[str]) -> list[str]:
+    """Files of ours that these pages name and that are not there, as paths from the top or as modules."""
+    there = set(files)
+    return [f"{page}: {path}" for page, text in pages.items()
+            for path in re.findall(r"(?<![\w/.])((?:repro|kernels|tests|experiments|findings)/[\w/]+\.(?:py|sh|md|json|jsonl))\b", text) if path not in there] + [
+        f"{page}: {name}" for page, text in pages.items()
+        for name in re.findall(r"(?:-m |from |import )((?:repro|kernels)(?:\.\w+)*)", text)
+        if not there & {f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py"}]
+
+
 def test_the_readme_is_a_page():
     assert len(READMES["README.md"].splitlines()) <= 180
 
@@ -104,6 +114,18 @@ def test_every_link_leads_somewhere():
     pages = texts("*.md")
     assert sum(len(re.findall(r"\]\(", text)) for text in pages.values()) > 40
     assert dead_links(pages, tracked("*")) == []
+
+
+def test_files_and_modules_that_are_named_are_there():
+    pages = {page: text for page, text in texts("*.md").items() if page != "results/LOG.md"}  # which is history
+    assert lost_paths(pages, tracked("*")) == []
+    order = re.findall(r"`(\w+/\w+)`", re.search(r"^Read in this order: .*$", READMES["README.md"], flags=re.M)[0])
+    assert len(order) == 6 and all(f"{p}.py" in tracked("*") or f"repro/{p}.py" in tracked("*") for p in order)
+
+
+def test_a_lost_file_or_module_is_found():
+    page = {"p": "`repro/probe.py`, repro/core/probe.py; python -m repro.worker RUN\nfrom repro.core.probe import x\nfrom repro import y"}
+    assert lost_paths(page, ["repro/__init__.py", "repro/core/probe.py"]) == ["p: repro/probe.py", "p: repro.worker"]
 
 
 @pytest.mark.parametrize("link", ["nothing.md", "a/../../a.md", "b#no-heading", "a.md#no-heading", "#no-heading", "a/b.md#what-it-is-1"])
