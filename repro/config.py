@@ -1,6 +1,10 @@
 """The settings of an experiment under the name by which experiment files import them (repro/base/settings.py)."""
 
 from repro.base.settings import (
+    EMBEDDED,
+    ENGINES,
+    JUDGES,
+    WRITERS,
     DataSpec,
     Experiment,
     JudgeSpec,
@@ -12,5 +16,5 @@ from repro.base.settings import (
     WriterSpec,
 )
 
-__all__ = ["DataSpec", "Experiment", "JudgeSpec", "LoraSpec", "ModelSpec", "SamplingSpec", "TrainSpec", "Update",
-           "WriterSpec"]
+__all__ = ["EMBEDDED", "ENGINES", "JUDGES", "WRITERS", "DataSpec", "Experiment", "JudgeSpec", "LoraSpec", "ModelSpec",
+           "SamplingSpec", "TrainSpec", "Update", "WriterSpec"]

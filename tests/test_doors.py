@@ -179,7 +179,7 @@ def test_baseline_and_local_writer_are_looked_at_too(capsys, tmp_path, tiny, mad
     assert QUANTISED in refused(capsys, tmp_path, "run", "exp2", "--variant", "weak", "--model", str(tiny), "--writer-model", str(folder))
     path = tmp_path / "mine.py"
     for place, reason in ((folder, QUANTISED), (other, "'[PAD]' has id 259")):
-        path.write_text("import dataclasses\nfrom repro.config import ModelSpec\nfrom repro.configure import load_experiment\n"
+        path.write_text("import dataclasses\nfrom repro.config import ModelSpec\nfrom repro.experiment import load_experiment\n"
                         f"EXPERIMENTS = {{'mini': dataclasses.replace(load_experiment('exp1', 'mini')[0], baseline=ModelSpec(name={str(place)!r},"
                         " label='other'))}\n")
         assert reason in refused(capsys, tmp_path, "run", str(path), "--model", str(tiny))
@@ -313,7 +313,7 @@ def test_version_and_the_profile_of_a_users_file(capsys, tmp_path, tiny):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("sami-repro 0.1.")
-    text = "from repro.configure import load_experiment\ne = load_experiment('exp1', 'mini')[0]\n"
+    text = "from repro.experiment import load_experiment\ne = load_experiment('exp1', 'mini')[0]\n"
     (tmp_path / "mine.py").write_text(text + "EXPERIMENTS = {'large': e}\n")
     (tmp_path / "two.py").write_text(text + "EXPERIMENTS = {'small': e, 'big': e}\n")
     assert load_experiment(str(tmp_path / "mine.py"), None) == load_experiment("exp1", "mini")
@@ -353,7 +353,7 @@ def test_weights_that_do_not_hold_what_the_config_asks_for_are_refused_for_every
     """Of a baseline too, which is loaded when the policy has been evaluated."""
     change, reason = LACKS[what]
     folder, path = made(change), tmp_path / "mine.py"
-    path.write_text("import dataclasses\nfrom repro.config import ModelSpec\nfrom repro.configure import load_experiment\n"
+    path.write_text("import dataclasses\nfrom repro.config import ModelSpec\nfrom repro.experiment import load_experiment\n"
                     f"EXPERIMENTS = {{'mini': dataclasses.replace(load_experiment('exp1', 'mini')[0], baseline=ModelSpec(name={str(folder)!r},"
                     " label='other'))}\n")
     capsys.readouterr()

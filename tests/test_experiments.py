@@ -149,8 +149,9 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
     """The first loss of iteration 3 is the initial model's on its first batch, not that of iteration 2's model; and six
     RMSprop steps, each at most 10 learning rates (the least denominator is sqrt(0.01 g^2)), bound how far it moves."""
     from repro.core import engines
-    from repro.core.logprobs import matrix_by
+    from repro.core.logprobs import matrix_of
     from repro.core.losses import symmetric_infonce
+    from repro.core.tree import tokenised
     from repro.stages.run import Run
     from repro.stages.sample import usable_pairs
 
@@ -163,9 +164,8 @@ def test_every_iteration_trains_the_initial_weights(finished, tiny):
     with engines.matmul_precision(model, experiment.train.precision):
         for query, pair, responses in kept[:experiment.train.batch_size]:
             prompts = [draws.prompt(shared.voice, c, query, experiment.seed, 3, "train", c.id, sample=False) for c in pair]
-            losses.append(symmetric_infonce(matrix_by(
-                "reference", model, shared.voice.tokenizer, [prompts], [[r["ids"] for r in responses]], length_normalize=True,
-                score_eos=False)).item())
+            losses.append(symmetric_infonce(matrix_of("reference", model, tokenised(
+                shared.voice.tokenizer, [prompts], [[r["ids"] for r in responses]], score_eos=False), length_normalize=True)).item())
     trace = json.loads((folder / "run.json").read_text())["stages"]["train-3"]["trace"]
     assert trace[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
     before = load.load_model(str(tiny)).state_dict()

@@ -330,9 +330,9 @@ def test_a_signal_stops_after_the_step_and_one_that_comes_too_late_is_not_lost(t
         raise SystemExit("by the handler")
 
     before = signal.signal(number, ended)
-    real, calls = loop.packed_tokens, []
+    real, calls = loop.ids_of, []
     try:
-        monkeypatch.setattr(loop, "packed_tokens", lambda *a, **k: (
+        monkeypatch.setattr(loop, "ids_of", lambda *a, **k: (
             calls.append(1), len(calls) == 2 and signal.raise_signal(number), real(*a, **k))[2])
         with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt, match="143|^$"):
             trained(tiny, tmp_path)

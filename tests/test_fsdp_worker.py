@@ -32,13 +32,13 @@ STEPS = 40
 PIPELINE = """
 import signal, sys
 from pathlib import Path
-from repro import worker
+from repro.stages import jobs
 from repro.base.records import UserError
 def end(number, frame):
     raise SystemExit(128 + number)
 signal.signal(signal.SIGTERM, end)
 try:
-    worker.train(Path(sys.argv[1]), 1, 2, on_query=lambda n: print("queries", n, flush=True))
+    jobs.train(Path(sys.argv[1]), 1, 2, on_query=lambda n: print("queries", n, flush=True))
 except UserError as e:
     print(e, flush=True)
     sys.exit(2)
@@ -80,7 +80,7 @@ def workers(folder: Path) -> dict[int, int]:
             words, environment = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
         except OSError:
             continue
-        if b"repro.worker" in words and str(folder).encode() in words and b"torch.distributed.run" not in words:
+        if b"repro.stages.rank" in words and str(folder).encode() in words and b"torch.distributed.run" not in words:
             found[int(next(v[5:] for v in environment if v.startswith(b"RANK=")))] = int(process.name)
     return found
 
@@ -131,7 +131,7 @@ def test_fsdp_ranks_end_with_their_pipeline(pipeline, tmp_path):
 
 def test_an_fsdp_rank_whose_stdin_ends_ends_at_once():
     """Not only when it next tells something: it may be in the middle of a long step."""
-    code = ("import threading, time; from repro import worker; threading.Thread(target=worker._heed, args=([],), "
+    code = ("import threading, time; from repro.stages import rank; threading.Thread(target=rank._heed, args=([],), "
             "daemon=True).start(); time.sleep(60)")
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     child.stdin.close()

@@ -411,26 +411,28 @@ def test_an_attached_model_still_generates_and_forwards_as_before(tiny):
 
 
 def test_an_attention_that_does_not_know_the_layout_gives_nan_and_is_refused(tiny, monkeypatch):
-    from kernels import attention
+    from kernels import interfaces
     from repro.core import logprobs
+    from repro.core.tree import tokenised
 
     model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     monkeypatch.setattr(logprobs, "attention_interface", lambda fallback: fallback)
     with torch.no_grad():
-        assert logprobs.matrix_by("shared", model, tokenizer, PROMPTS, RESPONSES, length_normalize=True,
-                                  score_eos=False).isnan().all()
+        assert logprobs.matrix_of("shared", model, tokenised(tokenizer, PROMPTS, RESPONSES, score_eos=False),
+                                  length_normalize=True).isnan().all()
     with pytest.raises(ValueError, match="have other log-probs than each alone .by nan"):
         matrix(model, tokenizer, "shared")
-    assert attention.attention_interface is not logprobs.attention_interface
+    assert interfaces.attention_interface is not logprobs.attention_interface
 
 
 def test_many_queries_in_one_pack_equal_one_at_a_time(tiny, monkeypatch):
-    from repro.core.logprobs import packed_tokens, slices
+    from repro.core.logprobs import slices
+    from repro.core.tree import packed_tokens, tokenised
 
     model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     alone = torch.cat([logprob_matrix(model, tokenizer, PROMPTS[b:b + 1], RESPONSES[b:b + 1], length_normalize=True,
                                       score_eos=False) for b in (0, 1)])
     torch.testing.assert_close(matrix(model, tokenizer, "shared"), alone, atol=1e-5, rtol=0)
-    (a, b), _ = packed_tokens(tokenizer, PROMPTS, RESPONSES, score_eos=False)
+    a, b = map(packed_tokens, tokenised(tokenizer, PROMPTS, RESPONSES, score_eos=False))
     assert slices([a, b], 1) == [slice(0, 1), slice(1, 2)] == slices([a, b], a + b - 1)
     assert slices([a, b], a + b) == [slice(0, 2)]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files that import torch when they are imported; the others do where they need it.
 TORCH = {"core/losses.py", "core/tree.py", "core/logprobs.py", "core/probe.py", "core/memory.py", "core/engines.py", "core/loop.py",
          "core/checkpoints.py"}
-MOST_ARROWS = 52  # between rooms
+MOST_ARROWS = 50  # between rooms
 
 
 def sources(folder: str) -> list[Path]:
@@ -62,7 +62,7 @@ def test_torch_stays_where_it_belongs():
     assert found == TORCH
 
 
-@pytest.mark.parametrize("statement", ["import repro", "import kernels", "from repro import metrics; from repro.paper import cells, figures; from repro.report import page"])
+@pytest.mark.parametrize("statement", ["import repro", "import kernels", "from repro.base import metrics; from repro.paper import cells, figures; from repro.report import page"])
 def test_import_loads_no_torch(statement):
     code = f"{statement}\nimport sys\nassert not {{'torch', 'triton', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

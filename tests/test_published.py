@@ -229,10 +229,10 @@ class Server:
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    archive, facts = made.make(tmp_path)
-    monkeypatch.setattr(archive, "LOCAL", tmp_path / "absent")
+    folder, facts = made.make(tmp_path)
+    monkeypatch.setattr("repro.paper.archive.LOCAL", tmp_path / "absent")
     monkeypatch.setenv("SAMI_CACHE", str(tmp_path / "cache"))
-    server = Server(archive)
+    server = Server(folder)
     entries = archive.load_manifest(facts / "manifest.json")
 
     def fetch(**more):
@@ -373,7 +373,7 @@ def test_facts_are_complete():
 
 
 def test_no_torch_and_no_machine_paths():
-    code = ("import sys, repro.published, repro.figures\n"
+    code = ("import sys, repro.paper.cells, repro.paper.figures\n"
             "assert not {'torch', 'transformers'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -420,7 +420,7 @@ def test_a_planted_verdict_in_the_real_record(tmp_path, table, changed):
 @needs_real
 def test_download_of_the_real_record(tmp_path, monkeypatch):
     server = Server(REAL)
-    monkeypatch.setattr(archive, "LOCAL", tmp_path / "absent")
+    monkeypatch.setattr("repro.paper.archive.LOCAL", tmp_path / "absent")
     monkeypatch.setenv("SAMI_CACHE", str(tmp_path / "cache"))
     try:
         assert published.verify(None, tmp_path / "out", base_url=server.url) == 0

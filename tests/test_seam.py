@@ -16,8 +16,8 @@ from toy_models import WORDS
 from repro import cli
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.base.settings import EMBEDDED
-from repro.core import logprobs
-from repro.core.tree import Sampled, follow, pairs_of
+from repro.core import logprobs, tree
+from repro.core.tree import Sampled, follow, pairs_of, tokenised
 from repro.experiment import load_experiment
 from repro.models import load
 from repro.sampling import local
@@ -112,19 +112,19 @@ def rows_of(path: Path) -> list[dict]:
 @pytest.fixture
 def spied(monkeypatch):
     """(sampled, given): the ids that were sampled, and (prompt, response) ids of all that models are then given to score."""
-    sampled, given, answer, groups = [], [], local.answer_of, logprobs._groups
+    sampled, given, answer, pairs = [], [], local.answer_of, tree.pairs_of
 
     def answered(tokenizer, ids, ends):
         sampled.append(tuple(ids[: next((k for k, i in enumerate(ids) if i in ends), len(ids))]))
         return answer(tokenizer, ids, ends)
 
-    def grouped(*args):
-        found = groups(*args)
-        given.extend((tuple(p.ids[: p.start]), tuple(p.ids[p.start:])) for group in found for p in group)
+    def paired(*args, **how):
+        found = pairs(*args, **how)
+        given.extend((tuple(p.ids[: p.start]), tuple(p.ids[p.start:])) for p in found)
         return found
 
     monkeypatch.setattr(local, "answer_of", answered)
-    monkeypatch.setattr(logprobs, "_groups", grouped)
+    monkeypatch.setattr(tree, "pairs_of", paired)
     return sampled, given
 
 
@@ -169,7 +169,7 @@ def test_the_model_itself_gets_these_ids(tmp_path, way):
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].tolist()))
     words = tokenizer.get_vocab()
     prompts, responses = [["ASSISTANT: ", "Be kind. ASSISTANT: "]], [[(words["time"], words["t"], words["i"]), (words["house"],)]]
-    matrix = logprobs.matrix_by(way, model, tokenizer, prompts, responses, length_normalize=False, score_eos=True)
+    matrix = logprobs.matrix_of(way, model, tokenised(tokenizer, prompts, responses, score_eos=True), length_normalize=False)
     ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts[0]]
     tails = [[*r, 2] for r in responses[0]]
     packed = [[*i, *tails[0], *tails[1]] for i in ids]

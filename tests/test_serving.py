@@ -58,7 +58,7 @@ def sample(run: Run, iteration=0) -> list[dict]:
 
 def as_text(rows: list[dict]) -> list[dict]:
     """What a server of text can know of responses."""
-    return [{k: v for k, v in row.items() if k not in ("ids", "tokens")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("ids", "tokens", "end")} for row in rows]
 
 
 @pytest.fixture(autouse=True)

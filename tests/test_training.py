@@ -197,8 +197,8 @@ def test_dropout_is_off_or_drawn_by_position(family, dropout):
     (one, weights), (two, again) = (trained_with(family, spec, start=seed) for seed in (7, 8))
     assert one == two and all(map(torch.equal, weights, again))
     model = dropping(family).eval()
-    at_rest = [engines.symmetric_infonce(logprobs.matrix_by("reference", model, byte_tokenizer(), [p.prompts], [p.responses],
-                                                             length_normalize=True, score_eos=False)).item() for p in pairs(2)]
+    at_rest = [engines.symmetric_infonce(logprobs.matrix_of("reference", model, [ids], length_normalize=True)).item()
+               for ids in engines.ids_of(byte_tokenizer(), pairs(2), score_eos=False)]
     assert (one[0] == pytest.approx(sum(at_rest) / 2, abs=1e-6)) == (dropout == "off")
 
 
@@ -276,10 +276,10 @@ def test_the_config_says_which_and_old_hashes_stay():
 @pytest.mark.parametrize("optimizer, numbers", [("rmsprop", 3), ("adamw", 4)])
 def test_checkpointing_counts_weights_gradients_and_optimizer_state(tiny, monkeypatch, optimizer, numbers):
     """Room for the activations and half of these is too little; for all of both, with the head's part, enough."""
-    from repro.core.logprobs import packed_tokens
+    from repro.core.tree import packed_tokens
 
     model, batch, on = load.load_model(str(tiny)), pairs(2), []
-    lengths, _ = packed_tokens(byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch], score_eos=False)
+    lengths = list(map(packed_tokens, engines.ids_of(byte_tokenizer(), batch, score_eos=False)))
     held = 4 * numbers * sum(p.numel() for p in model.parameters())
     activations = activation_bytes(counted(model), sum(lengths), 4)
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda self: on.append(1))
@@ -321,7 +321,8 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
     """Two layers' worth: the difference between four layers and two."""
     from test_logprobs import PROMPTS, RESPONSES, tiny_family
 
-    from repro.core.logprobs import logprob_matrix, packed_tokens
+    from repro.core.logprobs import logprob_matrix
+    from repro.core.tree import packed_tokens, tokenised
 
     def kept(layers):
         model = tiny_family(family, num_hidden_layers=layers)
@@ -336,7 +337,7 @@ def test_the_byte_model_of_activations_is_what_autograd_keeps(family, error):
             logprob_matrix(model, byte_tokenizer(), PROMPTS, RESPONSES, length_normalize=True, score_eos=False)
         return sum(storages.values()), activation_bytes(counted(model), tokens, 4)
 
-    tokens = sum(packed_tokens(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False)[0])
+    tokens = sum(map(packed_tokens, tokenised(byte_tokenizer(), PROMPTS, RESPONSES, score_eos=False)))
     (four, expected), (two, less) = kept(4), kept(2)
     assert expected - less == pytest.approx(four - two, rel=error)
 

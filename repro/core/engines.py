@@ -29,11 +29,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from repro.base.records import UserError, first_line
 from repro.base.settings import TrainSpec
-from repro.core.logprobs import matrix_by, settled, slices
+from repro.core.logprobs import matrix_of, settled, slices
 from repro.core.losses import symmetric_infonce
 from repro.core.memory import usable_bytes
 from repro.core.shapes import decoder_layers
-from repro.core.tree import Sampled
+from repro.core.tree import Pairs, Sampled, tokenised
 from repro.models import load
 
 
@@ -45,6 +45,11 @@ class TrainingPair:
     query: str
     prompts: tuple[str, ...]
     responses: tuple[str | tuple[int, ...] | Sampled, ...]
+
+
+def ids_of(tokenizer, pairs: Sequence[TrainingPair], *, score_eos: bool) -> list[Pairs]:
+    """The token ids of each query's pairs: every text is tokenised here, once."""
+    return tokenised(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=score_eos)
 
 
 def weights_dtype(spec: TrainSpec) -> str:
@@ -77,26 +82,24 @@ class Objective(torch.nn.Module):
     """Queries -> their part of a batch's mean loss. Trunk, head and loss are one forward: whoever gathers weights around a
     forward (FSDP) has then gathered the head's too."""
 
-    def __init__(self, model, tokenizer, spec: TrainSpec, way: str):
+    def __init__(self, model, spec: TrainSpec, way: str):
         """`way`: of repro/core/logprobs.py's WAYS, settled for the model."""
         super().__init__()
-        self.model, self.tokenizer, self.spec, self.way = model, tokenizer, spec, way
+        self.model, self.spec, self.way = model, spec, way
 
-    def forward(self, part: Sequence[TrainingPair], counted: int, queries: int) -> Tensor:
+    def forward(self, part: Sequence[Pairs], counted: int, queries: int) -> Tensor:
         """Mean loss of `part`, weighted as `counted` of the batch's `queries` (0: work that leaves no trace)."""
-        logprobs = matrix_by(self.way, self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
-                             length_normalize=self.spec.length_normalize, score_eos=self.spec.score_eos)
+        logprobs = matrix_of(self.way, self.model, part, length_normalize=self.spec.length_normalize)
         return symmetric_infonce(logprobs) * counted / queries
 
 
 class Scorer(Objective):
     """Queries -> their summed log-probs [B, C, R], in one forward of a model whose weights need no gradient."""
 
-    def forward(self, part: Sequence[TrainingPair]) -> Tensor:
-        # Not under no_grad: there the matrix is computed in parts, as many as the texts are long, and all ranks must
-        # gather the weights equally often. Nothing is kept for a backward, since nothing needs a gradient.
-        return matrix_by(self.way, self.model, self.tokenizer, [p.prompts for p in part], [p.responses for p in part],
-                         length_normalize=False, score_eos=self.spec.score_eos)
+    def forward(self, part: Sequence[Pairs]) -> Tensor:
+        # Without a budget, by which the forwards would be as many as the texts are long: all ranks must gather the weights
+        # equally often.
+        return matrix_of(self.way, self.model, part, length_normalize=False)
 
 
 def settle(model, backend: str) -> str:

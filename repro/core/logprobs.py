@@ -26,7 +26,7 @@ from kernels.interfaces import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
 from repro.base.records import first_line
 from repro.core import probe
-from repro.core.tree import Sampled, Scored, pack, packed_length, pairs_of
+from repro.core.tree import Pairs, Scored, pack, packed_length, tokenised
 from repro.models.load import dropouts, steady_length
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
@@ -44,8 +44,9 @@ def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses
     Raises ValueError for ragged C or R, an empty response, an unknown backend, a model that is not causal, one that
     "shared" is seen to be wrong on (repro/core/probe.py), and pairs so long that the model's RoPE would look at the batch.
     """
-    return matrix_by(settled(model, backend), model, tokenizer, prompts, responses, length_normalize=length_normalize,
-                     score_eos=score_eos)
+    way = settled(model, backend)
+    return matrix_of(way, model, tokenised(tokenizer, prompts, responses, score_eos=score_eos),
+                     length_normalize=length_normalize, budget=None if torch.is_grad_enabled() else BATCH_TOKENS)
 
 
 def settled(model, backend: str) -> str:
@@ -72,40 +73,20 @@ def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
         return probe.Found("reference", first_line(e))
 
 
-def matrix_by(way: str, model, tokenizer, prompts: Sequence[Sequence[str]],
-              responses: Sequence[Sequence[str | Sequence[int] | Sampled]], *, length_normalize: bool,
-              score_eos: bool) -> Tensor:
-    """`logprob_matrix` in one of WAYS, whose being right for the model is settled. Here a response may be token ids too, as
-    they were sampled, which are scored as they are."""
-    B, C, R = len(prompts), len(prompts[0]), len(responses[0])
-    if len(responses) != B or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
-        raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
-    groups = _groups(tokenizer, prompts, responses, score_eos)
+def matrix_of(way: str, model, queries: Sequence[Pairs], *, length_normalize: bool, budget: int | None = None) -> Tensor:
+    """`logprob_matrix` of tokenised queries (`core.tree.tokenised`), in one of WAYS, whose being right for the model is
+    settled. `budget`: tokens in one forward, at least one group's; None: all in one, as where a backward follows."""
+    groups = [group for pairs in queries for group in pairs]
     steady, longest = steady_length(model.config), max(len(p.ids) for g in groups for p in g)
     if steady is not None and longest > steady:
         raise ValueError(f"a pair of {longest} tokens: RoPE of this model's kind looks at the longest text of a batch from "
                          f"{steady + 1} tokens on")
-    whole = way != "reference" and torch.is_grad_enabled()
-    parts = [slice(None)] if whole else slices([packed_length(group) for group in groups], BATCH_TOKENS)
-    totals = torch.cat([score(way, model, groups[part]) for part in parts]).view(B, C, R)
+    parts = [slice(None)] if budget is None else slices([packed_length(group) for group in groups], budget)
+    totals = torch.cat([score(way, model, groups[part]) for part in parts]).view(len(queries), len(queries[0]), -1)
     if not length_normalize:
         return totals
     counts = [len(p.ids) - p.start for g in groups for p in g]
-    return totals / totals.new_tensor(counts).view(B, C, R)
-
-
-def packed_tokens(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str | Sequence[int] | Sampled]],
-                  *, score_eos: bool) -> tuple[list[int], list[int]]:
-    """Tokens that each of the B queries takes in a packed sequence, and how many log-probs are of it (as `matrix_by`)."""
-    groups, C = _groups(tokenizer, prompts, responses, score_eos), len(prompts[0])
-    queries = [groups[k: k + C] for k in range(0, len(groups), C)]
-    return ([sum(map(packed_length, query)) for query in queries],
-            [sum(len(p.ids) - p.start for group in query for p in group) for query in queries])
-
-
-def _groups(tokenizer, prompts, responses, score_eos: bool) -> list[list[Scored]]:
-    return [pairs_of(tokenizer, prompt, responses[b], score_eos=score_eos)
-            for b in range(len(prompts)) for prompt in prompts[b]]
+    return totals / totals.new_tensor(counts).view_as(totals)
 
 
 def slices(lengths: list[int], budget: int) -> list[slice]:

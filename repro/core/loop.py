@@ -16,9 +16,9 @@ import torch
 
 from repro.base.records import UserError, digest
 from repro.base.settings import TrainSpec
-from repro.core.engines import Objective, OneProcess, TrainingPair, matmul_precision
-from repro.core.logprobs import packed_tokens
+from repro.core.engines import Objective, OneProcess, TrainingPair, ids_of, matmul_precision
 from repro.core.memory import Step, activation_checkpointing, known_shape
+from repro.core.tree import packed_tokens, scored_tokens
 
 # The authors clipped at norm 1 after dividing each micro-batch's loss by its 16 accumulation steps, of which only the
 # last counted: in units of the mean over its queries, the limit is 16.
@@ -96,7 +96,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
     shape = known_shape(model)
     model.eval()  # what is trained is what is scored (`dropout`)
     way = engine.settle(model, backend)
-    module = engine.prepare(Objective(model, tokenizer, spec, way))
+    module = engine.prepare(Objective(model, spec, way))
     optimizer = _optimizer(module, spec)
     clip = AS_RUN_CLIP if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
     device = "cuda" if model.device.type == "cuda" else "cpu"
@@ -111,8 +111,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
             start += update.queries
             optimizer.zero_grad(set_to_none=True)
             own, done = 0.0, 0
-            lengths, scored = packed_tokens(tokenizer, [p.prompts for p in batch], [p.responses for p in batch],
-                                            score_eos=spec.score_eos)
+            ids = ids_of(tokenizer, batch, score_eos=spec.score_eos)
+            lengths, scored = list(map(packed_tokens, ids)), list(map(scored_tokens, ids))
             passes = engine.passes(lengths, budget)
             for k, (chosen, counted) in enumerate(passes, start=1):
                 engine.before_backward(module, last=k == len(passes))
@@ -121,7 +121,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                         ranks=engine.ranks, precision=spec.precision, optimizer=spec.optimizer, pack_tokens=tokens,
                         scored=rows, longest=max(lengths[q] for q in chosen), device=device,
                         lora=spec.lora.rank if spec.lora else 0, way=way)):
-                    loss = module([batch[q] for q in chosen], counted, len(batch))
+                    loss = module([ids[q] for q in chosen], counted, len(batch))
                     loss.backward()
                 own += loss.item()
                 del loss  # what its graph holds would else lie beside the next pass's

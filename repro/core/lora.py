@@ -113,22 +113,24 @@ def trained(folder: Path, base: str, spec: TrainSpec, device: str | None = None)
 
 def merged_difference(folder: Path, base: str, tokenizer, spec: TrainSpec, prompts: Sequence[Sequence[str]],
                       responses: Sequence[Sequence], backend: str) -> dict:
-    """How far what `save` left is from what was trained, on pairs as of `matrix_by`: the largest absolute difference
+    """How far what `save` left is from what was trained, on pairs as of `logprob_matrix`: the largest absolute difference
     of their log-probs (summed, in nats) under the merged weights and under `base`, rounded as it was in training, with the
     adapter beside it. Both are read from the files and computed in float32, one after the other; where a GPU has no room
     for that, on the CPU: 4 bytes a parameter of the machine's memory."""
     import torch
 
-    from repro.core.logprobs import matrix_by, settled
+    from repro.core.logprobs import BATCH_TOKENS, matrix_of, settled
     from repro.core.memory import usable_bytes
+    from repro.core.tree import tokenised
+
+    queries = tokenised(tokenizer, prompts, responses, score_eos=spec.score_eos)
 
     def matrix(model):
         need = 5 * sum(p.numel() for p in model.parameters())  # 4 bytes each, and room for the texts
         if torch.cuda.is_available() and need < usable_bytes(torch.device("cuda")):
             model.to("cuda")
         with torch.inference_mode():
-            return matrix_by(settled(model, backend), model, tokenizer, prompts, responses, length_normalize=False,
-                             score_eos=spec.score_eos).cpu()
+            return matrix_of(settled(model, backend), model, queries, length_normalize=False, budget=BATCH_TOKENS).cpu()
 
     model = trained(folder, base, spec, device="cpu").float()
     beside = matrix(model)

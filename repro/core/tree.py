@@ -89,6 +89,30 @@ def pairs_of(tokenizer, prompt: str, responses: Sequence[str | Sequence[int] | S
             sampled(r if isinstance(r, Sampled) else Sampled(tuple(r))) for r in responses]
 
 
+Pairs = list[list[Scored]]  # of a query, [C][R]
+
+
+def tokenised(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str | Sequence[int] | Sampled]], *,
+              score_eos: bool) -> list[Pairs]:
+    """prompts [B][C] and responses [B][R] -> the pairs [C][R] of each of B queries, by `pairs_of`. Raises ValueError for
+    ragged C or R."""
+    C, R = len(prompts[0]), len(responses[0])
+    if len(responses) != len(prompts) or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
+        raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
+    return [[pairs_of(tokenizer, prompt, own, score_eos=score_eos) for prompt in query]
+            for query, own in zip(prompts, responses)]
+
+
+def scored_tokens(pairs: Pairs) -> int:
+    """How many log-probs a query's matrix is summed from."""
+    return sum(len(p.ids) - p.start for group in pairs for p in group)
+
+
+def packed_tokens(pairs: Pairs) -> int:
+    """Tokens that a query takes in a packed sequence."""
+    return sum(map(packed_length, pairs))
+
+
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix."""
     shortest, longest = min(sequences), max(sequences)  # lexicographic extremes differ first

@@ -25,8 +25,8 @@ from pathlib import Path
 from repro.base.records import UserError, dumps, first_line, loads, open_log
 from repro.models import decoding
 from repro.sampling.server import CONCURRENCY
-from repro.servers.client import reason, redact
 from repro.servers.endpoint import Endpoint, shown, wrong_shape
+from repro.servers.words import reason, redact
 
 HOST = "127.0.0.1"
 KEY = "VLLM_API_KEY"       # vLLM's own name for the key that it asks for, where it is told to ask for one

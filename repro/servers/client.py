@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
-from html import unescape
 from urllib.parse import urljoin
 
 from tqdm import tqdm
@@ -21,10 +20,10 @@ from tqdm import tqdm
 from repro.base.records import UserError, dumps, first_line, loads
 from repro.servers.endpoint import PICO, Call, Endpoint, shown, wrong_shape
 from repro.servers.ledger import Ledger
+from repro.servers.words import TITLE, reason, redact, redacted
 
 MAX_BODY = 4 * 2**20   # bytes of one answer
 MAX_ERROR = 2**16      # bytes read of an error's body, as they were sent
-MAX_DEPTH = 50         # objects and lists in one another; Python's parser reads more than its writer writes
 MAX_COUNT = 10**9      # tokens that a server can have counted
 MAX_WAIT = 60.0        # seconds of a Retry-After that are waited; a longer one ends the run
 IN_A_ROW = 8           # calls that fail one after the other before the server counts as down
@@ -38,59 +37,6 @@ class _Failed(Exception):
     def __init__(self, error: str, *, cost: int | None = 0, wait: float | None = None, again=True, fatal=False):
         super().__init__(error)
         self.cost, self.wait, self.again, self.fatal = cost, wait, again, fatal
-
-
-def redact(text: str, key: str) -> str:
-    """The text with every piece of the key (8 characters or more) blacked out: servers echo keys in their errors. A shorter
-    key is no secret, but what servers without one are given ("x", "none"), and may stand in any answer."""
-    hidden = bytearray(len(text))
-    for k in range(len(key) - 7):
-        piece, at = key[k: k + 8], -1
-        while (at := text.find(piece, at + 1)) >= 0:
-            hidden[at: at + 8] = b"\1" * 8
-    return re.sub("\0+", "[key]", "".join("\0" if h else c for c, h in zip(text, hidden))) if any(hidden) else text
-
-
-def _redacted(value, key: str, depth: int = 0):
-    """A JSON value whose texts are redacted: a key that is spelled with escapes is one only after parsing. Raises
-    ValueError for one that could not be kept."""
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    if isinstance(value, dict):
-        return {redact(k, key): _redacted(v, key, depth + 1) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_redacted(v, key, depth + 1) for v in value]
-    return redact(value, key) if isinstance(value, str) else value
-
-
-_TITLE = re.compile(r"<title[^<>]*>([^<]*[^<\s])", flags=re.I)
-_TAG = re.compile(r"<[^<>]*>")
-
-
-def reason(body: str) -> str:
-    """Why a server refuses, out of the body of its error, in one line: OpenAI's {"error": {"message"}}, pydantic's
-    {"detail": [{"loc", "msg"}]}, a page's title, or the text as it is."""
-    try:
-        text = _said(loads(body))
-    except ValueError:
-        text, title = body[:10**5], _TITLE.search(body[:10**5])
-        text = unescape(title[1] if title else _TAG.sub(" ", text) if text.lstrip().startswith("<") else text)
-    return shown((text.strip() or body.strip() or "no reason given").rstrip("."))
-
-
-def _said(value, depth: int = 0) -> str:
-    if isinstance(value, str) or depth > 8:
-        return str(value)
-    if isinstance(value, list):
-        return "; ".join(filter(None, (_said(v, depth + 1) for v in value[:3])))
-    if not isinstance(value, dict):
-        return ""
-    if isinstance(value.get("msg"), str):
-        loc = value.get("loc")
-        return (".".join(map(str, loc)) + ": " if isinstance(loc, list) else "") + value["msg"]
-    parts = (_said(value.get(k), depth + 1) for k in ("error", "message", "detail", "errors", "title"))
-    text, param = next(filter(None, parts), ""), value.get("param")
-    return f"{text} ({param})" if text and isinstance(param, str) and param not in text else text
 
 
 async def _cut_error(response) -> None:
@@ -283,7 +229,7 @@ class Asker:
             raise _Failed(f"no request can be made of this ({shown(redact(first_line(e), key))})", fatal=True) from None
         text = body.decode("utf-8-sig", "replace")
         try:
-            answer = _redacted(loads(text), key)
+            answer = redacted(loads(text), key)
             dumps(answer)  # a number that no JSON holds (1e999) could not be kept
         except (ValueError, RecursionError):
             stream = " but a stream of events, which was not asked for" * bool(re.match(r"\s*(data|event|id|:)", text))
@@ -323,7 +269,7 @@ class Asker:
 
 def _begins(text: str, key: str) -> str:
     """How an answer that is none begins; of a page with a title, that."""
-    if _TITLE.search(text[:10**5]):
+    if TITLE.search(text[:10**5]):
         return repr(redact(reason(text), key))
     return repr(redact(shown(text, 120), key)) if text.strip() else "nothing at all"
 

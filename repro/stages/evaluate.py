@@ -74,15 +74,15 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
     import torch
 
     from repro.core.engines import TrainingPair, matmul_precision, settle, weights_dtype
-    from repro.core.logprobs import matrix_by
-    from repro.core.tree import pairs_of
+    from repro.core.logprobs import BATCH_TOKENS, matrix_of
+    from repro.core.tree import tokenised
 
     spec, items = run.experiment, []
     dtype, eos = weights_dtype(spec.train), spec.train.score_eos
     draws.tell_old(run, rows, evaluation_file(iteration))
     for item, texts, responses in held_out_pairs(run, rows):
-        tokens = [len(p.ids) - p.start for p in pairs_of(run.voice.tokenizer, texts[0], responses, score_eos=eos)]
-        items.append((item, texts, responses, tokens))
+        (ids,) = tokenised(run.voice.tokenizer, [texts], [responses], score_eos=eos)
+        items.append((item, texts, responses, ids))
 
     def score(which: int, select: slice, label: str) -> list[list[list[float]]]:
         if run.ranks > 1:
@@ -95,16 +95,14 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
             with matmul_precision(model, spec.train.precision), tqdm(
                     total=len(items), desc=f"{name} {label}", unit="query") as bar:
                 for k in range(0, len(items), SCORED_AT_ONCE):
-                    part = items[k: k + SCORED_AT_ONCE]
-                    matrices += matrix_by(
-                        way, model, run.voice.tokenizer, [p for _, p, _, _ in part], [r[select] for _, _, r, _ in part],
-                        length_normalize=False, score_eos=eos).tolist()
+                    part = [[group[select] for group in ids] for *_, ids in items[k: k + SCORED_AT_ONCE]]
+                    matrices += matrix_of(way, model, part, length_normalize=False, budget=BATCH_TOKENS).tolist()
                     bar.update(len(part))
             return matrices
 
     own = score(iteration, slice(None), "log-probs")
-    rows = [{"query": item.query.id, "subset": item.subset, "logprobs": m, "tokens": t}
-            for (item, _, _, t), m in zip(items, own)]
+    rows = [{"query": item.query.id, "subset": item.subset, "logprobs": m, "tokens": [len(p.ids) - p.start for p in ids[0]]}
+            for (item, _, _, ids), m in zip(items, own)]
     if "likelihood" in spec.judge.judges:
         initial = own if iteration == 0 else score(0, slice(1), "under the initial model")
         rows = [row | {"initial": [line[0] for line in m]} for row, m in zip(rows, initial)]

@@ -33,19 +33,18 @@ def _heed(asked: list[int]) -> None:
 def work_scores(folder: Path, name: str, engine, on_query: Callable[[int], None]) -> list:
     """This rank's part of the scoring; returns all matrices."""
     from repro.core import engines, loop
-    from repro.core.logprobs import packed_tokens
+    from repro.core.tree import packed_tokens
 
     job, spec, pairs = _job(folder, name)
     tokenizer = load.load_tokenizer(job["model"])
     model = engine.load_model(job["model"], dtype=engines.weights_dtype(spec)).requires_grad_(False)
-    module = engine.prepare(engines.Scorer(model, tokenizer, spec, engine.settle(model, job["backend"])))
-    lengths, _ = packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs],
-                               score_eos=spec.score_eos)
+    module = engine.prepare(engines.Scorer(model, spec, engine.settle(model, job["backend"])))
+    ids = engines.ids_of(tokenizer, pairs, score_eos=spec.score_eos)
     budget = spec.pack_tokens or loop.PACK_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
     found = {}
     with engines.matmul_precision(model, spec.precision):
-        for chosen, counted in engine.passes(lengths, budget):
-            matrices = module([pairs[q] for q in chosen]).tolist()
+        for chosen, counted in engine.passes(list(map(packed_tokens, ids)), budget):
+            matrices = module([ids[q] for q in chosen]).tolist()
             found |= dict(zip(chosen[:counted], matrices))
             on_query(int(sum(n for n, in engine.gather(counted))))
     everything = {q: matrix for part in engine.together(lambda: found) for q, matrix in part.items()}

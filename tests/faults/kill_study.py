@@ -38,7 +38,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # a forked process has
 TESTS, ROOT = Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(ROOT)]
 
-from repro import records  # noqa: E402
+from repro.base import records  # noqa: E402
 from repro.base.records import MARKER, UserError, digest, dumps, loads, read_json, read_jsonl, sealed, write_text  # noqa: E402
 
 RECORD = ROOT / "results/kill_study.json"

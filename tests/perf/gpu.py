@@ -43,11 +43,11 @@ from gpu_errors import CUDA, DEVICE, LLAMA_70B, MISTRAL, SMOLLM2, TINY, build, e
 from step import Ids, texts  # noqa: E402
 
 from kernels import attention, linear_nll, reference  # noqa: E402
-from kernels import modes as head_modes
+from kernels import modes as head_modes  # noqa: E402
 from kernels.infonce import symmetric_infonce  # noqa: E402
 from repro.base.identity import commit  # noqa: E402
 from repro.base.records import read_json, write_json  # noqa: E402
-from repro.core import logprobs  # noqa: E402
+from repro.core import logprobs, tree  # noqa: E402
 from repro.core.memory import Step, training_bytes  # noqa: E402
 from repro.core.shapes import Shape, counted  # noqa: E402
 
@@ -257,13 +257,15 @@ class Case:
         self.model, self.shape, self.tokenizer = model, shape, Ids()
         self.prompts, self.responses = ([texts(rng, C, n, lengths == "ragged", shape.vocab_size) for _ in range(queries)]
                                         for n in (P, L))
-        tokens, scored = logprobs.packed_tokens(self.tokenizer, self.prompts, self.responses, score_eos=False)
+        ids = tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
+        tokens, scored = list(map(tree.packed_tokens, ids)), list(map(tree.scored_tokens, ids))
         self.tokens, self.scored, self.longest = sum(tokens), sum(scored), max(tokens)
 
     def host_ms(self) -> float:
         """What the host does before the GPU begins: token ids, the packed sequence, the attention's index tensors."""
         start = time.perf_counter()
-        logprobs.pack(logprobs._groups(self.tokenizer, self.prompts, self.responses, False)).layout.varlen(torch.device("cpu"))
+        tree.pack([group for ids in tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
+                   for group in ids]).layout.varlen(torch.device("cpu"))
         return (time.perf_counter() - start) * 1e3
 
     def ours(self, attend=None):

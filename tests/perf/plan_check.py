@@ -29,9 +29,9 @@ from repro.base.identity import commit
 from repro.base.records import write_json
 from repro.base.settings import LoraSpec, TrainSpec
 from repro.core import engines, logprobs, loop, lora, memory
-from repro.core.logprobs import packed_tokens
 from repro.core.memory import Step, peak, training_bytes
 from repro.core.shapes import counted
+from repro.core.tree import packed_tokens
 
 TINY = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "max_position_embeddings": 4096}
@@ -97,7 +97,8 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     loop._optimizer = lambda *a: optimizers.append(make(*a)) or optimizers[-1]
     if checkpointing:
         memory.usable_bytes = lambda device: 0
-    tokens = max(packed_tokens(tokenizer, [p.prompts for p in pairs], [p.responses for p in pairs], score_eos=False)[0])
+    ids = engines.ids_of(tokenizer, pairs, score_eos=False)
+    tokens = max(map(packed_tokens, ids))
     spec = replace(spec, pack_tokens=tokens)  # a query a pass, as the step below says
     step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
                 device="cpu", lora=rank, way=backend)
@@ -118,8 +119,7 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
                                             t.shape[-1:] == (vocabulary,) and t.untyped_storage().data_ptr() not in weights
                                             and t.numel() > vocabulary else {}) or keep(t)
     with engines.matmul_precision(model, precision), memory.activation_checkpointing(model, shape, step), saved:
-        logprobs.matrix_by(way, model, tokenizer, [pairs[0].prompts], [pairs[0].responses], length_normalize=True,
-                           score_eos=False)
+        logprobs.matrix_of(way, model, ids[:1], length_normalize=True)
     kept = {k: v for k, v in saved.storages.items() if k not in rows}
 
     phases = training_bytes(shape, replace(step, checkpointing=checkpointing))
