@@ -91,7 +91,8 @@ class Run:
     ranks: int = 1
     """Processes that train (torchrun, FSDP2), one GPU each where there are any; any number gives the same update."""
     nodes: int = 1
-    """Machines that train, with that many processes each; the run names the command for the others (README)."""
+    """Machines that train, with that many processes each; the run names the command for the others
+    (experiments/README.md)."""
     models: Path | None = None
     """A JSON file of {name: folder}: models to put in the place of those that the experiment names (policy, baseline,
     writer), all at once. They keep their folders' names in the records."""
