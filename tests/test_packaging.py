@@ -93,12 +93,24 @@ def tracked(*patterns: str) -> list[str]:
     return subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
 
 
+def named(tree: str) -> list[str]:
+    """The files of a drawn tree, as folder/stem: of a line the words before its #, in the folder that was drawn last."""
+    files, folders = [], {}
+    for line in tree.splitlines():
+        drawn = line.split("#")[0]
+        depth = len(drawn) - len(drawn.lstrip())
+        folders = {at: name for at, name in folders.items() if at < depth}
+        if folder := re.match(r" *(\w+)/", drawn):
+            folders[depth] = folder[1]
+        files += ["/".join([*folders.values(), name]) for name in re.findall(r"\w+(?![\w/])", drawn)]
+    return files
+
+
 def test_the_readme_names_every_source_file_once_and_nothing_else():
     readme = (ROOT / "README.md").read_text()
     tree = readme[readme.index("```\nexperiments/"):].split("```")[1]
-    named = re.findall(r"^ +(\w+) ", tree, flags=re.M)
-    files = [Path(p).stem for top in ("experiments", "repro", "kernels") for p in tracked(f"{top}/*.py")]
-    assert sorted(named) == sorted(f for f in files if f != "__init__")
+    files = [p.removesuffix(".py") for p in tracked("experiments/*.py", "repro/*.py", "kernels/*.py") if not p.endswith("__init__.py")]
+    assert sorted(named(tree)) == sorted(files)
 
 
 @pytest.fixture(scope="module")
