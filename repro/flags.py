@@ -209,7 +209,8 @@ class Judge:
     work: Path = Path("runs/judges")
     """With --admit: where the raw answers go, in a folder of the judge's name."""
     out: Path | None = None
-    """With --admit: where the record goes; by default this project's results/judges, where runs look for it."""
+    """With --admit: where the record goes; by default results/judges (of the checkout; of a wheel, below the current
+    folder), where runs look for it."""
 
 
 @dataclass(frozen=True)
