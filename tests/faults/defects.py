@@ -50,7 +50,7 @@ DEFECTS = [
     ("randomness depends on more than its position", "repro/base/identity.py",
      'return random.Random("/".join(map(str, keys)))', "return random.Random()",
      "tests/test_experiments.py::test_each_iteration_samples_with_the_model_before_it"),
-    ("finished batches are sampled again", "repro/stages/sample.py", "batch_size=spec.batch_size, done=done)", "batch_size=spec.batch_size, done=())",
+    ("finished batches are sampled again", "repro/stages/sample.py", "batch_size=spec.batch_size, done=done, ends", "batch_size=spec.batch_size, done=(), ends",
      "tests/faults/test_faults.py::test_a_finished_batch_is_not_sampled_again"),
     ("a loss that is not finite is trained on", "repro/core/loop.py",
      "if not math.isfinite(total) or not math.isfinite(norm):", "if False:",

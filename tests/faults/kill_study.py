@@ -82,9 +82,9 @@ def watched(tell) -> None:
     from test_variants import answer
 
     from repro.core import checkpoints, engines
-    from repro.sampling import local
+    from repro.sampling import local, writers
     from repro.servers.ledger import Ledger
-    from repro.stages import jobs, sample, write
+    from repro.stages import jobs, sample
     from repro.stages.run import Run
 
     now = {"stage": "prepare", "unit": None, "step": 0}
@@ -119,10 +119,10 @@ def watched(tell) -> None:
         f"batch {now['stage']} {digest(list(prompts))[:12]}"))
     around(sample, "append_jsonl", after=done)
 
-    real_answer = write.LocalWriter.answer
-    write.LocalWriter.answer = lambda self, messages, **how: (  # asked, and not listened to: it writes nothing usable
+    real_answer = writers.LocalWriter.answer
+    writers.LocalWriter.answer = lambda self, messages, **how: (  # asked, and not listened to: it writes nothing usable
         begin(f"answer {digest([messages, how])[:12]}"), real_answer(self, messages, **how), answer(self, messages))[-1]
-    around(write, "append_jsonl", after=done)
+    around(writers, "append_jsonl", after=done)
 
     def request(ledger, call):
         return f"verdict {call.key[:12]} {len(ledger.answers.get(call.key, []))}"

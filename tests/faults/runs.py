@@ -78,8 +78,8 @@ def determinism(work: Path, quick: bool) -> dict:
             bad.append(what)
     # the inverse: without seeds from positions, the comparison must see it
     planted = work / "planted.py"
-    planted.write_text(mine.read_text() + "\nimport random\nimport repro.base.identity, repro.stages.pipeline\n"
-                       "repro.base.identity.rng = lambda *keys: random.Random()\n")
+    planted.write_text(mine.read_text() + "\nimport random\nimport repro.stages.draws\n"
+                       "repro.stages.draws.rng = lambda *keys: random.Random()\n")
     differs = not same(first, whole("planted", planted))
     two = whole("two ranks", extra=("--ranks", "2"))
     a, b = (load_file(f / "checkpoints/iteration-1/model.safetensors") for f in (first, two))
