@@ -260,12 +260,12 @@ def test_a_run_that_fails_before_its_first_stage_leaves_no_folder(capsys, tmp_pa
 def test_a_run_that_was_begun_stays_and_verify_says_that_it_is_not_finished(capsys, tmp_path, tiny, monkeypatch):
     from test_experiments import small
 
-    from repro.stages import pipeline, sample
+    from repro.stages import pipeline
 
     def stopped(run, iteration):
         raise UserError("no more")
 
-    monkeypatch.setattr(sample, "train_iteration", stopped)
+    monkeypatch.setattr(pipeline, "train_iteration", stopped)
     experiment = small(load_experiment("exp1", "mini")[0], tiny)
     with pytest.raises(UserError, match="no more"):
         pipeline.run(experiment, tmp_path, say=lambda line: None)
