@@ -1,6 +1,7 @@
 """The distribution, the import directions, and a README that names every source file."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -224,6 +225,12 @@ def test_make_takes_the_newest_python_that_starts(tmp_path, there, taken):
     else:
         assert done.returncode == 2 and done.stdout == ("make: none of python3.14 python3.13 python3.12 python3.11 python3 is Python 3.11 or newer "
                                                         "with venv and takes torch 2.13.0; pass PYTHON=...\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", tracked("results/*.py"))
+def test_a_script_beside_its_results_finds_what_it_imports(path):
+    spec = importlib.util.spec_from_file_location("script", ROOT / path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 UNSAFE = re.compile(r"\b(?:yaml\.\w*load|pickle|dill|joblib|shelve|marshal|torch\.load|allow_pickle|trust_remote_code(?!=False)|tarfile"

@@ -17,11 +17,11 @@ from repro.core import engines, loop
 from repro.experiment import load_experiment
 from repro.models import load
 from repro.report.figures import COLOURS, pyplot, save_figure, select
-from repro.sampling.writers import write
 from repro.stages import draws
 from repro.stages.evaluate import evaluate
 from repro.stages.folder import checkpoint
 from repro.stages.measure import records
+from repro.stages.pipeline import write
 from repro.stages.run import Run
 from repro.stages.sample import sample, usable_pairs
 
@@ -40,9 +40,9 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
         return
     spec = replace(run.experiment.train, learning_rate=rate, batches=steps)
     pairs = [engines.TrainingPair(
-        query=query.id, responses=tuple(r.strip() for r in responses),
+        query=query.id, responses=tuple(draws.said(run.voice, row) for row in both),
         prompts=tuple(draws.prompt(run.voice, c, query, run.experiment.seed, 1, "train", c.id, sample=False) for c in pair))
-        for query, pair, responses in usable_pairs(run, 1)[0]]
+        for query, pair, both in usable_pairs(run, 1)[0]]
     with run.model(0, "float32") as model:
         trace = loop.train(model, run.voice.tokenizer, pairs, spec, 1, backend=run.record["backend"])
         load.save_model(model, run.voice.tokenizer, run.folder / checkpoint(number))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from repro.base.records import locked, read_json
 from repro.stages.evaluate import evaluate, judge
-from repro.stages.folder import checkpoint, open_run
+from repro.stages.folder import checkpoint
 from repro.stages.measure import measure
 from repro.stages.pipeline import report
-from repro.stages.run import Run
+from repro.stages.run import Run, open_run
 from repro.text.principles import constitutions_of
 
 
