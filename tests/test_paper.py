@@ -17,7 +17,7 @@ from repro.base.records import read_json, read_jsonl, write_json
 from repro.models import load
 from repro.sampling.local import sample_batch
 from repro.servers.endpoint import Endpoint
-from repro.stages import draws, verify
+from repro.stages import draws
 from repro.stages.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,5 +135,5 @@ def test_exp2_and_exp3_paper_with_a_server_that_is_there(name, folder, variants,
     for variant, model in variants.items():
         check(together / variant, iterations, model, started_here=False)
     assert (together / "report.html").is_file()
-    assert verify.verify_run(together) == 0
+    assert cli.verify_run(together) == 0
     verified(together, len(variants), capsys.readouterr().out)
