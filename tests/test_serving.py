@@ -404,7 +404,7 @@ def test_a_server_that_does_not_come_up_or_dies_is_an_error_with_its_last_words(
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_server_does_not_outlive_a_run_that_is_killed(tiny, tmp_path, fake, number):
     code = ("import sys, time; from pathlib import Path; from repro import cli; from repro.sampling import launch\n"
-            "import signal; signal.signal(signal.SIGTERM, cli._terminate)\n"
+            "import signal; signal.signal(signal.SIGTERM, cli._terminate); signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "launch.GRACE_S = 5\n"
             "with launch.served('vllm', sys.argv[1], url=None, dtype='float32', share=1, context=9,"
             " log=Path(sys.argv[2]), say=print):\n    print('up', flush=True); time.sleep(60)\n")
