@@ -45,7 +45,6 @@ def rng(*keys) -> random.Random:
     return random.Random("/".join(map(str, keys)))
 
 
-
 @functools.cache
 def commit() -> str | None:
     """The checkout's commit, "-dirty" where tracked files differ; of an installation from a git address, the one that pip

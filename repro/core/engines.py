@@ -151,6 +151,7 @@ class OneProcess:
         """`save(model)` once, with all trained weights."""
         save(self._objective.model)
 
+
 STEP_TIMEOUT = timedelta(seconds=60)   # of a step's collectives: how far ranks are apart is less than one pass
 OTHER_TIMEOUT = timedelta(minutes=60)  # while rank 0 reads or writes a whole model, the others wait
 

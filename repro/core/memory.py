@@ -21,8 +21,6 @@ from repro.core.shapes import Layer, Shape, counted
 GB = 10**9
 
 
-# ---- bytes
-
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What decides a training step's bytes. `pack_tokens` go together, `scored` of them get a log-prob; `longest`: tokens

@@ -9,6 +9,7 @@ def opened(tokenizer) -> str:
     bos = tokenizer.bos_token or ""
     return bos if bos and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
+
 # What a judge's or a writer's tokenizer reads as a control token is known by its shape alone: it stands behind a server.
 # HTML's commonest tags in lower case are text; the marks that some family shares with HTML (<s>, <mask>, <image>) are not.
 _HTML = ("a|b|i|u|p|br|hr|em|strong|small|sub|sup|ul|ol|li|dl|dt|dd|div|span|pre|code|blockquote|center|font|h[1-6]|table|"

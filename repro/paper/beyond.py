@@ -21,6 +21,7 @@ FIT = ("P(win) = sigmoid(a + b tanh(d / sd(d))) with d = tokens judged - tokens 
 CONSTITUTIONS = {"exp1": 4, "exp2": 4, "exp3": 2}
 MIN_STRATUM = 10
 
+
 def common_rule(cells: list[dict], archive: Archive) -> list[dict]:
     """Every comparison under one rule (ties half): raw, stratified, logistic; ties as losses beside it."""
     out = []

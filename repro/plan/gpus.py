@@ -18,6 +18,7 @@ from repro.models import load
 
 # ---- model shapes
 
+
 def _mistral(**change) -> dict:
     return {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000} | change

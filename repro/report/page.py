@@ -16,8 +16,6 @@ from repro.text.principles import ConstitutionSet, Pool, constitutions_of
 SHOWN_QUERIES = 12
 
 
-# ---- page
-
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }}
 table {{ border-collapse: collapse; margin: 1em 0; width: 100% }}

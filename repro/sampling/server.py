@@ -16,8 +16,6 @@ def check_plain(place: str) -> None:
                         "that does not, or take --sampler vllm or transformers")
 
 
-# ---- prompts and answers
-
 def request(engine: str, tokenizer, text: str, max_tokens: int, ends: Collection[int], stops: Sequence[str] = ()) -> dict:
     """The completion request for a rendered prompt, whose answer any of the tokens `ends` ends. vLLM takes and gives token
     ids, so nothing is tokenised twice and nothing is lost in decoding; it knows the tokenizer's end token alone. Other

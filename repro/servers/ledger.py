@@ -9,7 +9,6 @@ from pathlib import Path
 from repro.base.records import UserError, append_jsonl, read_jsonl
 from repro.servers.endpoint import PICO, Call, wrong_shape
 
-# ---- the ledger
 
 class Ledger:
     """The attempt and outcome lines of one owner (say {"judge": name}) in a JSONL file that may hold other lines.

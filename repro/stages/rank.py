@@ -17,7 +17,6 @@ from repro.base.records import UserError, dumps, first_line, read_json
 from repro.models import load
 from repro.stages.jobs import ATTACHED, _job, work
 
-# ---- in a worker
 
 def _tell(**what) -> None:
     """One line, in one write and short enough to stay whole among those of other ranks."""

@@ -140,6 +140,7 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
                                 "; what was answered stays: run the same command to go on")
     yield todo, [read_answer(spec.engine, run.voice.tokenizer, ledger.answers[calls[i].key][0], ends) for i in todo]
 
+
 MERGE_CHECKED = 4  # held-out queries: in float32 on a CPU, minutes for 7 billion parameters
 
 

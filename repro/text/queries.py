@@ -28,6 +28,7 @@ class Query:
     text: str
     where: str = field(default="", compare=False)
 
+
 KEYS = ("query", "subset", "split", "id")
 ROW = '{"query": "How do I iron a shirt?", "split": "train"}'
 HH = "Anthropic/hh-rlhf"

@@ -23,6 +23,8 @@ def own(text: str) -> str:
         text = text[marks[-1].end():]
     text = text.strip()
     return (text[:-200] + _TOKEN.sub("", text[-200:])).strip()
+
+
 FEWEST_WORDS, MOST_WORDS = 3, 80  # of a principle; the paper's have 10 to 50
 
 
