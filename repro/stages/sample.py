@@ -16,7 +16,8 @@ from repro.base.records import UserError, append_jsonl, digest, read_jsonl, seal
 from repro.core import lora
 from repro.models.decoding import end_tokens
 from repro.sampling import launch
-from repro.sampling.local import Response, sample_responses
+from repro.sampling.local import sample_responses
+from repro.sampling.response import Response, response_of
 from repro.sampling.server import read_answer, request
 from repro.servers.client import Asker
 from repro.servers.endpoint import Call
@@ -26,7 +27,6 @@ from repro.stages import jobs as worker
 from repro.stages.draws import held_out_pairs
 from repro.stages.folder import checkpoint, evaluation_file, training_file
 from repro.stages.run import Run
-from repro.text import seam
 from repro.text.principles import Constitution
 from repro.text.queries import Query
 
@@ -48,7 +48,7 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
         for batch, answers in sampled(run, iteration, texts, rows.copy(), name, partial, key):
             for i, answer in zip(batch, answers):
                 query, constitution = jobs[i]
-                said, more = _kept(run, asked[i], answer)
+                said, more = response_of(run.voice, run.experiment.sampling, asked[i], answer)
                 rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration, **said)) | more
             append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
     ordered = [rows[i] for i in range(len(jobs))]
@@ -57,50 +57,6 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
                 "anew")
     write_jsonl(path, ordered)
     return ordered
-
-
-def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
-    """Of one sample (an `answer` as of `sample_batch` to the prompt and the form's opening) what its row says of the
-    response (`Response`) and beside it: "reasoning" that stood before it in the sample and whether it is "closed", all that
-    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token, the ids of the mark that stood
-    right before it ("lead"), and the "end" that was sampled, where that is not the tokenizer's."""
-    form, tokenizer, speaker = run.voice.form, run.voice.tokenizer, run.voice.speaker
-    spec, more = run.experiment.sampling, {}
-    ids, text, finished, last = answer.get("ids"), answer["text"], answer["finished"], answer.get("end")
-    if speaker.closing:
-        opened = speaker.opened or seam.begins(tokenizer, ids, speaker.opening)
-        ids, reasoning, lead = seam.after(ids, speaker.closing, opened)
-        most = run.response_tokens() - spec.reasoning_tokens
-        if reasoning is not None:
-            closed = bool(lead) and len(reasoning) <= spec.reasoning_tokens
-            more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
-            if not closed:
-                return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
-            more = more | {"lead": lead}
-        ended = next((k for k, i in enumerate(ids) if i in speaker.ends_both), None)  # nothing could stop at it before
-        if ended is not None:
-            ids, finished, last = ids[:ended], True, ids[ended]
-        ids, finished = ids[:most], finished and len(ids) <= most
-        text = seam.text_of(tokenizer, ids)
-    whole = form.opening + text
-    text = form.response(whole)
-    if form.cot:
-        more = more | {"sampled": whole}
-    if text != whole:  # the format ended it
-        finished, last = finished or (form.kind == "plain" and not whole.rstrip().endswith(text)), None
-    start = whole.index(text, whole.index(form.mark) + len(form.mark)) if form.cot and text else 0
-    given = form.opening[start: len(text)]  # the part of the response that the sample was opened with
-    before = seam.in_context(tokenizer, prompt, " " + given) if given else []
-    start, end = (max(0, at - len(form.opening)) for at in (start, start + len(text)))  # in what was sampled
-    if ids is None:  # it came as text
-        space = " " if form.cot and form.kind == "plain" and text else ""
-        ids = seam.in_context(tokenizer, prompt + " " * bool(given) + given, space + text[len(given):])
-    elif text != whole:
-        ids, anew = seam.cut(tokenizer, ids, start, end)
-        more = more | ({"retokenised": True} if anew else {})
-    if finished and last not in (None, tokenizer.eos_token_id):
-        more = more | {"end": last}
-    return {"text": text, "ids": before + ids, "tokens": len(before + ids), "finished": finished}, more
 
 
 def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: str, *_) -> Iterator[tuple]:
