@@ -22,8 +22,7 @@ from repro.sampling.server import read_answer, request
 from repro.servers.client import Asker
 from repro.servers.endpoint import Call
 from repro.servers.ledger import Ledger
-from repro.stages import draws
-from repro.stages import jobs as worker
+from repro.stages import draws, jobs
 from repro.stages.draws import held_out_pairs
 from repro.stages.folder import checkpoint, evaluation_file, training_file
 from repro.stages.run import Run
@@ -31,9 +30,10 @@ from repro.text.principles import Constitution
 from repro.text.queries import Query
 
 
-def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
-    """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. What is already in the partial
-    file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
+def sample_to_file(run: Run, wanted, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
+    """Responses to the prompts `texts` of what is `wanted` (query, constitution) by the model of `iteration`. What is
+    already in the partial file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the
+    response."""
     form, asked = run.voice.form, texts
     texts = [text + " " + form.opening for text in texts] if form.opening else texts
     partial = run.partial(path)
@@ -43,15 +43,15 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
         for _, row in read_jsonl(partial, torn_tail=True, all_checked=True):
             if row.pop("key") == key:
                 rows[row.pop("job")] = row
-    if len(rows) < len(jobs):
+    if len(rows) < len(wanted):
         sampled = _sampled_here if run.experiment.sampling.engine == "transformers" else _sampled_by_server
         for batch, answers in sampled(run, iteration, texts, rows.copy(), name, partial, key):
             for i, answer in zip(batch, answers):
-                query, constitution = jobs[i]
+                query, constitution = wanted[i]
                 said, more = response_of(run.voice, run.experiment.sampling, asked[i], answer)
                 rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration, **said)) | more
             append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
-    ordered = [rows[i] for i in range(len(jobs))]
+    ordered = [rows[i] for i in range(len(wanted))]
     if anew := sum(bool(row.get("retokenised")) for row in ordered):
         run.say(f"{name}: the form cut {anew} of {len(ordered)} responses inside a token; what it left of it is tokenised "
                 "anew")
@@ -106,10 +106,10 @@ def sample(run: Run, iteration: int) -> None:
     inputs = [f"train-{iteration - 1}"] if iteration > 1 else run.written()
     if not run.stage(name, outputs, inputs):
         return
-    jobs = [(query, constitution) for query, pair in run.training_plan(iteration) for constitution in pair]
+    wanted = [(query, constitution) for query, pair in run.training_plan(iteration) for constitution in pair]
     texts = [draws.prompt(run.voice, c, q, run.experiment.seed, iteration, "sample", c.id, sample=True,
-                          reason=run.voice.form.cot) for q, c in jobs]
-    rows = sample_to_file(run, jobs, texts, iteration - 1, run.folder / training_file(iteration), name)
+                          reason=run.voice.form.cot) for q, c in wanted]
+    rows = sample_to_file(run, wanted, texts, iteration - 1, run.folder / training_file(iteration), name)
     run.finish(name, outputs, inputs, responses=len(rows))
 
 
@@ -144,7 +144,7 @@ def train_iteration(run: Run, iteration: int) -> None:
 
     name, inputs, outputs = f"train-{iteration}", [f"sample-{iteration}"], [checkpoint(iteration)]
     if not run.stage(name, outputs, inputs):
-        return worker.clear(run.folder, iteration)
+        return jobs.clear(run.folder, iteration)
     spec, folder = run.experiment, run.folder / checkpoint(iteration)
     kept, dropped = usable_pairs(run, iteration)
     need = spec.train.queries_needed(iteration)
@@ -164,15 +164,15 @@ def train_iteration(run: Run, iteration: int) -> None:
                         + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
                         + (", or, where training has made the responses alike, a lower --learning-rate"
                            if iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done else ""))
-    worker.write_job(run.folder, iteration, model=run.voice.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
+    jobs.write_job(run.folder, iteration, model=run.voice.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:
-        trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
+        trace = jobs.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
     gc.collect()
     merged = {"merged": check_merged(run, iteration)} if spec.train.lora else {}
     seal(folder, digest([run.record["config_hash"], iteration]))
     run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks * run.nodes, **merged)
-    worker.clear(run.folder, iteration)
+    jobs.clear(run.folder, iteration)
 
 
 def check_merged(run: Run, iteration: int) -> dict:
