@@ -1,9 +1,9 @@
-"""Attention over the shared-prefix layout: each tail sees its group's prefix and itself, both causally.
+"""Attention over a packed tree of texts: each token sees the tokens before it in its own text, and no others.
 
-A packed sequence of T tokens is a run of groups [prefix | tail 1 | ... | tail R] (repro/core/tree.py). As segments with
-queries and keys of different lengths and causality aligned at the end (bottom right):
-    1: queries and keys [prefix, tail 1];    j = 2 .. R: queries tail j, keys [prefix, tail j].
-So the queries are the packed tokens in their order, and only keys and values are repeated, (R - 1) prefixes a group.
+Texts that begin alike share what they have in common: a packed sequence of T tokens holds each token of the tree once, as
+branches (repro/core/tree.py). As segments with queries and keys of different lengths and causality aligned at the end
+(bottom right), a branch's queries are its own tokens and its keys the path to it, then its own tokens. So the queries are
+the packed tokens in their order, and only keys and values are repeated, a path for each branch.
 
 A layer may see less than that (a sliding window, chunks): its mask is then a tensor. Scores may be capped (Gemma 2), and a
 head may have a sink (gpt-oss): one more logit in the softmax's normaliser, without a value.
@@ -27,23 +27,28 @@ QUERY_BLOCK = 128  # queries whose scores exist at a time: causality then skips 
 IMPLS = ("blocks", "varlen", "reference")
 
 
+Runs = tuple[tuple[int, int], ...]  # (first token, end) of each
+
+
 @dataclass(frozen=True)
 class Layout:
-    """groups: (tokens of the prefix, tokens of each tail) of each group, in the order of the packed sequence; every
-    group has the same number R >= 1 of tails, no tail is empty."""
+    """branches: (tokens, parent, after) of each, in the order of the packed sequence. A branch goes on from the first
+    `after` tokens of the branch `parent`, which comes before it, and so sees the path to there: 1 <= after <= the parent's
+    tokens. One that begins a text has parent -1 and after 0. None is empty."""
 
-    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    branches: tuple[tuple[int, int, int], ...]
 
     @cached_property
-    def segments(self) -> list[tuple[int, int, int, int]]:
-        """(first query, end, first key of the prefix, its end): keys are that prefix, then the queries' own tokens."""
+    def segments(self) -> list[tuple[int, int, Runs]]:
+        """(first query, end, path) of each branch: keys are the path's tokens, then the queries' own."""
         segments, at = [], 0
-        for prefix, tails in self.groups:
-            begin, at = at, at + prefix + tails[0]
-            segments.append((begin, at, begin, begin))
-            for tail in tails[1:]:
-                segments.append((at, at + tail, begin, begin + prefix))
-                at += tail
+        for tokens, parent, after in self.branches:
+            path: Runs = ()
+            if parent >= 0:
+                begin, _, path = segments[parent]
+                path = (*path, (begin, begin + after))
+            segments.append((at, at + tokens, path))
+            at += tokens
         return segments
 
     @property
@@ -53,8 +58,9 @@ class Layout:
     def mask(self, device=None) -> Tensor:
         """bool [T, T], True where query (row) sees key: the definition, for the reference."""
         mask = torch.zeros(self.tokens, self.tokens, dtype=torch.bool, device=device)
-        for begin, end, first, last in self.segments:
-            mask[begin:end, first:last] = True
+        for begin, end, path in self.segments:
+            for first, last in path:
+                mask[begin:end, first:last] = True
             mask[begin:end, begin:end] = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).tril()
         return mask
 
@@ -67,33 +73,37 @@ class Layout:
 
 
 class Varlen:
-    """Segments as index tensors: `gather` [Tk] takes packed keys to repeated ones; back again, `own` [T] is where a
-    token is a key of its own segment and `copies` [R - 1, sum P] where the prefix tokens `prefix` were repeated."""
+    """Segments as index tensors: `gather` [Tk] takes packed keys to repeated ones; back again, `own` [T] is where a token
+    is a key of its own segment, and `repeated` lists, for each number n of copies, the tokens [m] that stand in n paths
+    of others, and where [n, m]."""
 
     def __init__(self, layout: Layout, device):
-        gather, own, prefix, copies = [], [], [], [[] for _ in layout.groups[0][1][1:]]
+        gather, own, copies = [], [], [[] for _ in range(layout.tokens)]
         cu_q, cu_k = [0], [0]
-        for k, (begin, end, first, last) in enumerate(layout.segments):
-            own.extend(range(len(gather) + last - first, len(gather) + last - first + end - begin))
-            if last > first:
-                copy = k % (len(copies) + 1)
-                copies[copy - 1].extend(range(len(gather), len(gather) + last - first))
-                if copy == 1:
-                    prefix.extend(range(first, last))
-            gather.extend([*range(first, last), *range(begin, end)])
+        for begin, end, path in layout.segments:
+            for first, last in path:
+                for token in range(first, last):
+                    copies[token].append(len(gather))
+                    gather.append(token)
+            own.extend(range(len(gather), len(gather) + end - begin))
+            gather.extend(range(begin, end))
             cu_q.append(end)
             cu_k.append(len(gather))
         self.max_q = max(b - a for a, b in zip(cu_q, cu_q[1:]))
         self.max_k = max(b - a for a, b in zip(cu_k, cu_k[1:]))
-        self.gather, self.own, self.prefix, self.copies = (
-            torch.tensor(x, dtype=torch.long, device=device) for x in (gather, own, prefix, copies))
+        self.gather, self.own = (torch.tensor(x, dtype=torch.long, device=device) for x in (gather, own))
         self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (cu_q, cu_k))
+        self.repeated = []
+        for n in sorted({len(found) for found in copies} - {0}):
+            tokens = [token for token, found in enumerate(copies) if len(found) == n]
+            self.repeated.append((torch.tensor(tokens, device=device),
+                                  torch.tensor([copies[token] for token in tokens], device=device).T))
 
     def ungather(self, grad: Tensor) -> Tensor:
         """[Tk, ...] -> [T, ...], a repeated token's gradients summed in float32, in a fixed order, without atomics."""
         total = grad[self.own].float()
-        if self.prefix.numel():
-            total[self.prefix] += grad[self.copies].float().sum(0)
+        for tokens, copies in self.repeated:
+            total[tokens] += grad[copies].float().sum(0)
         return total.to(grad.dtype)
 
 
@@ -131,14 +141,14 @@ def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, layout: L
 # ---- blocks: matrix products and a softmax for one block of queries at a time
 
 
-def _blocks(layout: Layout) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:
-    """Segments cut into at most QUERY_BLOCK queries a..b: (a, b, their keys as two runs of tokens); the last b - a keys
-    are the queries' own tokens."""
-    for begin, end, first, last in layout.segments:
+def _blocks(layout: Layout) -> Iterator[tuple[int, int, Runs]]:
+    """Segments cut into at most QUERY_BLOCK queries a..b: (a, b, their keys as runs of tokens); the last b - a keys are the
+    queries' own tokens."""
+    for begin, end, path in layout.segments:
         pieces = -(-(end - begin) // QUERY_BLOCK)
         cuts = [begin + (end - begin) * k // pieces for k in range(pieces + 1)]
         for a, b in zip(cuts, cuts[1:]):
-            yield a, b, (first, last, begin, b)
+            yield a, b, (*path, (begin, b))
 
 
 class _Blocks(torch.autograd.Function):
@@ -201,15 +211,14 @@ def _unrows(x: Tensor, queries: int) -> Tensor:
     return x.view(-1, queries, x.shape[2]).transpose(0, 1)
 
 
-def _keys(x: Tensor, keys: tuple[int, int, int, int]) -> Tensor:
-    first, last, begin, end = keys
-    return x[:, begin:end] if first == last else torch.cat((x[:, first:last], x[:, begin:end]), 1)
+def _keys(x: Tensor, keys: Runs) -> Tensor:
+    parts = [x[:, first:last] for first, last in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _add_keys(total: Tensor, part: Tensor, keys: tuple[int, int, int, int]) -> None:
-    first, last, begin, end = keys
-    total[:, first:last] += part[:, : last - first]
-    total[:, begin:end] += part[:, last - first:]
+def _add_keys(total: Tensor, part: Tensor, keys: Runs) -> None:
+    for (first, last), own in zip(keys, part.split([last - first for first, last in keys], 1)):
+        total[:, first:last] += own
 
 
 def _later(like: Tensor) -> Tensor:
@@ -217,12 +226,11 @@ def _later(like: Tensor) -> Tensor:
     return torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=like.device).triu_(1)
 
 
-def _hidden(hidden: Tensor | None, later: Tensor, a: int, b: int, keys: tuple[int, int, int, int]) -> Tensor:
+def _hidden(hidden: Tensor | None, later: Tensor, a: int, b: int, keys: Runs) -> Tensor:
     """bool [b - a, n], True where queries a..b do not see the last n keys: their own tokens, or, of a mask, all keys."""
     if hidden is None:
         return later[: b - a, : b - a]
-    first, last, begin, end = keys
-    seen = torch.cat((hidden[a:b, first:last], hidden[a:b, begin:end]), 1)
+    seen = torch.cat([hidden[a:b, first:last] for first, last in keys], 1)
     seen[:, -(b - a):] |= later[: b - a, : b - a]
     return seen
 

@@ -4,13 +4,18 @@ import sys
 
 import pytest
 import torch
+from layouts import drawn, grouped
 
 from kernels import attention, interfaces
 from kernels.attention import Layout, Varlen, shared_prefix_attention
 
-LAYOUTS = {
+LAYOUTS = {name: grouped(groups) for name, groups in {
     "one group": ((5, (3, 4)),), "ragged": ((7, (1, 6, 2)), (1, (3, 1, 1)), (12, (9, 2, 5))), "one tail": ((4, (3,)), (2, (1,))),
-    "no prefix": ((0, (2, 3)), (3, (1, 1))), "all alone": ((0, (1, 1)),), "longer than a block": ((40, (30, 17)), (3, (33, 1)))}
+    "no prefix": ((0, (2, 3)), (3, (1, 1))), "all alone": ((0, (1, 1)),), "longer than a block": ((40, (30, 17)), (3, (33, 1)))}.items()}
+LAYOUTS |= {"a chain of forks": Layout(((9, -1, 0), (4, 0, 5), (3, 1, 2), (2, 2, 1), (1, 3, 2))),
+            "a text goes on where another ends": Layout(((3, -1, 0), (2, 0, 3), (4, 0, 3), (1, 1, 2))),
+            "many leaves of a node": Layout(((6, -1, 0), *[(k % 3 + 1, 0, 4) for k in range(7)], (3, 0, 1))),
+            "drawn": drawn(1, 12), "drawn, with more texts": drawn(8, 20, 30)}
 
 
 def inputs(layout: Layout, H=4, K=2, d=8, dtype=torch.float64):
@@ -27,16 +32,15 @@ def outcome(layout, tensors, upstream, impl, scale=0.4):
 
 def test_the_mask_is_the_layouts_definition():
     """By hand: prefix a b, tails c d and e."""
-    assert Layout(((2, (2, 1)),)).mask().int().tolist() == [
+    assert grouped(((2, (2, 1)),)).mask().int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
 
 
-@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
 @pytest.mark.parametrize("block", [1, 13, 128])
-def test_blocks_equal_the_reference(groups, heads, block, monkeypatch):
+def test_blocks_equal_the_reference(layout, heads, block, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    layout = Layout(groups)
     tensors, upstream = inputs(layout, *heads)
     for ours, truth in zip(outcome(layout, tensors, upstream, "blocks"), outcome(layout, tensors, upstream, "reference")):
         torch.testing.assert_close(ours, truth, atol=1e-12, rtol=1e-10)
@@ -44,7 +48,7 @@ def test_blocks_equal_the_reference(groups, heads, block, monkeypatch):
 
 @pytest.mark.parametrize("size", [1.0, 6.0])  # at 6 the largest scores are near 100: all weight on one key
 def test_blocks_in_float32_err_at_most_twice_as_much_as_the_reference(size):
-    layout = Layout(((70, (20, 11)), (31, (40, 3))))
+    layout = grouped(((70, (20, 11)), (31, (40, 3))))
     tensors, upstream = inputs(layout, d=16)
     tensors = [(x * size).detach().requires_grad_() for x in tensors]
     truth = outcome(layout, tensors, upstream, "reference")
@@ -54,21 +58,25 @@ def test_blocks_in_float32_err_at_most_twice_as_much_as_the_reference(size):
         assert (a - t).norm() <= 2 * (b - t).norm() + 1e-7 * t.norm()
 
 
+def places(layout: Layout) -> torch.Tensor:
+    """[T], each token's place in its own text."""
+    return layout.mask().sum(1) - 1
+
+
 def window(layout: Layout, width: int) -> torch.Tensor:
     """bool [T, T]: keys fewer than `width` places before the query, in the text that both are of."""
-    places = torch.cat([torch.cat([torch.arange(p), *(torch.arange(p, p + t) for t in tails)]) for p, tails in layout.groups])
-    return places[:, None] - places[None] < width
+    return places(layout)[:, None] - places(layout)[None] < width
 
 
-@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
 @pytest.mark.parametrize("block", [1, 13, 128])
 @pytest.mark.parametrize("width, softcap, sink, e", [(3, None, False, 8), (None, 1.5, False, 8), (None, None, True, 8),
                                                      (None, None, False, 5), (4, 0.7, True, 11)])
-def test_windows_caps_sinks_and_values_of_another_size(groups, heads, block, width, softcap, sink, e, monkeypatch):
+def test_windows_caps_sinks_and_values_of_another_size(layout, heads, block, width, softcap, sink, e, monkeypatch):
     """Outputs and gradients, the sinks' too, against autograd through the eager truth."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    layout, (H, K) = Layout(groups), heads
+    H, K = heads
     (q, k, _), _ = inputs(layout, H, K)
     generator = torch.Generator().manual_seed(layout.tokens + e)
     v = torch.randn(K, layout.tokens, e, generator=generator, dtype=torch.float64).requires_grad_()
@@ -89,14 +97,14 @@ def test_the_eager_truth_of_caps_and_sinks_by_hand():
     """One head, two tokens: scores 0 and 2 capped at 1 are 0 and tanh 2; a sink of log 3 takes 3 of the weight."""
     q, k = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [2.0]]])
     v = torch.tensor([[[1.0], [5.0]]])
-    out = shared_prefix_attention(q, k, v, Layout(((1, (1,)),)), scale=1.0, softcap=1.0, sinks=torch.tensor([3.0]).log(),
+    out = shared_prefix_attention(q, k, v, grouped(((1, (1,)),)), scale=1.0, softcap=1.0, sinks=torch.tensor([3.0]).log(),
                                   impl="reference")
     second = torch.tensor(2.0).tanh().exp()
     assert out.flatten().tolist() == pytest.approx([1 / 4, ((1 + 5 * second) / (4 + second)).item()])
 
 
 def test_blocks_are_the_same_twice_and_keep_only_the_inputs_and_the_output():
-    layout = Layout(LAYOUTS["longer than a block"])
+    layout = LAYOUTS["longer than a block"]
     tensors, upstream = inputs(layout, dtype=torch.float32)
     for a, b in zip(*(outcome(layout, tensors, upstream, "blocks") for _ in range(2))):
         assert torch.equal(a, b)
@@ -107,7 +115,7 @@ def test_blocks_are_the_same_twice_and_keep_only_the_inputs_and_the_output():
 
 
 def test_sixteen_bit_inputs_are_multiplied_in_float32():
-    layout = Layout(LAYOUTS["ragged"])
+    layout = LAYOUTS["ragged"]
     tensors, upstream = inputs(layout, dtype=torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in tensors]
     for ours, truth in zip(outcome(layout, tensors, upstream, "blocks"), outcome(layout, wide, upstream.float(), "blocks")):
@@ -130,11 +138,10 @@ def plain_varlen(q, k, v, index, scale):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
-def test_varlen_segments_equal_the_reference(groups, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_varlen_segments_equal_the_reference(layout, monkeypatch):
     """Outputs, and gradients summed over the prefix's copies."""
     monkeypatch.setattr(attention, "varlen_kernel", lambda: plain_varlen)
-    layout = Layout(groups)
     tensors, upstream = inputs(layout)
     ours = outcome(layout, tensors, upstream, "varlen")
     for a, truth in zip(ours, outcome(layout, tensors, upstream, "reference")):
@@ -143,7 +150,7 @@ def test_varlen_segments_equal_the_reference(groups, monkeypatch):
 
 def test_copies_are_summed_in_float32():
     """-256 + (256 + 1) is 1; a bfloat16 sum of the copies would make it 0."""
-    layout = Layout(((1, (1, 1, 1)),))
+    layout = grouped(((1, (1, 1, 1)),))
     grad = torch.tensor([-256.0, 0, 256, 0, 1, 0]).bfloat16().view(-1, 1, 1)  # prefix and tail of each segment
     assert Varlen(layout, "cpu").ungather(grad).flatten().tolist() == [1, 0, 0, 0]
 
@@ -166,7 +173,7 @@ def test_torchs_varlen_function_is_called_as_its_version_takes_it(newer, heads, 
 
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend if newer else older)
-    layout = Layout(((5, (3, 4)),))
+    layout = grouped(((5, (3, 4)),))
     varlen = layout.varlen(torch.device("cpu"))
     tensors, upstream = inputs(layout, *heads)
     for a, truth in zip(outcome(layout, tensors, upstream, "varlen"), outcome(layout, tensors, upstream, "reference")):
@@ -188,7 +195,7 @@ def test_the_varlen_backward_runs_in_torchs_deterministic_mode_and_leaves_it(mon
             return grad
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda: lambda q, *rest: plain_varlen(Noted.apply(q), *rest))
-    layout = Layout(((5, (3, 4)),))
+    layout = grouped(((5, (3, 4)),))
     tensors, upstream = inputs(layout)
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     outcome(layout, tensors, upstream, "varlen")
@@ -200,14 +207,14 @@ def test_the_varlen_backward_runs_in_torchs_deterministic_mode_and_leaves_it(mon
 
 
 def test_what_does_not_fit_is_refused():
-    (q, k, v), _ = inputs(Layout(((5, (3, 4)),)))
+    (q, k, v), _ = inputs(grouped(((5, (3, 4)),)))
     with pytest.raises(ValueError, match="do not fit"):
-        shared_prefix_attention(q, k, v, Layout(((5, (3, 3)),)), scale=1.0)
+        shared_prefix_attention(q, k, v, grouped(((5, (3, 3)),)), scale=1.0)
     with pytest.raises(ValueError, match="do not fit"):
-        shared_prefix_attention(q[:3], k, v, Layout(((5, (3, 4)),)), scale=1.0)
+        shared_prefix_attention(q[:3], k, v, grouped(((5, (3, 4)),)), scale=1.0)
     with pytest.raises(ValueError, match="impl: allowed are"):
-        shared_prefix_attention(q, k, v, Layout(((5, (3, 4)),)), scale=1.0, impl="flash")
-    layout = Layout(((5, (3, 4)),))
+        shared_prefix_attention(q, k, v, grouped(((5, (3, 4)),)), scale=1.0, impl="flash")
+    layout = grouped(((5, (3, 4)),))
     attend = interfaces.attention_interface(None)
     with interfaces.packed(layout, torch.arange(12)):
         for batch, options in ((2, {}), (1, {"dropout": 0.1})):

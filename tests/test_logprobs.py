@@ -126,15 +126,6 @@ def test_score_eos_and_length_normalize_each_change_the_result(tiny, backend):
     torch.testing.assert_close(sums / counts, base)
 
 
-def test_what_is_shared_ends_before_what_is_scored():
-    from repro.core.tree import Scored, packed_length, shared_length
-
-    same_start = [Scored([1, 2, 3, 7, 8], 3), Scored([1, 2, 3, 7, 9], 3)]
-    assert shared_length(same_start) == 3  # not 4: the common first response token is scored once per response
-    retokenised = [Scored([1, 2, 3, 8], 3), Scored([1, 2, 5, 9], 3)]
-    assert shared_length(retokenised) == 2 and packed_length(retokenised) == 2 + 2 + 2
-
-
 def test_identical_responses_give_equal_columns(tiny):
     model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     with torch.no_grad():
@@ -286,7 +277,7 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
     from test_linear_nll import Largest
     from torch.utils.flop_counter import FlopCounterMode
 
-    from repro.core.tree import packed_length, shared_length, tokenize_pair
+    from repro.core.tree import common_prefix, packed_tokens, tokenize_pair
 
     model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     config = model.config
@@ -309,11 +300,11 @@ def test_the_head_runs_on_scored_tokens_only_and_flops_equal_the_formula(tiny):
                 values.sum().backward()
         return counter.get_total_flops()
 
-    T, D, heads, kv = packed_length(one), config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    T, D, heads, kv = packed_tokens([one]), config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = D // heads
     linear = D * (heads + 2 * kv) * head_dim + heads * head_dim * D + 3 * D * config.intermediate_size
-    shared = shared_length(one)
-    first, second = (len(pair.ids) for pair in one)  # under QUERY_BLOCK: [prefix, tail 1] square, tail 2 by its keys
+    shared = common_prefix([pair.ids for pair in one])
+    first, second = (len(pair.ids) for pair in one)  # under QUERY_BLOCK: the first text square, of the other what it does not share by its keys
     attention = (first * first + (second - shared) * second) * heads * head_dim  # one product of scores' size
     head = sum(len(p.ids) - p.start for p in one) * D * config.vocab_size
     assert flops(backward=False) == 2 * (config.num_hidden_layers * (T * linear + 2 * attention) + head)
@@ -340,11 +331,11 @@ def test_a_prompt_and_responses_that_tokenise_differently_together():
     backend = Tokenizer(bpe.BPE(vocab={t: k for k, t in enumerate(tokens)}, merges=[("s", "s"), ("ss", "s")]))
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>")
-    from repro.core.tree import shared_length, tokenize_pair
+    from repro.core.tree import common_prefix, tokenize_pair
 
     prompts, responses = [["bless", "kiss"]], [["sing", "a_song"]]
     pairs = [tokenize_pair(tokenizer, "bless", r, score_eos=False) for r in responses[0]]
-    assert [len(p.ids) - p.start for p in pairs] == [3, 6] and shared_length(pairs) == 3  # b l e | sss ing, b l e | ss a ...
+    assert [len(p.ids) - p.start for p in pairs] == [3, 6] and common_prefix([p.ids for p in pairs]) == 3  # b l e | sss ing, b l e | ss a ...
     model = tiny_family("llama")
     model.resize_token_embeddings(len(tokens))
     model.double()

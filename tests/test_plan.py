@@ -176,17 +176,17 @@ def test_published_shapes():
     assert MISTRAL.adapters(16) == 41_943_040  # as peft counts for all linear layers of mistral-7b
 
 
-@pytest.mark.parametrize("C, R, shared, total, head", [
-    (2, 2, False, 117.5, 2.14), (2, 2, True, 64.8, .25), (4, 4, False, 470, 8.56), (4, 4, True, 157.5, 1.01)])
-def test_flops_of_mistral_by_hand(C, R, shared, total, head):
+@pytest.mark.parametrize("C, R, common, total, head", [
+    (2, 2, None, 117.5, 2.14), (2, 2, 0, 64.8, .25), (4, 4, None, 470, 8.56), (4, 4, 0, 157.5, 1.01), (4, 4, 600, 81.3, 1.01)])
+def test_flops_of_mistral_by_hand(C, R, common, total, head):
     """TFLOP of a query's matrix with backward, prompts of 600 and responses of 80 tokens."""
-    layers, rows = matrix_flops(MISTRAL, C, R, 600, 80, shared=shared, training=True)
+    layers, rows = matrix_flops(MISTRAL, C, R, 600, 80, common, training=True)
     assert (layers + rows) / 1e12 == pytest.approx(total, rel=.001) and rows / 1e12 == pytest.approx(head, rel=.01)
 
 
-@pytest.mark.parametrize("backend", ["shared", "reference"])
+@pytest.mark.parametrize("common", [None, 0, 16])
 @pytest.mark.parametrize("family", ["Llama", "Mixtral"])
-def test_flops_are_those_counted(family, backend):
+def test_flops_are_those_counted(family, common):
     """Within 4 %: the kernel takes whole blocks of the attention's triangle and computes scores again."""
     from step import Ids
 
@@ -197,12 +197,13 @@ def test_flops_are_those_counted(family, backend):
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     P, L = 24, 8
-    prompts = [[" " + " ".join(str(10 + k + c) for k in range(P)) for c in range(3)]]
+    backend = "reference" if common is None else "shared"
+    prompts = [[" " + " ".join(str(10 + k + c * (k >= (common or 0))) for k in range(P)) for c in range(3)]]
     responses = [[" " + " ".join(str(100 + 9 * k + r) for k in range(L)) for r in range(2)]]
     engines.settle(model, backend)  # tried once
     with FlopCounterMode(display=False) as counter:
         logprob_matrix(model, Ids(), prompts, responses, length_normalize=True, score_eos=False, backend=backend).sum().backward()
-    expected = matrix_flops(counted(model), 3, 2, P, L, shared=backend == "shared", training=True)
+    expected = matrix_flops(counted(model), 3, 2, P, L, common, training=True)
     assert sum(expected) == pytest.approx(counter.get_total_flops(), rel=.04)
 
 
@@ -388,8 +389,8 @@ def test_a_pack_holds_a_step_at_most():
     small = dataclasses.replace(mini, train=dataclasses.replace(mini.train, pack_tokens=None, batch_size=4))
     for gpus in (1, 2, 3, 8):
         texts = texts_of(small)
-        longest, step = 2 * (texts.prompt[1] + 2 * texts.response[1]), first_step(small, texts, gpus)
-        assert 4 * longest < loop.PACK_TOKENS["cuda"] and step.pack_tokens == -(-4 // gpus) * longest
+        longest, step = 2 * (texts.prompt[1] + 2 * texts.response[1]) - texts.common[1], first_step(small, texts, gpus)
+        assert texts.common[1] > 40 and 4 * longest < loop.PACK_TOKENS["cuda"] and step.pack_tokens == -(-4 // gpus) * longest
         assert step.scored == -(-4 // gpus) * 4 * texts.response[1] and step.longest == longest
     assert first_step(paper, texts_of(paper), 8).pack_tokens == loop.PACK_TOKENS["cuda"]  # 128 queries a step
     step = first_step(small, texts_of(small), 1)
@@ -413,8 +414,8 @@ def test_a_family_on_the_reference_path_is_planned_as_it_runs(tmp_path):
     queries = sum(spec.train.queries_needed(k) for k in range(1, spec.iterations + 1))
     P, L = one.texts.prompt[0], one.texts.response[0]
     assert one.stages[2].tokens == queries * 4 * (P + L) and "times" not in one.stages[2].note
-    shared = dataclasses.replace(one.step, way="shared")
-    assert one.step.computed > shared.computed
+    shared = plan(dataclasses.replace(spec, train=dataclasses.replace(spec.train, dropout="off")), GPUS["a100"], 1, config=path)
+    assert one.step.longest == 4 * (one.texts.prompt[1] + one.texts.response[1]) > shared.step.longest
     logits = training_bytes(one.shape, one.step)["head"]["head: scored rows"]
     assert logits == 4 * one.step.scored * 151936
     text = "\n".join(page.page(one))

@@ -2,7 +2,7 @@
 
 1. prompts[b][c] and responses[b][r] -> token ids of prompt + response (core/tree.py): texts tokenised jointly; in a run
    the ids that were sampled.
-2. "shared": each prompt is computed once for its R responses, many queries in one packed sequence without padding
+2. "shared": what several pairs begin with is computed once, many queries in one packed sequence without padding
    (kernels/attention.py); the head runs only where a response token is predicted (kernels/linear_nll.py).
    "reference": C x R sequences in full, one at a time, logits for every token, the oracle.
 3. log-softmax in float32, summed or averaged over each response's tokens -> [B, C, R] float32.
@@ -26,7 +26,7 @@ from kernels.interfaces import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
 from repro.base.records import first_line
 from repro.core import probe
-from repro.core.tree import Pairs, Scored, pack, packed_length, tokenised
+from repro.core.tree import Pairs, Scored, pack, packed_tokens, tokenised
 from repro.models.load import dropouts, steady_length
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
@@ -75,18 +75,29 @@ def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
 
 def matrix_of(way: str, model, queries: Sequence[Pairs], *, length_normalize: bool, budget: int | None = None) -> Tensor:
     """`logprob_matrix` of tokenised queries (`core.tree.tokenised`), in one of WAYS, whose being right for the model is
-    settled. `budget`: tokens in one forward, at least one group's; None: all in one, as where a backward follows."""
+    settled. `budget`: tokens in one forward, at least those of one query, or of one constitution where a query has more;
+    None: all in one, as where a backward follows."""
     groups = [group for pairs in queries for group in pairs]
     steady, longest = steady_length(model.config), max(len(p.ids) for g in groups for p in g)
     if steady is not None and longest > steady:
         raise ValueError(f"a pair of {longest} tokens: RoPE of this model's kind looks at the longest text of a batch from "
                          f"{steady + 1} tokens on")
-    parts = [slice(None)] if budget is None else slices([packed_length(group) for group in groups], budget)
-    totals = torch.cat([score(way, model, groups[part]) for part in parts]).view(len(queries), len(queries[0]), -1)
+    parts = [groups] if budget is None else _parts(queries, budget)
+    totals = torch.cat([score(way, model, part) for part in parts]).view(len(queries), len(queries[0]), -1)
     if not length_normalize:
         return totals
     counts = [len(p.ids) - p.start for g in groups for p in g]
     return totals / totals.new_tensor(counts).view_as(totals)
+
+
+def _parts(queries: Sequence[Pairs], budget: int) -> list[Pairs]:
+    """What goes together in one forward, in order: a function of the queries and their order alone, since what a number's
+    last bit is depends on what is computed beside it."""
+    pieces = []
+    for pairs in queries:
+        size = packed_tokens(pairs)
+        pieces += [(pairs, size)] if size <= budget else [([group], packed_tokens([group])) for group in pairs]
+    return [[group for piece, _ in pieces[part] for group in piece] for part in slices([n for _, n in pieces], budget)]
 
 
 def slices(lengths: list[int], budget: int) -> list[slice]:
@@ -128,7 +139,7 @@ def score(way: str, model, groups: list[list[Scored]]) -> Tensor:
     if way == "reference":
         return torch.stack([_score_alone(model, pair) for group in groups for pair in group])
     attach(model)
-    pack_ = pack(groups)
+    pack_ = pack([pair for group in groups for pair in group])
     ids, positions, source, target, offsets = (t.to(model.device) for t in (
         pack_.ids, pack_.positions, pack_.source, pack_.target, pack_.offsets))
     # transformers takes a batch of one without a mask for several texts, split where positions start again; a mask of ones

@@ -18,7 +18,7 @@ from repro.base.records import UserError, digest
 from repro.base.settings import TrainSpec
 from repro.core.engines import Objective, OneProcess, TrainingPair, ids_of, matmul_precision
 from repro.core.memory import Step, activation_checkpointing, known_shape
-from repro.core.tree import packed_tokens, scored_tokens
+from repro.core.tree import packed_tokens, scored_tokens, whole_tokens
 
 # The authors clipped at norm 1 after dividing each micro-batch's loss by its 16 accumulation steps, of which only the
 # last counted: in units of the mean over its queries, the limit is 16.
@@ -101,6 +101,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
     clip = AS_RUN_CLIP if spec.dose == "as_run" and spec.max_grad_norm is None else spec.max_grad_norm
     device = "cuda" if model.device.type == "cuda" else "cpu"
     budget = spec.pack_tokens or PACK_TOKENS[device]
+    computed = whole_tokens if way == "reference" else packed_tokens
     trace = steps.restore(engine, module, optimizer) if steps else []
     start = sum(update.queries for update in plan[: len(trace)])
     if start:
@@ -112,11 +113,11 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
             optimizer.zero_grad(set_to_none=True)
             own, done = 0.0, 0
             ids = ids_of(tokenizer, batch, score_eos=spec.score_eos)
-            lengths, scored = list(map(packed_tokens, ids)), list(map(scored_tokens, ids))
+            lengths, scored = list(map(computed, ids)), list(map(scored_tokens, ids))
             passes = engine.passes(lengths, budget)
             for k, (chosen, counted) in enumerate(passes, start=1):
                 engine.before_backward(module, last=k == len(passes))
-                tokens, rows = (sum(counts[q] for q in chosen) for counts in (lengths, scored))
+                tokens, rows = computed(*(ids[q] for q in chosen)), sum(scored[q] for q in chosen)
                 with dropout(spec, model, iteration, step, k), activation_checkpointing(model, shape, Step(
                         ranks=engine.ranks, precision=spec.precision, optimizer=spec.optimizer, pack_tokens=tokens,
                         scored=rows, longest=max(lengths[q] for q in chosen), device=device,

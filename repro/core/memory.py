@@ -23,10 +23,11 @@ GB = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What decides a training step's bytes. `pack_tokens` go together, `scored` of them get a log-prob; `longest`: tokens
-    of the longest query, which is never cut. `lora`: the adapters' rank, 0 for all weights. `queries`: of a step, on all
-    ranks together (0: not known), more than which no pack holds. `way`: of computing log-probs (core/logprobs.py): by the
-    reference path, which is for one rank, each of a query's 2 x 2 pairs in full, and logits for all tokens."""
+    """What decides a training step's bytes. `pack_tokens` are computed together, `scored` log-probs are made of them;
+    `longest`: tokens of the longest query, which is never cut. `lora`: the adapters' rank, 0 for all weights. `queries`: of
+    a step, on all ranks together (0: not known), more than which no pack holds. `way`: of computing log-probs
+    (core/logprobs.py): by the reference path, which is for one rank, each of a query's 2 x 2 pairs in full, and logits for
+    all tokens; else the tree of the pack's texts."""
 
     ranks: int
     precision: str
@@ -61,14 +62,9 @@ class Step:
         return 2 if self.precision == "bf16" else 4
 
     @property
-    def computed(self) -> int:
-        """Tokens that go through the layers: by the reference path each prompt twice."""
-        return 2 * (self.pack_tokens - self.scored) + self.scored if self.reference else self.pack_tokens
-
-    @property
     def pair(self) -> int:
-        """Tokens of the longest prompt with one response."""
-        return math.ceil(self.longest * (1 / 2 - self.scored / self.pack_tokens / 4))
+        """Tokens of the longest prompt with one response, by the reference path."""
+        return math.ceil(self.longest / 4)
 
     def on(self, ranks: int) -> "Step":
         """On so many ranks: a pack holds at most a rank's share of a step's queries."""
@@ -138,7 +134,7 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
         layer = max(trained // shape.num_hidden_layers, shape.layer)
         sums = 4 * trained if 4 * trained <= free / 2 else 8 * layer
 
-    tokens, rows_scored = step.computed, step.computed if step.reference else step.scored
+    tokens, rows_scored = step.pack_tokens, step.pack_tokens if step.reference else step.scored
     pair = step.pair if step.reference else 0
     activations = activation_bytes(shape, tokens, item, pair)
     one_layer = largest_activations(shape, pair or tokens, item, pair)

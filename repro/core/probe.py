@@ -70,8 +70,8 @@ class Found:
 
 def _texts(config, rows: int, longest: int) -> tuple[list[list[Scored]], list[int], list[int]]:
     """Token ids, the same ones for the same config: 2 prompts x 2 responses as groups, and one more where `longest`
-    is longer than these; and a text of 12 tokens with another end from the eighth on. No control token is among
-    them."""
+    is longer than these; prompts share their first three tokens, the responses to one their first. And a text of 12 tokens
+    with another end from the eighth on. No control token is among them."""
     text = config.get_text_config()
     apart = {value for name, value in {**config.to_dict(), **text.to_dict()}.items()
              if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
@@ -81,10 +81,10 @@ def _texts(config, rows: int, longest: int) -> tuple[list[list[Scored]], list[in
     def draw(count: int) -> list[int]:
         return [ids[k] for k in torch.randint(len(ids), (count,), generator=generator).tolist()]
 
-    groups = []
+    groups, header = [], draw(3)
     for prompt in (7, 12, *[longest - 6] * (longest > 18)):
-        shown = draw(prompt)
-        groups.append([Scored(shown + draw(length), prompt) for length in (4, 6)])
+        shown = header + draw(prompt - 3) + draw(1)
+        groups.append([Scored(shown + draw(length), prompt) for length in (3, 5)])
     text = draw(12)
     return groups, text, text[:8] + draw(4)
 

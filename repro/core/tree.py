@@ -1,19 +1,21 @@
-"""Token ids of C x R pairs -> one packed sequence that computes each shared prefix once.
+"""Token ids of C x R pairs -> one packed sequence that computes each token of their tree once.
 
 1. pair (c, r) of a query -> ids of prompt + response, and the position where scoring starts. A response is the token ids
    that were sampled, which follow the prompt's (`Sampled`: with what stood between the two); or a text, tokenised jointly
    with the prompt.
-2. The R sequences of one constitution share their longest common prefix of token ids (at most the tokens before the
-   first scored one): what is *shared* is found on ids, what is *scored* is kept apart from it.
-3. One group per (query, constitution), [prefix | tail 1 | ... | tail R], group after group in one sequence without
-   padding. Each tail sees its group's prefix and itself; its positions continue the prefix's. The token that predicts a
-   tail's first token is the prefix's last one.
+2. The sequences of all pairs that are packed together form a tree: what several of them begin with is computed once,
+   whatever it is (the system text of all queries, a query under all its constitutions, the first tokens of responses).
+   What is *shared* is found on ids, what is *scored* is kept apart from it.
+3. The tree in one sequence without padding, as branches (kernels/attention.py): the first text whole, then of each other
+   one what it does not share, from the place where it leaves. Positions are those in a text of its own. The token that
+   predicts a scored one may predict several, one of each text that goes on from it.
 
 Axes: T tokens of the packed sequence, S scored tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,9 +43,8 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Packed:
-    """Groups in one packed sequence. `source` and `target` point at each scored token: the position whose hidden state
-    predicts it, and its id; those of one pair stand together, pairs in the order of their groups, and `offsets` has where
-    each pair begins."""
+    """Pairs in one packed sequence. `source` and `target` point at each scored token: the position whose hidden state
+    predicts it, and its id; those of one pair stand together, pairs in their order, and `offsets` has where each begins."""
 
     ids: Tensor        # [T] int64
     positions: Tensor  # [T] int64
@@ -108,9 +109,15 @@ def scored_tokens(pairs: Pairs) -> int:
     return sum(len(p.ids) - p.start for group in pairs for p in group)
 
 
-def packed_tokens(pairs: Pairs) -> int:
-    """Tokens that a query takes in a packed sequence."""
-    return sum(map(packed_length, pairs))
+def packed_tokens(*queries: Pairs) -> int:
+    """Tokens that queries take in one packed sequence: those of the tree."""
+    texts = sorted(pair.ids for pairs in queries for group in pairs for pair in group)
+    return len(texts[0]) + sum(len(b) - common_prefix((a, b)) for a, b in zip(texts, texts[1:]))
+
+
+def whole_tokens(*queries: Pairs) -> int:
+    """Tokens of all their sequences, each counted in full: what the reference path computes."""
+    return sum(len(pair.ids) for pairs in queries for group in pairs for pair in group)
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -119,33 +126,40 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return next((k for k, (a, b) in enumerate(zip(shortest, longest)) if a != b), min(len(shortest), len(longest)))
 
 
-def shared_length(pairs: Sequence[Scored]) -> int:
-    """Tokens computed once for these pairs: common to all, and before the first scored token of each."""
-    return min(common_prefix([p.ids for p in pairs]), min(p.start for p in pairs))
-
-
-def packed_length(pairs: Sequence[Scored]) -> int:
-    """Tokens that these pairs take in a packed sequence."""
-    shared = shared_length(pairs)
-    return shared + sum(len(p.ids) - shared for p in pairs)
-
-
-def pack(groups: Sequence[Sequence[Scored]]) -> Packed:
-    """groups: lists of pairs that share a prompt, the same number of pairs in each."""
-    ids, positions, layout, source, target, offsets = [], [], [], [], [], [0]
-    for group in groups:
-        shared, origin = shared_length(group), len(ids)
-        ids += group[0].ids[:shared]
-        positions += range(shared)
-        for scored in group:
-            begin = len(ids)
-            ids += scored.ids[shared:]
-            positions += range(shared, len(scored.ids))
-            for k in range(scored.start, len(scored.ids)):
-                # token k - 1 of the sequence predicts token k; it lies in the tail, or is the prefix's last token
-                source.append(begin + k - 1 - shared if k > shared else origin + shared - 1)
-                target.append(scored.ids[k])
-            offsets.append(len(target))
-        layout.append((shared, tuple(len(p.ids) - shared for p in group)))
+def pack(pairs: Sequence[Scored]) -> Packed:
+    """The tree of these pairs' sequences. Branches stand in the order in which their texts do, a text's own tokens as near
+    to it as they can: which texts there are, and their order, decides every number's place, and nothing else does."""
+    texts = [pair.ids for pair in pairs]
+    ids, positions, branches = [], [], []
+    places: list[list[int]] = [[] for _ in texts]  # of each text's tokens, in the packed sequence
+    # What is still to do: texts that share their first `depth` tokens and go on with the same one; which branch they
+    # leave, and how deep in their text that branch begins.
+    todo = [(group, 0, -1, 0) for group in reversed(_forks(texts, range(len(texts)), 0))]
+    while todo:
+        group, depth, parent, start = todo.pop()
+        branch, begin, first = len(branches), len(ids), depth
+        while group:  # along the first of them to its end
+            until = common_prefix([texts[i] for i in group])
+            ids += texts[group[0]][depth:until]
+            for i in group:
+                places[i] += range(begin + depth - first, begin + until - first)
+            depth = until
+            forks = _forks(texts, group, depth)
+            group, others = (forks[0], forks[1:]) if forks else ([], [])
+            todo += [(other, depth, branch, first) for other in reversed(others)]
+        positions += range(first, depth)
+        branches.append((depth - first, parent, first - start if parent >= 0 else 0))
+    source = [place[k - 1] for place, pair in zip(places, pairs) for k in range(pair.start, len(pair.ids))]
+    target = [token for pair in pairs for token in pair.ids[pair.start:]]
+    offsets = [0, *accumulate(len(pair.ids) - pair.start for pair in pairs)]
     ids, positions, source, target, offsets = map(torch.tensor, (ids, positions, source, target, offsets))
-    return Packed(ids, positions, Layout(tuple(layout)), source, target, offsets)
+    return Packed(ids, positions, Layout(tuple(branches)), source, target, offsets)
+
+
+def _forks(texts: Sequence[Sequence[int]], group: Sequence[int], depth: int) -> list[list[int]]:
+    """The texts of a group that have a token at `depth`, by that token, in the order in which they stand."""
+    forks: dict[int, list[int]] = {}
+    for i in group:
+        if depth < len(texts[i]):
+            forks.setdefault(texts[i][depth], []).append(i)
+    return list(forks.values())

@@ -20,6 +20,7 @@ from repro.plan.gpus import (
     MOST_GPUS,
     PUBLISHED,
     matrix_flops,
+    matrix_tokens,
     sampling_flops,
     server_options,
     settle,
@@ -39,12 +40,12 @@ def first_step(spec: Experiment, texts: Texts, gpus: int, lora: int = 0, way: st
     of a step's queries at most."""
     from repro.core.loop import PACK_TOKENS
 
-    (_, P), (_, L) = texts.prompt, texts.response
-    longest = 2 * (P + 2 * L)
+    common = None if way == "reference" else texts.common[1]
+    longest = math.ceil(matrix_tokens(2, 2, texts.prompt[1], texts.response[1], common))
     queries = max(u.queries for k in range(1, spec.iterations + 1) for u in spec.train.updates(k))
     tokens = max(spec.train.pack_tokens or PACK_TOKENS["cuda"], longest)
     return Step(ranks=gpus, precision=spec.train.precision, optimizer=spec.train.optimizer, pack_tokens=tokens,
-                scored=round(tokens * 4 * L / longest), longest=longest, lora=lora, queries=queries,
+                scored=round(tokens * 4 * texts.response[1] / longest), longest=longest, lora=lora, queries=queries,
                 way=way).on(gpus)
 
 
@@ -200,8 +201,8 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
 
     item = step.item
     rounded = item == 4 and step.precision == "fp32_master"
-    tokens = max(step.pack_tokens, texts.C * (texts.prompt[1] + texts.C * texts.response[1])) if gpus > 1 else max(
-        BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
+    query = math.ceil(matrix_tokens(texts.C, texts.C, texts.prompt[1], texts.response[1], texts.common[1]))
+    tokens = max(step.pack_tokens, query) if gpus > 1 else max(BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
     if step.reference:
         tokens = texts.prompt[1] + texts.response[1]
     rows = tokens if step.reference else texts.C * texts.response[1]
@@ -217,11 +218,11 @@ def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: flo
            fits: bool) -> Stage:
     """On many GPUs each pack gathers all layers once, beside the products: the slower of the two counts."""
     C, n, P, L = texts.C, spec.iterations, texts.prompt[0], texts.response[0]
-    own = matrix_flops(shape, C, C, P, L, shared=not step.reference, training=False)
-    first = matrix_flops(shape, C, 1, P, L, shared=not step.reference, training=False)
+    common = None if step.reference else texts.common[0]
+    own, first = (matrix_flops(shape, C, R, P, L, common, training=False) for R in (C, 1))
     again = n if "likelihood" in spec.judge.judges else 0  # under the initial model
     layers, head = (texts.items * ((n + 1) * a + again * b) for a, b in zip(own, first))
-    tokens = texts.items * ((n + 1) * C * (C * (P + L) if step.reference else P + C * L) + again * C * (P + L))
+    tokens = texts.items * ((n + 1) * matrix_tokens(C, C, P, L, common) + again * matrix_tokens(C, 1, P, L, common))
     took = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, gpus, layers, head)
     gathered = (4 if step.precision == "fp32" else 2) * (shape.parameters - shape.root) * (gpus - 1) / gpus
     took = max(took, math.ceil(tokens / gpus / step.pack_tokens) * gathered / (gpu.link * 1e9))
@@ -242,9 +243,11 @@ def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: f
     gradients at most once, beside the products: the slower of the two counts."""
     P, L = texts.prompt[0], texts.response[0]
     queries = sum(spec.train.queries_needed(k) for k in range(1, spec.iterations + 1))
-    layers, head = (queries * f for f in matrix_flops(shape, 2, 2, P, L, shared=not step.reference, training=True))
-    reference = queries * sum(matrix_flops(shape, 2, 2, P, L, shared=False, training=True))
-    tokens = queries * (4 * (P + L) if step.reference else 2 * (P + 2 * L))
+    common = None if step.reference else texts.common[0]
+    layers, head = (queries * f for f in matrix_flops(shape, 2, 2, P, L, common, training=True))
+    reference = queries * sum(matrix_flops(shape, 2, 2, P, L, None, training=True))
+    each = matrix_tokens(2, 2, P, L, common)
+    tokens = queries * each
     note = f"{queries:,} queries; by the reference path" + (
         "" if step.reference else f" {reference / (layers + head):.2f} times the FLOPs")
     if not fits:
@@ -255,7 +258,7 @@ def training(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: f
         layers += layers / (2 if step.lora else 3)
     precision = "bf16" if step.item == 2 else step.precision
     computing = seconds(gpu, precision, fraction, step.ranks, layers, head)
-    packs = sum(math.ceil(u.queries / step.ranks / max(1, step.pack_tokens // (2 * (P + 2 * L))))
+    packs = sum(math.ceil(u.queries / step.ranks / max(1, step.pack_tokens // each))
                 for k in range(1, spec.iterations + 1) for u in spec.train.updates(k))
     moved = packs * (2 * (4 if precision == "fp32" else 2) + 4) * (shape.parameters - shape.root)
     sending = moved * (step.ranks - 1) / step.ranks / (gpu.link * 1e9)

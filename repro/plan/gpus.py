@@ -189,13 +189,23 @@ def server_options(shape: Shape, memory: float, tokens: int) -> list[tuple[int, 
 
 # ---- FLOPs
 
-def matrix_flops(shape: Shape, C: int, R: int, P: float, L: float, *, shared: bool, training: bool) -> tuple[float, float]:
+def matrix_tokens(C: int, R: int, P: float, L: float, common: float | None) -> float:
+    """Tokens of a C x R log-prob matrix: of the tree whose C prompts of P tokens begin with `common` tokens; None: of every
+    pair in full."""
+    return C * R * (P + L) if common is None else common + C * (P - common) + C * R * L
+
+
+def matrix_flops(shape: Shape, C: int, R: int, P: float, L: float, common: float | None, *,
+                 training: bool) -> tuple[float, float]:
     """FLOPs of a C x R log-prob matrix: (of the layers, of the head). Products alone: 2 a weight and token forward, 6 with
-    the backward; attention 4 H d a pair of tokens forward, 12 with it. `shared`: each prompt once, head rows where a
-    response token is predicted; else every pair in full."""
-    tokens = C * (P + R * L) if shared else C * R * (P + L)
-    rows = C * R * L if shared else tokens
-    pairs = C * (P * P / 2 + R * (L * P + L * L / 2)) if shared else C * R * (P + L) ** 2 / 2
+    the backward; attention 4 H d a pair of tokens forward, 12 with it. Of the tree (`matrix_tokens`), with head rows where
+    a response token is predicted; or of every pair in full."""
+    tokens = matrix_tokens(C, R, P, L, common)
+    if common is None:
+        rows, pairs = tokens, C * R * (P + L) ** 2 / 2
+    else:
+        rows, own = C * R * L, P - common
+        pairs = common**2 / 2 + C * (own * common + own**2 / 2) + C * R * (L * P + L * L / 2)
     heads = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
     times = 3 if training else 1
     return times * (2 * shape.active * tokens + 4 * heads * pairs), times * 2 * shape.hidden_size * shape.vocab_size * rows

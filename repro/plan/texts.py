@@ -1,5 +1,6 @@
 """An experiment's settings and texts -> how many queries and tokens there are."""
 
+import os
 import statistics
 from dataclasses import dataclass
 
@@ -19,10 +20,12 @@ RESPONSES = {"exp1_dialogue": 155, "exp2_tldr": 85, "exp3_diverse": 214, "exp3_d
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens, estimated: (mean, longest) of a training prompt, a prompt that asks for a sample, and a response; of a query
-    and of a response for the judge; and how many held-out items there are, under how many constitutions each."""
+    """Tokens, estimated: (mean, longest) of a training prompt, of what a query's prompts begin with under all
+    constitutions, of a prompt that asks for a sample, and of a response; of a query and of a response for the judge; and
+    how many held-out items there are, under how many constitutions each."""
 
     prompt: tuple[float, int]
+    common: tuple[float, int]
     asking: tuple[float, int]
     response: tuple[float, int]
     reasoning: int
@@ -69,8 +72,12 @@ def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
         found = [count_tokens(form.render(_Spelled(), c.statements(), "", **how)) for c in every]
         return round(statistics.mean(found) + query), max(found) + longest
 
+    mark = "\0"
+    begin = os.path.commonprefix([form.render(_Spelled(), c.statements(), mark, sample=False) for c in every])
+    fixed, own = count_tokens(begin.replace(mark, "")), mark in begin
     most = spec.sampling.max_new_tokens
     mean = response_tokens or RESPONSES.get(spec.name + "_cot" * bool(spec.cot), RESPONSES.get(spec.name, most))
-    return Texts(prompt=frames(sample=False), asking=frames(sample=True, reason=form.cot),
+    return Texts(prompt=frames(sample=False), common=(fixed + own * query, fixed + own * longest),
+                 asking=frames(sample=True, reason=form.cot),
                  response=(min(mean, most), most), query=query, items=items, C=C,
                  reasoning=spec.sampling.reasoning_tokens if spec.cot or spec.sampling.reasoning else 0)

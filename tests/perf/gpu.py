@@ -259,13 +259,16 @@ class Case:
                                         for n in (P, L))
         ids = tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
         tokens, scored = list(map(tree.packed_tokens, ids)), list(map(tree.scored_tokens, ids))
-        self.tokens, self.scored, self.longest = sum(tokens), sum(scored), max(tokens)
+        self.tokens, self.scored, self.longest = tree.packed_tokens(*ids), sum(scored), max(tokens)
+
+    def packed(self) -> tree.Packed:
+        return tree.pack([pair for ids in tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
+                          for group in ids for pair in group])
 
     def host_ms(self) -> float:
         """What the host does before the GPU begins: token ids, the packed sequence, the attention's index tensors."""
         start = time.perf_counter()
-        tree.pack([group for ids in tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
-                   for group in ids]).layout.varlen(torch.device("cpu"))
+        self.packed().layout.varlen(torch.device("cpu"))
         return (time.perf_counter() - start) * 1e3
 
     def ours(self, attend=None):
@@ -311,12 +314,8 @@ class Case:
         return runs
 
     def flops(self) -> int:
-        """That the case needs: each prompt once, only response tokens scored, nothing computed twice."""
-        s, pairs = self.shape, 0
-        for prompts, responses in zip(self.prompts, self.responses):
-            R = [len(r.split()) for r in responses]
-            for P in (len(p.split()) for p in prompts):
-                pairs += P * (P + 1) // 2 + sum(L * P + L * (L + 1) // 2 for L in R)
+        """That the case needs: each beginning once, only response tokens scored, nothing computed twice."""
+        s, pairs = self.shape, int((self.packed().positions + 1).sum())
         heads = s.num_hidden_layers * s.num_attention_heads * s.head_dim
         return 6 * s.active * self.tokens + 12 * heads * pairs + 6 * s.hidden_size * s.vocab_size * self.scored
 

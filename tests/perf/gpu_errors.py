@@ -10,6 +10,7 @@ import random
 import sys
 
 import torch
+from layouts import drawn, grouped
 from step import Ids, texts
 
 from kernels import attention, linear_nll, reference
@@ -122,11 +123,12 @@ def loss_errors(tiny: bool):
 
 
 def attention_errors(tiny: bool):
-    layouts = {"ragged": ((7, (1, 6, 2)), (1, (3, 1, 1)), (12, (9, 2, 5))), "no prefix": ((0, (5, 3)), (3, (1, 1)))}
+    layouts = {"ragged": grouped(((7, (1, 6, 2)), (1, (3, 1, 1)), (12, (9, 2, 5)))), "no prefix": grouped(((0, (5, 3)), (3, (1, 1)))),
+               "a tree": drawn(8, 20)}
     if not tiny:
-        layouts |= {"P 600, L 80": ((600, (80, 80)),) * 2, "long and ragged": ((613, (97, 1, 40, 130)), (255, (64, 65, 2, 9)))}
-    for name, groups in layouts.items():
-        layout = attention.Layout(groups)
+        layouts |= {"P 600, L 80": grouped(((600, (80, 80)),) * 2), "long tree": drawn(8, 20, 150),
+                    "long and ragged": grouped(((613, (97, 1, 40, 130)), (255, (64, 65, 2, 9))))}
+    for name, layout in layouts.items():
         for H, K, d in ((4, 2, 16),) if tiny else ((32, 8, 128), (9, 3, 64)):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 g = seeded(d)

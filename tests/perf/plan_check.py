@@ -31,7 +31,7 @@ from repro.base.settings import LoraSpec, TrainSpec
 from repro.core import engines, logprobs, loop, lora, memory
 from repro.core.memory import Step, peak, training_bytes
 from repro.core.shapes import counted
-from repro.core.tree import packed_tokens
+from repro.core.tree import packed_tokens, whole_tokens
 
 TINY = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "max_position_embeddings": 4096}
@@ -98,7 +98,7 @@ def measure(name: str, precision: str, optimizer: str, checkpointing: bool, prom
     if checkpointing:
         memory.usable_bytes = lambda device: 0
     ids = engines.ids_of(tokenizer, pairs, score_eos=False)
-    tokens = max(map(packed_tokens, ids))
+    tokens = max(map(whole_tokens if backend == "reference" else packed_tokens, ids))
     spec = replace(spec, pack_tokens=tokens)  # a query a pass, as the step below says
     step = Step(ranks=1, precision=precision, optimizer=optimizer, pack_tokens=tokens, scored=4 * response, longest=tokens,
                 device="cpu", lora=rank, way=backend)

@@ -1,0 +1,111 @@
+"""The tree of a pack's texts: each token once, wherever texts fork; log-probs and gradients against one text at a time."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from test_logprobs import FAMILIES, tiny_family
+
+from repro.core import logprobs, tree
+from repro.core.tree import Scored, pack, packed_tokens, whole_tokens
+
+
+def texts_of(seed: int, kinds: int = 3, most: int = 12, count: int = 14) -> list[Scored]:
+    """Texts over few tokens: they fork anywhere, some are equal, some are the beginning of another."""
+    draw = random.Random(seed)
+    ids = [[draw.randrange(1, 1 + kinds) for _ in range(draw.randint(2, most))] for _ in range(count)]
+    return [Scored(text, draw.randint(1, len(text) - 1)) for text in ids]
+
+
+CASES = {f"drawn {seed}": texts_of(seed, kinds) for seed, kinds in itertools.product(range(4), (1, 2, 3))} | {
+    "nothing shared": [Scored([k, 9, 8 + k], 1) for k in range(1, 6)],
+    "all shared": [Scored([1, 2, 3, 4], 2)] * 5,
+    "another place where scoring starts": [Scored([1, 2, 3, 4], 1), Scored([1, 2, 3, 4], 3), Scored([1, 2, 3], 2)],
+    "the same text, and more": [Scored([1, 2], 1), Scored([1, 2, 3], 1), Scored([1, 2, 3, 4], 1), Scored([1, 2, 5], 2)],
+    "the longest first": [Scored([1, 2, 3, 4], 1), Scored([1, 2], 1), Scored([1, 2, 3, 5], 3)]}
+
+
+@pytest.mark.parametrize("pairs", CASES.values(), ids=CASES)
+def test_each_beginning_is_one_token_and_sees_its_own(pairs):
+    """By another way of counting: the set of all beginnings of all texts."""
+    packed = pack(pairs)
+    beginnings = {tuple(p.ids[:k]) for p in pairs for k in range(1, len(p.ids) + 1)}
+    sees = packed.layout.mask()
+    seen = [tuple(packed.ids[sees[t]].tolist()) for t in range(len(packed.ids))]  # a text's tokens stand in their order
+    assert set(seen) == beginnings and len(seen) == len(beginnings) == packed.layout.tokens == packed_tokens([pairs])
+    assert packed.positions.tolist() == [len(path) - 1 for path in seen]
+    offsets = packed.offsets.tolist()
+    for pair, a, b in zip(pairs, offsets, offsets[1:]):
+        assert [seen[t] for t in packed.source[a:b].tolist()] == [tuple(pair.ids[:k]) for k in range(pair.start, len(pair.ids))]
+        assert packed.target[a:b].tolist() == pair.ids[pair.start:]
+    assert whole_tokens([pairs]) == sum(len(p.ids) for p in pairs) >= packed_tokens([pairs])
+
+
+def test_the_first_text_stands_whole_and_others_near_to_where_they_leave_it():
+    """By hand: a query's prompts "1 2 3" and "1 2 4" with responses "7 8", "7 9", and one under another header."""
+    packed = pack([Scored([1, 2, 3, 7, 8], 3), Scored([1, 2, 3, 7, 9], 3), Scored([1, 2, 4, 7, 8], 3), Scored([1, 2, 4, 7, 9], 3),
+                   Scored([5, 6], 1)])
+    assert packed.ids.tolist() == [1, 2, 3, 7, 8, 9, 4, 7, 8, 9, 5, 6]
+    assert packed.layout.branches == ((5, -1, 0), (1, 0, 4), (3, 0, 2), (1, 2, 2), (2, -1, 0))
+    assert packed.source.tolist() == [2, 3, 2, 3, 6, 7, 6, 7, 10]  # the response's first token: scored once for each text
+
+
+def test_two_levels_are_laid_out_as_they_were():
+    """[prefix | tail 1 | ... | tail R], group after group."""
+    groups = [([1, 2, 3], [[4, 5], [6], [7, 8, 9]]), ([2, 2], [[1], [3, 3], [4]])]
+    packed = pack([Scored(prefix + tail, len(prefix)) for prefix, tails in groups for tail in tails])
+    assert packed.ids.tolist() == [token for prefix, tails in groups for token in prefix + sum(tails, [])]
+    assert packed.layout.branches == ((5, -1, 0), (1, 0, 3), (3, 0, 3), (3, -1, 0), (2, 3, 2), (1, 3, 2))
+
+
+@pytest.mark.parametrize("count", [40, 3000])
+def test_texts_that_fork_at_every_token(count):
+    """No recursion, and no more work than the texts are long."""
+    texts = [[1] * k + [2] for k in range(1, count, max(1, count // 60))]
+    packed = pack([Scored(text, 1) for text in texts])
+    assert packed.layout.tokens == len({tuple(t[:k]) for t in texts for k in range(1, len(t) + 1)})
+
+
+# ---- the matrix
+
+
+def queries(vocabulary: int, shape: str, seed: int = 0) -> list[tree.Pairs]:
+    """3 queries of 2 x 3 pairs: header, query, constitution, response; of a depth of four and more."""
+    draw = random.Random(seed)
+
+    def some(n):
+        return [draw.randrange(5, vocabulary) for _ in range(n)]
+
+    header, found = some(4), []
+    for _ in range(3):
+        query, begin = some(draw.randint(2, 5)), some(2)
+        prompts = [header + query + some(draw.randint(1, 4)) for _ in range(2)]
+        responses = [begin + some(3), begin + some(1), some(2)]
+        if shape == "nothing shared":
+            found.append([[Scored(some(n) + some(3), n) for n in (3, 5, 4)] for _ in prompts])
+        elif shape == "all shared":
+            found.append([[Scored(prompts[0] + responses[0], len(prompts[0]))] * 3] * 2)
+        else:
+            found.append([[Scored(p + r, len(p)) for r in responses] for p in prompts])
+    return found
+
+
+@pytest.mark.parametrize("shape", ["forks everywhere", "nothing shared", "all shared"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_every_family_are_those_of_one_text_at_a_time(family, shape):
+    """In float64, but for the norms and routers that families round to float32; random upstream weights."""
+    model = tiny_family(family).double()
+    way, parts = logprobs.settled(model, "shared"), queries(259, shape)
+    weights = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def outcome(way):
+        model.zero_grad()
+        found = logprobs.matrix_of(way, model, parts, length_normalize=True)
+        (found * weights).sum().backward()
+        return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    (ours, own), (truth, theirs) = outcome(way), outcome("reference")
+    assert (ours - truth).abs().max() <= 1e-6 * truth.abs().max()
+    for name, grad in theirs.items():
+        assert (own[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-12, name
