@@ -63,7 +63,7 @@ def test_the_gpu_script_measures_and_tables_every_case(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--rounds", "2"])
     assert gpu.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert ": 80 of 80 right; " in lines[-1]
+    assert ": 85 of 85 right; " in lines[-1]
     head, *cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in [lines[0], *lines[2:-1]]]
     assert {c[0].split(":")[0] for c in cells} == {"head", "loss", "step"} and {len(c) for c in cells} == {len(head)}
     assert [c[1] for c in cells if c[0].startswith("step: tiny, ragged lengths, C=R=4")] == [

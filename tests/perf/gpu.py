@@ -37,6 +37,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+sys.path.append(str(Path(__file__).parents[1]))  # of the tests' own modules
+
 from bench import gpu_table, installed  # noqa: E402
 from bench_cases import alternatives, with_logits_to_keep  # noqa: E402
 from gpu_errors import CUDA, DEVICE, LLAMA_70B, MISTRAL, SMOLLM2, TINY, build, errors, leaf, seeded  # noqa: E402
@@ -381,7 +383,6 @@ def row(what: str, case: str, found: dict, flops: dict, rate: float) -> dict:
 
 def without_cuda():
     """The tests' varlen kernel in the place of CUDA's."""
-    sys.path.append(str(ROOT / "tests"))
     from test_attention import plain_varlen
 
     return mock.patch.object(attention, "varlen_kernel", lambda: plain_varlen)
