@@ -52,6 +52,7 @@ class Packed:
     source: Tensor     # [S] int64
     target: Tensor     # [S] int64
     offsets: Tensor    # [pairs + 1] int64
+    places: list[list[int]]  # of each pair, where its tokens stand
 
 
 def tokenize_pair(tokenizer, prompt: str, response: str, *, score_eos: bool) -> Scored:
@@ -153,7 +154,7 @@ def pack(pairs: Sequence[Scored]) -> Packed:
     target = [token for pair in pairs for token in pair.ids[pair.start:]]
     offsets = [0, *accumulate(len(pair.ids) - pair.start for pair in pairs)]
     ids, positions, source, target, offsets = map(torch.tensor, (ids, positions, source, target, offsets))
-    return Packed(ids, positions, Layout(tuple(branches)), source, target, offsets)
+    return Packed(ids, positions, Layout(tuple(branches)), source, target, offsets, places)
 
 
 def _forks(texts: Sequence[Sequence[int]], group: Sequence[int], depth: int) -> list[list[int]]:
