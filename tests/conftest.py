@@ -1,7 +1,9 @@
 """A tiny random model with a byte-level tokenizer, made here: the tests need no download."""
 
+import gc
 import os
 import shutil
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: a second thread only waits; children inherit it
@@ -53,6 +55,34 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def spare_the_collector(known=[0]) -> None:  # noqa: B006
+    """A run collects garbage whenever it lets a model go, here once in a tenth of a second of work: what was imported since
+    the last call, some million objects that stay, is no longer walked through each time. What a test makes still is."""
+    if len(sys.modules) != known[0]:
+        gc.collect()
+        gc.freeze()
+        known[0] = len(sys.modules)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    spare_the_collector()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    spare_the_collector()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk():
+    """No test here can see whether bytes have left the page cache: those of durability record the calls and cut what no fsync
+    confirmed. A child process waits as always."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: os.fstat(fd) and None)  # EBADF as always
+        yield
 
 
 def pytest_collection_modifyitems(items) -> None:
