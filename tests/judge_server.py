@@ -132,6 +132,7 @@ class TextServer(JudgeServer):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # 5 by default: of 8 connections at once some are dropped, and the kernel tries again after 1 s
 
     def handle_error(self, request, client_address):
         """A client that was killed is no news."""
