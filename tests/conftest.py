@@ -1,5 +1,6 @@
 """A tiny random model with a byte-level tokenizer, made here: the tests need no download."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -82,6 +83,22 @@ def no_wait_for_the_disk():
     confirmed. A child process waits as always."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: os.fstat(fd) and None)  # EBADF as always
+        yield
+
+
+@contextlib.contextmanager
+def unrendered():
+    """Figures are drawn and not rendered, which is a third of a tiny run: for runs at whose pictures nobody looks."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"not rendered"))
+        yield
+
+
+@pytest.fixture(name="unrendered")
+def _unrendered():
+    with unrendered():
         yield
 
 
