@@ -151,7 +151,8 @@ def test_words_of_a_command_line(line, given):
     (["run", "exp1", "--price", "None", "1"], "--price: 'None 1'; must be 2 numbers"),
     (["run", "exp1", "--model"], "--model: expected one argument; see repro run --help"),
     (["plan", "exp1", "--gpu-memory", "80GB"], "--gpu-memory: '80GB'; must be a number")])
-def test_a_mistake_is_one_line(argv, said, capsys):
+def test_a_mistake_is_one_line(argv, said, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "COMMANDS", {kind: lambda args: pytest.fail(f"taken: {args}") for kind in cli.COMMANDS})
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     captured = capsys.readouterr()
