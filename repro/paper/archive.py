@@ -7,9 +7,7 @@ the repository.
 """
 
 import hashlib
-import http.client
 import re
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
@@ -21,7 +19,9 @@ from repro.base import metrics, records
 from repro.base.metrics import Estimate
 from repro.base.places import ARCHIVE as LOCAL
 from repro.base.places import PUBLISHED, cache_folder
-from repro.base.records import UserError
+from repro.base.records import UserError, first_line
+from repro.servers.client import http_client
+from repro.servers.endpoint import check_proxies
 
 ORIGIN = "https://raw.githubusercontent.com"
 KINDS = ("verdicts", "mutual_information", "responses", "constitution")
@@ -60,10 +60,14 @@ def _data(path: Path, entry: dict) -> bytes:
         data = path.read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}; the archive is incomplete") from None
+    return _pinned(data, entry, path)
+
+
+def _pinned(data: bytes, entry: dict, where) -> bytes:
     if len(data) != entry["bytes"]:
-        raise UserError(f"{path}: {len(data)} bytes, not {entry['bytes']} (truncated or altered); refused")
+        raise UserError(f"{where}: {len(data)} bytes, not {entry['bytes']} (truncated or altered); refused")
     if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
-        raise UserError(f"{path}: sha256 {found[:12]}..., not {entry['sha256'][:12]}... (altered); refused")
+        raise UserError(f"{where}: sha256 {found[:12]}..., not {entry['sha256'][:12]}... (altered); refused")
     return data
 
 
@@ -71,8 +75,8 @@ def archive_root(archive: Path | None, *, kinds=KINDS[:2], base_url: str | None 
                  entries: list[dict] | None = None) -> Path:
     """The folder that holds the record: `archive` if given, else the local copy, else the cache, downloaded.
 
-    The cache is `$SAMI_CACHE/archive` or `~/.cache/sami-repro/archive`. A finished file is never fetched
-    twice, a cut one is resumed. `stall_s`: seconds without a byte after which the download stops.
+    The cache is `$SAMI_CACHE/archive` or `~/.cache/sami-repro/archive`. A file that is whole is never fetched
+    twice. `stall_s`: seconds without a byte after which the download stops.
     """
     if archive is not None:
         if not Path(archive).is_dir():
@@ -87,10 +91,11 @@ def archive_root(archive: Path | None, *, kinds=KINDS[:2], base_url: str | None 
         origin = (base_url or ORIGIN).rstrip("/")
         size = sum(e["bytes"] for e in missing)
         print(f"fetching {len(missing)} files ({size / 1e6:.1f} MB) from {origin} into {root}")
-        with records.locked(root), tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        with records.locked(root), _http(stall_s) as http, \
+                tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
             for e in missing:
                 url = f"{origin}/{e['repo']}/{e['commit']}/{quote(e['path'])}"
-                _fetch(url, root / e["repo"] / e["path"], e, stall_s, bar)
+                records.write_bytes(root / e["repo"] / e["path"], _fetch(http, url, e, bar))
     return root
 
 
@@ -99,46 +104,40 @@ def _is_complete(path: Path, entry: dict) -> bool:
         records.file_sha256(path) == entry["sha256"]
 
 
-def _fetch(url: str, path: Path, entry: dict, stall_s: float, bar: tqdm) -> None:
-    part = path.with_name(path.name + ".part")
-    records.make_folder(part.parent)
-    start = part.stat().st_size if part.is_file() else 0
-    if start > entry["bytes"]:
-        start = 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    got = start
+# No pooch (1.9): it brings a second HTTP client, writes all that comes before it looks at it, counts the progress of each
+# file alone, and leaves stalls, cuts and wrong bytes to be told apart here.
+
+def _http(stall_s: float):
+    import httpx2
+
+    check_proxies()
+    return http_client(httpx2.Client, timeout=stall_s, follow_redirects=True, headers={"Accept-Encoding": "identity"})
+
+
+def _fetch(http, url: str, entry: dict, bar: tqdm) -> bytes:
+    """The pinned bytes, held in memory until they are known to be these: the files are small."""
+    import httpx2
+
+    data = bytearray()
     try:
-        if start < entry["bytes"]:
-            with urllib.request.urlopen(request, timeout=stall_s) as answer:
-                if start and answer.status != 206:  # the server sends the file from its beginning
-                    start = got = 0
-                bar.update(start)
-                with open(part, "ab" if start else "wb") as f:
-                    while chunk := answer.read1(1 << 16):
-                        f.write(chunk)
-                        got += len(chunk)
-                        bar.update(len(chunk))
-                        if got > entry["bytes"]:  # not the pinned file: do not fill the disk with it
-                            break
-    except urllib.error.HTTPError as e:
-        e.close()
-        raise UserError(f"cannot fetch {url}: HTTP {e.code} {e.reason}{OFFLINE}") from None
-    except (TimeoutError, urllib.error.URLError, http.client.HTTPException, ConnectionError) as e:
-        reason = getattr(e, "reason", e)
-        if isinstance(reason, TimeoutError):
-            reason = f"no data for {stall_s:g} s (stalled)"
-        raise UserError(f"cannot fetch {url}: {reason or type(e).__name__}; run again to resume{OFFLINE}") from None
-    except OSError as e:
-        raise UserError(f"cannot write {part}: {e.strerror or e}") from None
-    if got < entry["bytes"]:
-        raise UserError(f"cannot fetch {url}: cut after {got} of {entry['bytes']} bytes; run again to resume")
-    try:
-        data = _data(part, entry)
-    except UserError as e:
-        part.unlink(missing_ok=True)  # resuming from wrong bytes would never end well
-        raise UserError(f"{url}: not the pinned file: {str(e).removeprefix(f'{part}: ')}") from None
-    records.write_bytes(path, data)
-    part.unlink()
+        with http.stream("GET", url) as answer:
+            answer.raise_for_status()
+            for chunk in answer.iter_bytes():
+                data += chunk
+                bar.update(len(chunk))
+                if len(data) > entry["bytes"]:  # not the pinned file
+                    break
+    except httpx2.HTTPStatusError as e:
+        raise UserError(f"cannot fetch {url}: HTTP {e.response.status_code} {e.response.reason_phrase}{OFFLINE}") from None
+    except httpx2.TimeoutException:
+        raise UserError(f"cannot fetch {url}: no data for {http.timeout.read:g} s (stalled); run again to resume"
+                        f"{OFFLINE}") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL) as e:
+        if not data:
+            raise UserError(f"cannot fetch {url}: {first_line(e)}; run again to resume{OFFLINE}") from None
+    if len(data) < entry["bytes"]:
+        raise UserError(f"cannot fetch {url}: cut after {len(data)} of {entry['bytes']} bytes; run again to resume")
+    return _pinned(bytes(data), entry, f"{url}: not the pinned file")
 
 
 @dataclass(frozen=True)
