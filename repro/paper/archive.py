@@ -10,12 +10,15 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import numpy as np
+from annotated_types import Ge, Le, Len
 from tqdm import tqdm
 
 from repro.base import metrics, records
+from repro.base.checks import fits
 from repro.base.metrics import Estimate
 from repro.base.places import ARCHIVE as LOCAL
 from repro.base.places import PUBLISHED, cache_folder
@@ -31,27 +34,36 @@ OFFLINE = ("; without a network give a copy with --archive FOLDER (`repro verify
 KEYS = ("experiment", "subset", "model", "writer", "cot", "iteration", "baseline")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A pinned file. Which cell or figure it feeds stands in more fields (`Archive.find`)."""
+
+    repo: str
+    commit: str
+    path: str
+    sha256: str
+    bytes: int
+    kind: Literal[KINDS]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    files: list[Entry]
+
+
 def load_manifest(path: Path = PUBLISHED / "manifest.json") -> list[dict]:
     """The manifest's entries, checked: fields present, of their type, no path twice, none that escapes."""
-    entries, seen = records.read_json(path), {}
-    entries = entries.get("files") if isinstance(entries, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: field files: expected a list")
-    for i, e in enumerate(entries):
+    manifest, seen = records.read_json(path), {}
+    fits(Manifest, manifest, path)
+    for i, e in enumerate(manifest["files"]):
         where = f"{path}: files[{i}]"
-        for field, kind in (("repo", str), ("commit", str), ("path", str), ("sha256", str), ("bytes", int),
-                            ("kind", str)):
-            if not isinstance(e, dict) or not isinstance(e.get(field), kind):
-                raise UserError(f"{where}: field {field}: expected a value of type {kind.__name__}")
-        if e["kind"] not in KINDS:
-            raise UserError(f"{where}: field kind: allowed: {', '.join(KINDS)}; found {e['kind']!r}")
         name = PurePosixPath(e["repo"], e["path"])
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{where}: field path: {e['path']!r} leaves the archive's folder")
         if str(name) in seen:
             raise UserError(f"{where}: field path: {name} is already files[{seen[str(name)]}]")
         seen[str(name)] = i
-    return entries
+    return manifest["files"]
 
 
 def _data(path: Path, entry: dict) -> bytes:
@@ -209,39 +221,47 @@ class Archive:
 
 # ---- the printed cells and what feeds them
 
+Percent = Annotated[float, Ge(0), Le(100)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A printed cell: `published` and `ci95` in percent, `t`, `p` and `n` as printed beside them."""
+
+    experiment: str
+    subset: str
+    model: str
+    writer: str
+    cot: bool | None
+    iteration: Annotated[int, Ge(0), Le(3)]
+    baseline: str
+    judge: str
+    table: Annotated[int, Ge(2), Le(9)]
+    estimator: Literal["raw", "stratified", "logistic"]
+    ties: Literal["half", "loss"]
+    decimals: Literal[1, 2]
+    published: Percent
+    ci95: Annotated[list[Percent], Len(2, 2)]
+    t: Annotated[float, Ge(-100), Le(100)]
+    p: Literal[">.05", "<.05", "<.01", "<.001"]
+    n: Annotated[int, Ge(2)]
+
+
+@dataclass(frozen=True)
+class Tables:
+    cells: Annotated[list[Cell], Len(1)]
+
+
 def load_cells(path: Path = PUBLISHED / "tables.json") -> list[dict]:
     """The printed cells of Tables 2-9, checked: every field in range, no cell twice."""
-    document = records.read_json(path)
-    cells = document.get("cells") if isinstance(document, dict) else None
-    if not isinstance(cells, list) or not cells:
-        raise UserError(f"{path}: field cells: expected a list of cells")
-    allowed = {"estimator": ("raw", "stratified", "logistic"), "ties": ("half", "loss"),
-               "iteration": range(4), "table": range(2, 10), "decimals": (1, 2),
-               "p": (">.05", "<.05", "<.01", "<.001")}
-    seen = set()
-    for i, c in enumerate(cells):
-        where = f"{path}: cells[{i}]"
-        if not isinstance(c, dict):
-            raise UserError(f"{where}: expected an object")
-        for field in (*KEYS, *allowed, "published", "ci95", "t", "n", "judge"):
-            if field not in c:
-                raise UserError(f"{where}: field {field}: missing")
-        for field, values in allowed.items():
-            if c[field] not in values:
-                raise UserError(f"{where}: field {field}: allowed: {', '.join(map(str, values))}; "
-                                f"found {c[field]!r}")
-        if type(c["n"]) is not int or c["n"] < 2:
-            raise UserError(f"{where}: field n: expected a whole number above 1, found {c['n']!r}")
-        for field in ("published", "ci95", "t"):
-            for v in c[field] if field == "ci95" else [c[field]]:
-                low = -100 if field == "t" else 0
-                if type(v) not in (int, float) or not low <= v <= 100:
-                    raise UserError(f"{where}: field {field}: expected {low} to 100, found {v!r}")
+    tables, seen = records.read_json(path), set()
+    fits(Tables, tables, path)
+    for i, c in enumerate(tables["cells"]):
         key = (c["table"], *(c[k] for k in KEYS))
         if key in seen:
-            raise UserError(f"{where}: Table {c['table']} has this cell twice")
+            raise UserError(f"{path}: cells[{i}]: Table {c['table']} has this cell twice")
         seen.add(key)
-    return cells
+    return tables["cells"]
 
 
 def name(c: dict) -> str:
