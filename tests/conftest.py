@@ -86,6 +86,16 @@ def no_wait_for_the_disk():
         yield
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """The ranks of a run are forked after one import of torch (ranks_forked.py), for runs whose torchrun others test."""
+    from repro.stages import jobs
+
+    here = Path(__file__).resolve().parent
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent}")
+    monkeypatch.setattr(jobs, "torchrun", lambda folder, job, ranks, nodes, node: ["ranks_forked", str(ranks), str(folder), job])
+
+
 @contextlib.contextmanager
 def unrendered():
     """Figures are drawn and not rendered, which is a third of a tiny run: for runs at whose pictures nobody looks."""

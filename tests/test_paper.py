@@ -1,5 +1,5 @@
 """PROFILE=paper of all three experiments, end to end and from the command line, with tiny Mistral, Mixtral and Llama models in
-the place of the real ones: one override (--models). Two gloo ranks train under torchrun, a real OpenAI-compatible server
+the place of the real ones: one override (--models). Two gloo ranks train (of exp1 under torchrun), a real OpenAI-compatible server
 samples (`transformers serve`; the run starts and stops it, or it is already there), a judge endpoint judges, the run is
 verified. What is checked is the machinery; these models' numbers mean nothing."""
 
@@ -137,7 +137,8 @@ def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path, caps
 @pytest.mark.parametrize("name, folder, variants, iterations", [
     ("exp2", "exp2_tldr", {"mistral-7b": "Mistral-7B-v0.1", "mixtral-8x7b": "Mixtral-8x7B-v0.1"}, 1),
     ("exp3", "exp3_diverse", {"direct": "Meta-Llama-3-70B", "cot": "Meta-Llama-3-70B"}, 1)])
-def test_exp2_and_exp3_paper_with_a_server_that_is_there(name, folder, variants, iterations, toys, judge, server, tmp_path, capsys, unrendered):
+def test_exp2_and_exp3_paper_with_a_server_that_is_there(name, folder, variants, iterations, toys, judge, server, tmp_path, capsys, unrendered,
+                                                        forked_ranks):
     argv = (name, *SMALL, "--models", toys, "--queries", "embedded-tldr", "--train-queries", 40, "--evaluation-queries", 2,
             "--iterations", iterations, "--base-url", judge, "--sampler-url", server, "--out", tmp_path)
     assert "starting" not in repro_here(capsys, "run", *argv).err
