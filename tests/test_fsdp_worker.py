@@ -100,14 +100,14 @@ def goes_on(folder: Path, ranks: int, alone) -> None:
         torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=0)
 
 
-def test_sigterm_to_the_pipeline_saves_the_step_of_its_fsdp_ranks(pipeline, tmp_path, alone):
+def test_sigterm_to_the_pipeline_saves_the_step_of_its_fsdp_ranks(pipeline, tmp_path, alone, forked_ranks):
     pipeline.send_signal(signal.SIGTERM)
     assert pipeline.wait(60) == 128 + signal.SIGTERM
     assert not workers(tmp_path)
     goes_on(tmp_path, 2, alone)
 
 
-def test_a_lost_fsdp_rank_ends_all_within_a_minute_with_the_reason(pipeline, tmp_path, alone):
+def test_a_lost_fsdp_rank_ends_all_within_a_minute_with_the_reason(pipeline, tmp_path, alone, forked_ranks):
     os.kill(workers(tmp_path)[1], signal.SIGKILL)
     start = time.monotonic()
     said = pipeline.stdout.read().splitlines()[-1]
