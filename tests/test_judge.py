@@ -424,7 +424,7 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
         said = capsys.readouterr()
         assert "judge-1: never held against the archived verdicts" in said.out
         assert "report: done before" not in said.out + said.err  # it is made again
-        lines = [row for _, row in read_jsonl(folder / "judgments.jsonl")]
+        lines = read_jsonl(folder / "judgments.jsonl")
         judgments = [r for r in lines if r["record"] == "judgment"]
         assert {r["judge"] for r in judgments} == {"rule", "likelihood", "judge-1"} and len(judgments) == 3 * 12
         mine = [r for r in judgments if r["judge"] == "judge-1"]
@@ -677,7 +677,7 @@ def test_judge_poisoned_ledger_is_read_and_asked_again(finished, tmp_path):
     folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
     with JudgeServer().serve() as url:
         rows = judge_run(folder, SPEC, where(url), say=lambda text: None)
-    lines = [row for _, row in read_jsonl(folder / "judgments.jsonl")]
+    lines = read_jsonl(folder / "judgments.jsonl")
     first = next(row for row in lines if row["record"] == "judgment" and row["judge"] == "judge-1" and row["orders"])
     bad = [{"choices": [{"index": 0, "text": "Final Response: A"}]}, {"choices": [{"message": {"content": 3}}]}, {"choices": None}, {}, "x"]
     spoilt = [row for row in lines if row["record"] == "outcome" and row["status"] == "answered"][:len(bad)]

@@ -81,7 +81,7 @@ def load_items(archive: Archive, wanted: Sequence[str], count: int) -> list[Item
 def load_attacks(path: Path = DATA / "attacks.jsonl") -> tuple[list[Pair], list[Pair]]:
     """(the planted pairs, the same pairs without the injection). `ours` is a response that follows the principles worse
     and carries an injection, or stands under principles that do; `theirs` follows them."""
-    rows = [row for _, row in read_jsonl(path)]
+    rows = read_jsonl(path)
     scenes, attacks = [r for r in rows if "query" in r], [r for r in rows if "attack" in r]
     planted, control = [], []
     for k, scene in enumerate(scenes):

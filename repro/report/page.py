@@ -88,7 +88,7 @@ def cut_answers(folder: Path) -> list[str]:
     config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
     C = 2 if isinstance(constitutions, Pool) else len(constitutions.constitutions)
     path = folder / f"responses/evaluation-{config['iterations']}.jsonl"
-    judged = [row for _, row in read_jsonl(path)][::C]
+    judged = read_jsonl(path)[::C]
     cut = sum(not row["finished"] for row in judged)
     return [f"{cut} of {len(judged)} judged answers were cut at {config['sampling']['max_new_tokens']} tokens "
             "(SamplingSpec.max_new_tokens)"] if 2 * cut > len(judged) else []
@@ -144,10 +144,9 @@ def _responses(folder: Path, record: dict) -> str:
     constitutions, config = _constitutions(folder), record["config"]
     private, pool = _private(constitutions), isinstance(constitutions, Pool)
     C = 2 if pool else len(constitutions.constitutions)
-    items = [row for _, row in read_jsonl(folder / "logprobs/evaluation-0.jsonl")]
-    queries = {row["id"]: row["text"] for _, row in read_jsonl(folder / "queries.jsonl")}
-    answers = [[row for _, row in read_jsonl(folder / f"responses/evaluation-{i}.jsonl")]
-               for i in range(config["iterations"] + 1)]
+    items = read_jsonl(folder / "logprobs/evaluation-0.jsonl")
+    queries = {row["id"]: row["text"] for row in read_jsonl(folder / "queries.jsonl")}
+    answers = [read_jsonl(folder / f"responses/evaluation-{i}.jsonl") for i in range(config["iterations"] + 1)]
     kinds = constitutions.kinds if pool else [items[0]["subset"]]
     parts, left_out = [], set()
     for kind in kinds:

@@ -80,7 +80,7 @@ def gather(folders: list[Path]) -> Path:
                 write_bytes(make_folder(out / "responses") / f"{name}-{path.name}", path.read_bytes())
         write_jsonl(out / "judgments.jsonl", [
             row | {"variant": name} for name, folder in zip(names, folders)
-            for _, row in read_jsonl(folder / "judgments.jsonl") if row.get("record") not in ("attempt", "outcome")])
+            for row in read_jsonl(folder / "judgments.jsonl") if row.get("record") not in ("attempt", "outcome")])
         write_json(out / "metrics.json", metrics)
         write_json(out / "constitutions.json", {"variants": {
             name: read_json(folder / "constitutions.json") for name, folder in zip(names, folders)}})

@@ -6,7 +6,7 @@ for an attempt without an outcome (a kill) the most that it can have cost.
 from collections import Counter
 from pathlib import Path
 
-from repro.base.records import UserError, append_jsonl, read_jsonl
+from repro.base.records import UserError, append_jsonl, numbered_jsonl
 from repro.servers.endpoint import PICO, Call, wrong_shape
 
 
@@ -27,7 +27,7 @@ class Ledger:
         self.numbers: dict[str, int] = {}
         self.spent = 0
         waiting: dict[tuple[str, int], int] = {}
-        for line, row in read_jsonl(self.path, torn_tail=True) if self.path.exists() else ():
+        for line, row in numbered_jsonl(self.path, torn_tail=True) if self.path.exists() else ():
             if row.get("record") not in ("attempt", "outcome") or any(row.get(k) != v for k, v in owner.items()):
                 continue
             try:

@@ -149,8 +149,7 @@ def judge(run: Run) -> None:
 def judged_here(run: Run, judge: str) -> list[dict]:
     """The judgments of the judge "rule" or "likelihood", which the files of the run alone decide."""
     items, rows = run.items(), []
-    logprobs = {i: [row for _, row in read_jsonl(run.folder / logprob_file(i))]
-                for i in range(run.experiment.iterations + 1)}
+    logprobs = {i: read_jsonl(run.folder / logprob_file(i)) for i in range(run.experiment.iterations + 1)}
     for i, label, ours, theirs in _comparisons(run):
         for k, item in enumerate(items):
             a, b = ours[k], theirs[k]
@@ -172,7 +171,7 @@ def judged_here(run: Run, judge: str) -> list[dict]:
 
 def judged_responses(run: Run, path: str, per_item: int) -> list[dict]:
     """Of a file with `per_item` responses an item, the one under the item's first constitution."""
-    return [row for _, row in read_jsonl(run.folder / path)][::per_item]
+    return read_jsonl(run.folder / path)[::per_item]
 
 
 def _comparisons(run: Run) -> Iterator[tuple[int, str, list[dict], list[dict]]]:
@@ -202,7 +201,7 @@ def _judgment(judge: str, item: Item, baseline: str, ours: dict, theirs: dict) -
 def _write_judgments(run: Run, rows: list[dict]) -> None:
     """The stage's output: the judgments in item order, then every ledger line of an LLM judge as it was appended."""
     path = run.folder / JUDGMENTS
-    ledger = [row for _, row in read_jsonl(path, torn_tail=True) if row.get("record") in ("attempt", "outcome")] \
+    ledger = [row for row in read_jsonl(path, torn_tail=True) if row.get("record") in ("attempt", "outcome")] \
         if path.exists() else []
     write_jsonl(path, [*rows, *map(checked, ledger)])
     run.finish("judge", [JUDGMENTS], _judge_inputs(run))
@@ -210,7 +209,7 @@ def _write_judgments(run: Run, rows: list[dict]) -> None:
 
 def add_judgments(run: Run, judge: str, rows: list[dict]) -> None:
     """Put one judge's judgments beside those of the other judges of a finished run, in place of its earlier ones."""
-    others = [row for _, row in read_jsonl(run.folder / JUDGMENTS, torn_tail=True) if row.get("record") not in (
+    others = [row for row in read_jsonl(run.folder / JUDGMENTS, torn_tail=True) if row.get("record") not in (
         "attempt", "outcome") and row["judge"] != judge]
     _write_judgments(run, others + rows)
 

@@ -30,11 +30,11 @@ def records(run: Run) -> Iterator[dict]:
 
     spec, items = run.experiment, run.items()
     constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
-    judgments = [row for _, row in read_jsonl(run.folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
+    judgments = [row for row in read_jsonl(run.folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
     C = len(items[0].constitutions)
     for iteration in range(spec.iterations + 1):
-        responses = [row for _, row in read_jsonl(run.folder / evaluation_file(iteration))]
-        scored = [row for _, row in read_jsonl(run.folder / logprob_file(iteration))]
+        responses = read_jsonl(run.folder / evaluation_file(iteration))
+        scored = read_jsonl(run.folder / logprob_file(iteration))
         for subset in dict.fromkeys(item.subset for item in items):
             at = [k for k, item in enumerate(items) if item.subset == subset]
             here, groups = [items[k] for k in at], [responses[k * C: (k + 1) * C] for k in at]

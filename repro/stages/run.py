@@ -157,5 +157,5 @@ def open_run(folder: Path, say: Callable[[str], None]) -> Run:
     by_hand = folder / BY_HAND
     run.by_hand = constitutions_of(read_json(by_hand), f"{by_hand}") if run.experiment.writer else run.constitutions
     split = run.experiment.data.evaluation_split
-    run.held_out = [Query(**row) for _, row in read_jsonl(folder / "queries.jsonl") if row["split"] == split]
+    run.held_out = [Query(**row) for row in read_jsonl(folder / "queries.jsonl") if row["split"] == split]
     return run

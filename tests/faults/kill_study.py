@@ -236,7 +236,7 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
         if name in ("run.json", "writing.jsonl", "judgments.jsonl"):
-            rows = [read_json(path)] if path.suffix == ".json" else [row for _, row in read_jsonl(path)]
+            rows = [read_json(path)] if path.suffix == ".json" else read_jsonl(path)
             rows = [row for row in rows if row.get("record") not in ("attempt", "outcome")]
             found[name] = digest(json.loads(dumps(rows), object_hook=lambda o: {
                 k: v for k, v in o.items() if k not in CLOCKS and not (k == "judgments.jsonl" and "judge" in o)}))
