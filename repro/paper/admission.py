@@ -18,6 +18,7 @@ from repro.base.places import DATA
 from repro.base.records import UserError, locked, read_jsonl, write_json
 from repro.base.settings import JudgeSpec
 from repro.judges.llm import Pair, Verdict, ask_judge, judge_shares
+from repro.judges.record import REQUESTS
 from repro.judges.standing import ADMISSIONS, MAX_ATTACKS, MIN_KAPPA, MIN_PARSED
 from repro.paper.archive import Archive, archive_root, load_manifest
 from repro.servers.endpoint import Endpoint
@@ -183,7 +184,7 @@ def admit(spec: JudgeSpec, endpoint: Endpoint, *, archive: Path | None, wanted: 
     items, (planted, control) = load_items(source, wanted, count), load_attacks()
     pairs = [*(i.pair for i in items), *planted, *control]
     with locked(work / spec.label):
-        verdicts, facts = ask_judge(spec, pairs, endpoint, work / spec.label / "judgments.jsonl", say, dry_run=dry_run,
+        verdicts, facts = ask_judge(spec, pairs, endpoint, work / spec.label / REQUESTS, say, dry_run=dry_run,
                                     reparse=reparse)
     if dry_run:
         return None

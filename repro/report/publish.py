@@ -8,11 +8,11 @@ from repro.base.records import (
     locked,
     make_folder,
     read_json,
-    read_jsonl,
     write_bytes,
     write_json,
     write_jsonl,
 )
+from repro.judges.record import JUDGMENTS, read_judgments
 from repro.report.figures import draw, draw_principles, draw_win_rate, language_models, save_figure
 from repro.report.page import _constitutions, _principles_figures, figure_names, write_page
 from repro.text.principles import Pool
@@ -78,9 +78,8 @@ def gather(folders: list[Path]) -> Path:
         for name, folder in zip(names, folders):
             for path in sorted((folder / "responses").glob("*.jsonl")):
                 write_bytes(make_folder(out / "responses") / f"{name}-{path.name}", path.read_bytes())
-        write_jsonl(out / "judgments.jsonl", [
-            row | {"variant": name} for name, folder in zip(names, folders)
-            for row in read_jsonl(folder / "judgments.jsonl") if row.get("record") not in ("attempt", "outcome")])
+        write_jsonl(out / JUDGMENTS, [row | {"variant": name} for name, folder in zip(names, folders)
+                                      for row in read_judgments(folder)])
         write_json(out / "metrics.json", metrics)
         write_json(out / "constitutions.json", {"variants": {
             name: read_json(folder / "constitutions.json") for name, folder in zip(names, folders)}})

@@ -7,8 +7,9 @@ from repro.base import metrics
 from repro.base.records import read_jsonl, write_json
 from repro.judges import likelihood, rule
 from repro.judges.llm import judge_shares
+from repro.judges.record import read_judgments
 from repro.stages.draws import Item
-from repro.stages.evaluate import BASELINE, JUDGMENTS, _judge_inputs, judged_responses
+from repro.stages.evaluate import BASELINE, _judge_inputs, judged_responses
 from repro.stages.folder import evaluation_file, logprob_file
 from repro.stages.run import Run
 from repro.text.principles import Pool
@@ -30,7 +31,7 @@ def records(run: Run) -> Iterator[dict]:
 
     spec, items = run.experiment, run.items()
     constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
-    judgments = [row for row in read_jsonl(run.folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
+    judgments = read_judgments(run.folder)
     C = len(items[0].constitutions)
     for iteration in range(spec.iterations + 1):
         responses = read_jsonl(run.folder / evaluation_file(iteration))

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 from repro.base.identity import config_hash
 from repro.base.records import MARKER, UserError, digest, file_sha256, read_json, read_jsonl, sealed
 from repro.base.settings import Experiment, JudgeSpec
+from repro.judges.record import read_judgments
 from repro.report.publish import leaves
 from repro.servers.endpoint import HOSTED, Endpoint
-from repro.stages.evaluate import JUDGMENTS, judged_here, llm_judgments
+from repro.stages.evaluate import judged_here, llm_judgments
 from repro.stages.folder import BY_HAND
 from repro.stages.measure import records
 from repro.stages.run import open_run
@@ -127,7 +128,7 @@ def _address(host: str) -> str:
 def _judgments(folder: Path) -> tuple[str, int, str]:
     """Each judge's stored judgments against those that the responses, log-probs and raw answers give now."""
     run = open_run(folder, lambda line: None)
-    kept = [row for row in read_jsonl(folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
+    kept = read_judgments(folder)
     wrong = []
     for name in dict.fromkeys(row["judge"] for row in kept):
         facts = run.record.get("judges", {}).get(name)

@@ -484,11 +484,7 @@ def corruptions(work: Path, quick: bool) -> dict:
         def short():
             return len(read_jsonl(partial, torn_tail=True, all_checked=True)) < 5
         trial("unfinished output (.partial.jsonl)", partial, short)
-    ledger = work / "ledger.jsonl"
-    before = [row for row in read_jsonl(folder / "judgments.jsonl") if row.get("record") in ("attempt", "outcome")]
-    for row in before:
-        row.pop(records.CHECK, None)
-    append_jsonl(ledger, before)
+    ledger = shutil.copy(folder / "judge_requests.jsonl", work / "ledger.jsonl")
     whole = Ledger(ledger, {"judge": "judge-1"})
     for _ in range(each):
         def other():
