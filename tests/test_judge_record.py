@@ -13,7 +13,17 @@ from test_experiments import small
 from test_records import Fault, disk_full, killed, torn
 from test_records import failing as failing_calls
 
-from repro.base.records import UserError, append_jsonl, checked, digest, file_sha256, read_json, read_jsonl, write_json, write_jsonl
+from repro.base.records import (
+    UserError,
+    append_jsonl,
+    checked,
+    digest,
+    file_sha256,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from repro.base.settings import JudgeSpec
 from repro.experiment import load_experiment
 from repro.judges.record import JUDGMENTS, REQUESTS, JudgeLedger, read_judgments, write_judgments
@@ -260,6 +270,6 @@ def test_what_another_judge_was_paid_for_outlives_one_that_cannot_be_used(judged
     folder = tmp_path / own.path
     append_jsonl(folder / REQUESTS, [attempt("judge-0", "a"), outcome("judge-0", "a")])
     before = (folder / REQUESTS).read_bytes()
-    with JudgeServer(lambda k, body: "404").serve() as url, pytest.raises(UserError, match="has no model 'judge-1'"):
+    with JudgeServer(probe_faults=lambda k, body: "404").serve() as url, pytest.raises(UserError, match="nothing was sampled or"):
         run(own, tmp_path, say=lambda line: None, endpoint=Endpoint(model="judge-1", base_url=url))
     assert (folder / REQUESTS).read_bytes().startswith(before) and state(folder, {"judge": "judge-0"})[0] == PICO // 4
