@@ -1,4 +1,4 @@
-"""What every setting is held against when it is made: allowed values, and numbers within their range."""
+"""What settings and texts are held against: allowed values, numbers within their range, control tokens."""
 
 import difflib
 import math
@@ -13,6 +13,14 @@ def choose(field_name: str, value: str, allowed) -> str:
     near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"{field_name}: {value!r} is unknown; allowed: {', '.join(map(repr, allowed))}{hint}")
+
+
+def check_control_tokens(texts, controls: list[str]) -> None:
+    """texts: (where, text) pairs. No text of a user may become a control token of the model's template."""
+    for where, text in texts:
+        found = next((c for c in controls if c in text), None)
+        if found is not None:
+            raise UserError(f"{where}: holds the control token {found!r} of the model's chat template")
 
 
 def _number(owner, name: str):

@@ -12,7 +12,6 @@ from repro.stages.draws import Item
 from repro.stages.evaluate import BASELINE, _judge_inputs, judged_responses
 from repro.stages.folder import evaluation_file, logprob_file
 from repro.stages.run import Run
-from repro.text.principles import Pool
 
 
 def measure(run: Run) -> None:
@@ -64,7 +63,7 @@ def records(run: Run) -> Iterator[dict]:
                 sides = by_query([f and sum(f.values()) / len(f) for f in followed])
                 yield _record("following", metrics.share(sides), fixed)
             yield from _following(run, here, groups, fixed)
-            if isinstance(run.constitutions, Pool):
+            if run.constitutions.kinds:
                 yield from _by_principle(here, metrics.infonce(means), fixed)
             watch = [[likelihood.hack_watch(r["text"], " ".join(c.statements()), item.query.text)
                       for r, c in zip(g, item.constitutions)] for g, item in zip(groups, here)]
