@@ -40,14 +40,14 @@ class _Spelled:
         return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
 
 
-def _shown(spec: Experiment) -> tuple[Constitution, ...]:
+def shown(spec: Experiment) -> tuple[Constitution, ...]:
     """Constitutions of the experiment, with each learned principle among them."""
     return load_constitutions(spec.constitutions).sample(rng("plan"))
 
 
 def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
     """How long the experiment's texts are, and how many are held out."""
-    constitutions, every = load_constitutions(spec.constitutions), _shown(spec)
+    constitutions, every = load_constitutions(spec.constitutions), shown(spec)
     if spec.data.source in QUERIES:
         query, longest = QUERIES[spec.data.source]
         held_out = spec.data.evaluation * len(spec.data.subsets or SOURCES[spec.data.source])
