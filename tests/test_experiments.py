@@ -84,7 +84,7 @@ def test_every_shipped_experiment_runs(shipped, tiny, tmp_path):
     if experiment.baseline:
         others = [r for r in metrics if r["metric"] == "win_rate" and r["baseline"] == experiment.baseline.label]
         assert {r["iteration"] for r in others} == ({0, 1, 2, 3} if any(rules) else set())
-        assert len(list(read_jsonl(folder / "responses/baseline.jsonl"))) == len(list(read_jsonl(folder / "logprobs/evaluation-0.jsonl")))
+        assert len(read_jsonl(folder / "responses/baseline.jsonl")) == len(read_jsonl(folder / "logprobs/evaluation-0.jsonl"))
         assert {r["model"] for r in metrics if r["metric"] == "length_tokens"} == {experiment.model.label, experiment.baseline.label}
 
 
@@ -364,14 +364,14 @@ def test_identical_responses_tie_under_every_judge(finished, tmp_path):
     experiment, folder = finished
     shutil.copytree(folder.parents[1], tmp_path / "runs")
     copy = tmp_path / "runs" / folder.relative_to(folder.parents[1])
-    first = [row for _, row in read_jsonl(copy / "responses/evaluation-0.jsonl")]
+    first = read_jsonl(copy / "responses/evaluation-0.jsonl")
     write_jsonl(copy / "responses/evaluation-3.jsonl", [row | {"iteration": 3} for row in first])
     record = read_json(copy / "run.json")
     record["stages"]["evaluate-3"]["outputs"]["responses/evaluation-3.jsonl"] = file_sha256(
         copy / "responses/evaluation-3.jsonl")
     (copy / "run.json").write_text(json.dumps(record))
     run(experiment, tmp_path / "runs", say=lambda text: None)
-    rows = [row for _, row in read_jsonl(copy / "judgments.jsonl") if row["iteration"] == 3]
+    rows = [row for row in read_jsonl(copy / "judgments.jsonl") if row["iteration"] == 3]
     assert {row["judge"] for row in rows} == {"rule", "likelihood"} and {row["outcome"] for row in rows} == {"tie"}
 
 

@@ -1,4 +1,4 @@
-"""A setting, and what each is held against when it is made: allowed values, and numbers within their range."""
+"""A setting, and what settings and texts are held against: allowed values, numbers within their range, control tokens."""
 
 import difflib
 import math
@@ -28,6 +28,14 @@ def _allowed(owner) -> None:
         if allowed := f.metadata.get("allowed"):
             for value in getattr(owner, f.name) if isinstance(f.default, tuple) else [getattr(owner, f.name)]:
                 choose(f"{type(owner).__name__}.{f.name}", value, allowed)
+
+
+def check_control_tokens(texts, controls: list[str]) -> None:
+    """texts: (where, text) pairs. No text of a user may become a control token of the model's template."""
+    for where, text in texts:
+        found = next((c for c in controls if c in text), None)
+        if found is not None:
+            raise UserError(f"{where}: holds the control token {found!r} of the model's chat template")
 
 
 def _number(owner, name: str):

@@ -11,7 +11,7 @@ from repro.base.records import read_json, read_jsonl, write_text
 from repro.base.settings import safe_name
 from repro.judges.standing import standing
 from repro.report.figures import SERIES, language_models, named, select, telling
-from repro.text.principles import ConstitutionSet, Pool, constitutions_of
+from repro.text.principles import Constitutions, constitutions_of
 
 SHOWN_QUERIES = 12
 
@@ -86,9 +86,9 @@ def cut_answers(folder: Path) -> list[str]:
     """A line where most of the judged answers of the last iteration end at the cap on their length, not by themselves:
     then length, and what comes late in an answer, cannot be seen."""
     config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
-    C = 2 if isinstance(constitutions, Pool) else len(constitutions.constitutions)
+    C = constitutions.count
     path = folder / f"responses/evaluation-{config['iterations']}.jsonl"
-    judged = [row for _, row in read_jsonl(path)][::C]
+    judged = read_jsonl(path)[::C]
     cut = sum(not row["finished"] for row in judged)
     return [f"{cut} of {len(judged)} judged answers were cut at {config['sampling']['max_new_tokens']} tokens "
             "(SamplingSpec.max_new_tokens)"] if 2 * cut > len(judged) else []
@@ -128,12 +128,7 @@ def worsened(folder: Path) -> list[str]:
     return lines
 
 
-def _private(constitutions: ConstitutionSet | Pool) -> set[str]:
-    """The sides, as they stand in a constitution's id, whose responses are not shown."""
-    return {f"not_{p.name}" for p in constitutions.principles if p.private}
-
-
-def _constitutions(folder: Path) -> ConstitutionSet | Pool:
+def _constitutions(folder: Path) -> Constitutions:
     path = folder / "constitutions.json"
     return constitutions_of(read_json(path), str(path))
 
@@ -142,13 +137,11 @@ def _responses(folder: Path, record: dict) -> str:
     """Side by side for the first held-out items: rows are iterations, columns constitutions. Of a set, queries of its
     first (everyday) subset; of a pool, items of each kind of principles."""
     constitutions, config = _constitutions(folder), record["config"]
-    private, pool = _private(constitutions), isinstance(constitutions, Pool)
-    C = 2 if pool else len(constitutions.constitutions)
-    items = [row for _, row in read_jsonl(folder / "logprobs/evaluation-0.jsonl")]
-    queries = {row["id"]: row["text"] for _, row in read_jsonl(folder / "queries.jsonl")}
-    answers = [[row for _, row in read_jsonl(folder / f"responses/evaluation-{i}.jsonl")]
-               for i in range(config["iterations"] + 1)]
-    kinds = constitutions.kinds if pool else [items[0]["subset"]]
+    private, pool, C = constitutions.private_sides, bool(constitutions.kinds), constitutions.count
+    items = read_jsonl(folder / "logprobs/evaluation-0.jsonl")
+    queries = {row["id"]: row["text"] for row in read_jsonl(folder / "queries.jsonl")}
+    answers = [read_jsonl(folder / f"responses/evaluation-{i}.jsonl") for i in range(config["iterations"] + 1)]
+    kinds = constitutions.kinds or [items[0]["subset"]]
     parts, left_out = [], set()
     for kind in kinds:
         chosen = [k for k, row in enumerate(items) if row["subset"] == kind][:SHOWN_QUERIES // len(kinds)]
@@ -248,7 +241,7 @@ def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figure
 
 def figure_names(folder: Path, metrics: list[dict]) -> list[str]:
     """One figure of all measures, one of a pool's principles, one of each LLM judge's win rate."""
-    pool = isinstance(_constitutions(folder), Pool)
+    pool = _constitutions(folder).kinds
     return ["iterations", *(_principles_figures(metrics) if pool else ()),
             *(f"win_rate-{j}" for j in language_models(metrics))]
 

@@ -8,14 +8,13 @@ from repro.base.records import (
     locked,
     make_folder,
     read_json,
-    read_jsonl,
     write_bytes,
     write_json,
     write_jsonl,
 )
+from repro.judges.record import JUDGMENTS, read_judgments
 from repro.report.figures import draw, draw_principles, draw_win_rate, language_models, save_figure
 from repro.report.page import _constitutions, _principles_figures, figure_names, write_page
-from repro.text.principles import Pool
 
 
 def report_figures(folder: Path) -> list[str]:
@@ -27,12 +26,10 @@ def report_figures(folder: Path) -> list[str]:
 def _save_figures(metrics: list[dict], folder: Path, out: Path) -> None:
     """The figures of `metrics`, of runs like the one in `folder`, under `out`."""
     config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
-    pool = isinstance(constitutions, Pool)
     mini = config["profile"] == "mini"
     title = f"{config['name']}, mini: {config['model']['label']}, not the paper's run" if mini else config["name"]
-    save_figure(draw(metrics, 2 if pool else len(constitutions.constitutions), title), out)
-    if pool:
-        kinds = {kind: [p.name for p in constitutions.of(kind)] for kind in constitutions.kinds}
+    save_figure(draw(metrics, constitutions.count, title), out)
+    if kinds := {kind: [p.name for p in constitutions.of(kind)] for kind in constitutions.kinds}:
         for name, rows in _principles_figures(metrics).items():
             save_figure(draw_principles(rows, kinds, title + (", with CoT" if rows[0]["cot"] else "")), out, name)
     for judge in language_models(metrics):
@@ -78,9 +75,8 @@ def gather(folders: list[Path]) -> Path:
         for name, folder in zip(names, folders):
             for path in sorted((folder / "responses").glob("*.jsonl")):
                 write_bytes(make_folder(out / "responses") / f"{name}-{path.name}", path.read_bytes())
-        write_jsonl(out / "judgments.jsonl", [
-            row | {"variant": name} for name, folder in zip(names, folders)
-            for _, row in read_jsonl(folder / "judgments.jsonl") if row.get("record") not in ("attempt", "outcome")])
+        write_jsonl(out / JUDGMENTS, [row | {"variant": name} for name, folder in zip(names, folders)
+                                      for row in read_judgments(folder)])
         write_json(out / "metrics.json", metrics)
         write_json(out / "constitutions.json", {"variants": {
             name: read_json(folder / "constitutions.json") for name, folder in zip(names, folders)}})
