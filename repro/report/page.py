@@ -11,6 +11,7 @@ from repro.base.records import read_json, read_jsonl, write_text
 from repro.base.settings import safe_name
 from repro.judges.standing import standing
 from repro.report.figures import SERIES, language_models, named, select, telling
+from repro.report.look import LABELS
 from repro.text.principles import ConstitutionSet, Pool, constitutions_of
 
 SHOWN_QUERIES = 12
@@ -49,15 +50,6 @@ def _interval(row: dict, digits: int) -> str:
     if row["ci95"] is None:  # one value, or equal ones
         return f"{row['value']:.{digits}f} <span class=note>n {row['n']}</span>"
     return f"{row['value']:.{digits}f} <span class=note>[{row['ci95'][0]:.{digits}f}, {row['ci95'][1]:.{digits}f}]</span>"
-
-
-LABELS = {"mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
-          "length_tokens": "length (tokens)", "following": "following", "win_rate": "win rate (%)",
-          "hack_constitution_overlap": "words taken from the constitution",
-          "hack_query_overlap": "words taken from the query",
-          "hack_repetition": "repeated trigrams",
-          "position_rate": "answers that prefer the first response", "flip_rate": "verdicts that flip with the order",
-          "parsed_share": "items with a verdict"}
 
 
 def _table(metrics: list[dict], seed: int) -> str:
