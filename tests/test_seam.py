@@ -21,6 +21,7 @@ from repro.core.tree import Sampled, follow, pairs_of, tokenised
 from repro.experiment import load_experiment
 from repro.models import load
 from repro.sampling import local
+from repro.sampling.response import response_of
 from repro.stages import draws, evaluate, sample, verify
 from repro.stages.inputs import Voice
 from repro.stages.pipeline import run
@@ -349,7 +350,7 @@ def test_reasoning_that_the_sample_begins_itself_and_never_ends_is_no_response(t
     shared = Run(experiment, tmp_path / "out", lambda line: None)
     shared.check()
     answer = local.sample_batch(None, tokenizer, ["x"], ends=(), max_new_tokens=9)[0]
-    kept, more = sample._kept(shared, "x", answer)
+    kept, more = response_of(shared.voice, experiment.sampling, "x", answer)
     assert more.get("closed") is closed and kept["ids"] == ([20] if closed else [] if closed is False else answer["ids"])
     assert ("lead" in more) == bool(closed)
 
@@ -387,7 +388,7 @@ def test_the_end_that_was_sampled_is_the_one_that_is_scored(tmp_path, monkeypatc
     shared.check()
     for tail, ends, both in (([50], {2, 50}, ()), ([2], {2, 50}, ()), ([21, 22, 23], {2, 50}, ()), ([50, 30], {2}, {50})):
         shared.voice = dataclasses.replace(shared.voice, speaker=dataclasses.replace(shared.voice.speaker, ends_both=frozenset(both)))
-        kept, more = sample._kept(shared, "x", local.answer_of(tokenizer, [10, close, 20, *tail], ends))
+        kept, more = response_of(shared.voice, experiment.sampling, "x", local.answer_of(tokenizer, [10, close, 20, *tail], ends))
         rows.append(kept | more)
     assert [row.get("end") for row in rows] == [50, None, None, 50] and [row["finished"] for row in rows] == [True, True, False, True]
     said, prompt = [draws.said(shared.voice, row) for row in rows], tokenizer("x: ", add_special_tokens=False).input_ids
@@ -398,7 +399,7 @@ def test_the_end_that_was_sampled_is_the_one_that_is_scored(tmp_path, monkeypatc
     pair = TrainingPair("q", ("x: ", "y: "), (said[0], (7, 8), "z"))
     (tmp_path / "training").mkdir()
     jobs.write_job(tmp_path, 1, model="m", pairs=[pair], spec=experiment.train, backend="shared", key="k", out="o", seed=0)
-    assert jobs._job(tmp_path, jobs.job_file(1))[2] == [pair]
+    assert jobs.read_job(tmp_path, jobs.job_file(1))[2] == [pair]
 
 
 def test_reasoning_behind_a_server_of_text_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from repro.base.records import UserError, first_line
-from repro.models.hub import _file, _hub_errors, load_config
+from repro.models.hub import file_of, hub_errors, load_config
 
 GENERATION = "generation_config.json"
 # What transformers does not read at temperature 0, or a request says in any case: of use in another decoding alone.
@@ -25,14 +25,14 @@ def end_tokens(tokenizer, model) -> set[int]:
     """Ids that end a response: the tokenizer's end token, and those of the model's generation config (a chat model's end of
     a turn, where it is another). `model`: a model, or the place of one, whose files are then checked (UserError)."""
     if isinstance(model, str):
-        own = _own_ends(model)
+        own = own_ends(model)
     else:
         own = getattr(model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, list) else [own]
     return {tokenizer.eos_token_id, *own} - {None}
 
 
-def _own_ends(place: str) -> list[int]:
+def own_ends(place: str) -> list[int]:
     """The end tokens that a model's files name, less those that it has no logit for, which it can never say."""
     named = _generation_fields(place).get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
@@ -55,9 +55,9 @@ def _generation_fields(place: str) -> dict:
     """A model's generation config; where it has no file of it, that which transformers finds in config.json."""
     from transformers import PreTrainedConfig
 
-    data = _generation_file(place)
+    data = generation_file(place)
     if data is None:
-        fields = _hub_errors(place, lambda: PreTrainedConfig.get_config_dict(place)[0])
+        fields = hub_errors(place, lambda: PreTrainedConfig.get_config_dict(place)[0])
         inner = next(filter(None, map(fields.get, ("decoder", "generator", "text_config"))), {})
         return inner | {k: v for k, v in fields.items() if v is not None}
     try:
@@ -69,7 +69,7 @@ def _generation_fields(place: str) -> dict:
     return fields
 
 
-def _generation_file(place: str) -> bytes | None:
+def generation_file(place: str) -> bytes | None:
     """The bytes of a model's generation_config.json; many models have none."""
-    path = _file(place, GENERATION)
-    return path and _hub_errors(place, Path(path).read_bytes)
+    path = file_of(place, GENERATION)
+    return path and hub_errors(place, Path(path).read_bytes)

@@ -84,7 +84,7 @@ def missing_step(name: str, kind: str) -> str | None:
                 "copy")
 
 
-def _hub_errors(name, load):
+def hub_errors(name, load):
     """Run `load`; what the hub or a file refuses becomes one line."""
     from huggingface_hub.errors import StrictDataclassError  # a field of config.json that has the wrong type
     from safetensors import SafetensorError
@@ -103,10 +103,10 @@ def load_config(place: str):
     """The model's config (its text part, where it has several)."""
     from transformers import AutoConfig
 
-    return _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)).get_text_config()
+    return hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)).get_text_config()
 
 
-def _file(place: str, name: str) -> str | None:
+def file_of(place: str, name: str) -> str | None:
     """Where a file of a model lies on this machine; None where the model has none of that name."""
     from transformers.utils import cached_file
 

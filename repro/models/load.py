@@ -4,8 +4,8 @@ from pathlib import Path
 
 from repro.base.records import UserError, first_line, make_folder, write_bytes
 from repro.models import files
-from repro.models.decoding import GENERATION, _generation_file, _own_ends, plain_decoding
-from repro.models.hub import _file, _hub_errors, load_config, resolve_model
+from repro.models.decoding import GENERATION, generation_file, own_ends, plain_decoding
+from repro.models.hub import file_of, hub_errors, load_config, resolve_model
 
 
 def check_model(name: str) -> None:
@@ -13,7 +13,7 @@ def check_model(name: str) -> None:
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     place = resolve_model(name)
-    fields = _hub_errors(place, lambda: PreTrainedConfig.get_config_dict(place)[0])
+    fields = hub_errors(place, lambda: PreTrainedConfig.get_config_dict(place)[0])
     if not isinstance(fields, dict):
         raise UserError(f"--model {name}: not a model in Hugging Face format (config.json holds no object)")
     if refusal := quantised(fields):
@@ -21,7 +21,7 @@ def check_model(name: str) -> None:
     if fields.get("auto_map") and fields.get("model_type") not in CONFIG_MAPPING:
         raise UserError(f"--model {name}: {fields.get('model_type')} needs code that comes with the weights (auto_map in "
                         "config.json), which is not run here; give a model of a family that transformers knows")
-    files.check_kind(name, _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)))
+    files.check_kind(name, hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False)))
     if Path(place).is_dir():
         held = files.check_folder(name, Path(place))
         try:
@@ -30,7 +30,7 @@ def check_model(name: str) -> None:
             raise UserError(f"--model {name}: config.json: no model can be made of it ({type(e).__name__}: "
                             f"{first_line(e)})") from e
         files.check_tensors(name, held, model)
-    elif _file(place, files.ADAPTER):
+    elif file_of(place, files.ADAPTER):
         raise UserError(f"--model {name}: {files.ADAPTER} beside the weights: the adapter would be loaded into them; give "
                         "a folder with a copy without it")
 
@@ -42,7 +42,7 @@ def load_tokenizer(name: str):
 
     place = resolve_model(name)
     try:
-        tokenizer = _hub_errors(place, lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+        tokenizer = hub_errors(place, lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False))
     except Exception as e:  # tokenizers (0.23) raises that very class for a file of another form
         if reason := files.without_tokenizer(place):
             raise UserError(f"--model {place}: {reason}") from e
@@ -50,7 +50,7 @@ def load_tokenizer(name: str):
             raise
         raise UserError(f"--model {place}: tokenizer.json is not of a form that the installed tokenizers reads "
                         f"({first_line(e)}); a newer one may, or save the tokenizer again with this one") from e
-    ends = [i for i in _own_ends(place) if tokenizer.convert_ids_to_tokens(i)]
+    ends = [i for i in own_ends(place) if tokenizer.convert_ids_to_tokens(i)]
     files.check_tokenizer(place, tokenizer, rows_of(load_config(place)), ends)
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
@@ -79,18 +79,18 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None):
 
     place = resolve_model(name)
     logging.disable_progress_bar()
-    config = _hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False))
+    config = hub_errors(place, lambda: AutoConfig.from_pretrained(place, trust_remote_code=False))
     if device == "meta":
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     ids = {k: getattr(config.get_text_config(), k, None) for k in ("bos_token_id", "pad_token_id")}
-    model, info = _hub_errors(place, lambda: AutoModelForCausalLM.from_pretrained(
+    model, info = hub_errors(place, lambda: AutoModelForCausalLM.from_pretrained(
         place, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named below
-        generation_config=plain_decoding(_own_ends(place), **ids)))  # given one, it does not read the file
+        generation_config=plain_decoding(own_ends(place), **ids)))  # given one, it does not read the file
     files.lacking(name, info["missing_keys"])  # transformers (5.23) draws them at random, and warns
     files.misshapen(name, info["mismatched_keys"])
-    model.generation_file = _generation_file(place)
+    model.generation_file = generation_file(place)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from repro.base.records import UserError
 from repro.base.settings import Experiment
 from repro.judges.llm import LLMJudge, Pair, expected_tokens
-from repro.plan.texts import Texts, _shown
+from repro.plan.texts import Texts, shown
 from repro.servers.endpoint import HOSTED, PICO, Endpoint, count_tokens
 
 JUDGE = "gpt-4.1-mini"  # whose cost is told where the experiment names no LLM judge
@@ -35,7 +35,7 @@ def judge_of(spec: Experiment, texts: Texts, model: str | None, price: tuple[flo
     def words(n):
         return " ".join(["word"] * round(n))
 
-    statements = max((c.statements() for c in _shown(spec)), key=lambda s: sum(map(count_tokens, s)))
+    statements = max((c.statements() for c in shown(spec)), key=lambda s: sum(map(count_tokens, s)))
     pair = Pair(id="plan", query=words(texts.query), principles=tuple(statements), ours=words(texts.response[0]),
                 theirs=words(texts.response[0]) + ".")
     judge = LLMJudge(name="plan", host=endpoint.host, model=endpoint.model, max_tokens=spec.judge.max_tokens,

@@ -40,7 +40,7 @@ class _Spelled:
         return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
 
 
-def _shown(spec: Experiment) -> list[Constitution]:
+def shown(spec: Experiment) -> list[Constitution]:
     """The constitutions of a set; of a pool some, with each learned principle among them."""
     constitutions = load_constitutions(spec.constitutions)
     if not isinstance(constitutions, Pool):
@@ -50,7 +50,7 @@ def _shown(spec: Experiment) -> list[Constitution]:
 
 def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
     """How long the experiment's texts are, and how many are held out."""
-    constitutions, every = load_constitutions(spec.constitutions), _shown(spec)
+    constitutions, every = load_constitutions(spec.constitutions), shown(spec)
     if spec.data.source in QUERIES:
         query, longest = QUERIES[spec.data.source]
         held_out = spec.data.evaluation * len(spec.data.subsets or SOURCES[spec.data.source])

@@ -6,29 +6,11 @@ bytes.
 
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from repro.models.decoding import end_tokens, plain_decoding
 from repro.models.files import unsaid
 from repro.models.load import rows_of
 from repro.text import seam
-
-
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """One answer: to `query` under constitution `constitution` by the model of `iteration` (0 = initial).
-
-    `ids` are its tokens as they were sampled, without the end token (text/seam.py), which are what is trained and scored:
-    `tokens` counts them. `text` is what they read as. `finished` is False where the length cap cut it.
-    """
-
-    query: str
-    constitution: str
-    iteration: int
-    text: str
-    ids: list[int]
-    tokens: int
-    finished: bool
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -12,8 +12,7 @@ from repro.core import lora
 from repro.judges import likelihood, rule
 from repro.judges.llm import Pair, ask_judge, probe_judge
 from repro.servers.ledger import Ledger
-from repro.stages import draws
-from repro.stages import jobs as worker
+from repro.stages import draws, jobs
 from repro.stages.draws import EVALUATION_ORDER, Item, held_out_pairs
 from repro.stages.folder import checkpoint, evaluation_file, logprob_file
 from repro.stages.run import Run
@@ -31,9 +30,9 @@ def evaluate(run: Run, iteration: int) -> None:
     inputs = [f"train-{iteration}"] if iteration else run.written()
     if not run.stage(name, outputs, inputs):
         return
-    jobs = [(item.query, c) for item in run.items() for c in item.constitutions]
-    texts = [draws.prompt(run.voice, c, q, EVALUATION_ORDER, sample=True, reason=run.voice.form.cot) for q, c in jobs]
-    rows = sample_to_file(run, jobs, texts, iteration, run.folder / evaluation_file(iteration), name)
+    wanted = [(item.query, c) for item in run.items() for c in item.constitutions]
+    texts = [draws.prompt(run.voice, c, q, EVALUATION_ORDER, sample=True, reason=run.voice.form.cot) for q, c in wanted]
+    rows = sample_to_file(run, wanted, texts, iteration, run.folder / evaluation_file(iteration), name)
     write_jsonl(run.folder / logprob_file(iteration), _score_held_out(run, iteration, rows, name))
     run.finish(name, outputs, inputs)
 
@@ -44,9 +43,9 @@ def evaluate_baseline(run: Run) -> None:
     if spec is None or not run.stage("baseline", [BASELINE], run.written()):
         return
     other = run.answering_as_baseline()
-    jobs = [(item.query, item.constitutions[0]) for item in run.items()]
-    texts = [draws.prompt(other.voice, c, q, EVALUATION_ORDER, sample=True) for q, c in jobs]
-    sample_to_file(other, jobs, texts, 0, run.folder / BASELINE, "baseline")
+    wanted = [(item.query, item.constitutions[0]) for item in run.items()]
+    texts = [draws.prompt(other.voice, c, q, EVALUATION_ORDER, sample=True) for q, c in wanted]
+    sample_to_file(other, wanted, texts, 0, run.folder / BASELINE, "baseline")
     run.finish("baseline", [BASELINE], run.written())
 
 
@@ -88,7 +87,7 @@ def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> li
         if run.ranks > 1:
             pairs = [TrainingPair(item.query.id, tuple(texts), tuple(r[select])) for item, texts, r, _ in items]
             with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:
-                return worker.score(run.folder, name, run.ranks, model=run.weights(which), pairs=pairs, spec=spec.train,
+                return jobs.score(run.folder, name, run.ranks, model=run.weights(which), pairs=pairs, spec=spec.train,
                                     backend=run.record["backend"], on_query=bar.update)
         with _as_trained(run, which, dtype) as model, torch.inference_mode():
             matrices, way = [], settle(model, run.record["backend"])
@@ -218,16 +217,16 @@ def add_judgments(run: Run, judge: str, rows: list[dict]) -> None:
 def llm_judgments(run: Run, spec: JudgeSpec, *, dry_run: bool = False, reparse: bool = False) -> list[dict]:
     """As `judge`, by an LLM behind an endpoint, in both orders. Its answers are appended to judgments.jsonl as they
     arrive; what lies there already is not asked again."""
-    jobs = [(item, label, a, b) for _, label, ours, theirs in _comparisons(run)
+    compared = [(item, label, a, b) for _, label, ours, theirs in _comparisons(run)
             for item, a, b in zip(run.items(), ours, theirs)]
     pairs = [Pair(id=item.query.id, query=item.query.text, principles=tuple(item.constitutions[0].statements()),
-                  ours=a["text"], theirs=b["text"]) for item, _, a, b in jobs]
+                  ours=a["text"], theirs=b["text"]) for item, _, a, b in compared]
     verdicts, facts = ask_judge(spec, pairs, run.endpoint, run.folder / JUDGMENTS, run.say, seed=run.experiment.seed,
                                 dry_run=dry_run, reparse=reparse)
     if not dry_run:
         run.record.setdefault("judges", {})[spec.label] = facts
     return [_judgment(spec.label, item, label, a, b) | verdict.to_json()
-            for (item, label, a, b), verdict in zip(jobs, verdicts)]
+            for (item, label, a, b), verdict in zip(compared, verdicts)]
 
 
 def _normalized(row: dict) -> list[float]:

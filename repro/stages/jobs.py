@@ -171,7 +171,7 @@ def _lost(heard: dict) -> str:
     return "its workers ended without a word (the end of torchrun's is above)"
 
 
-def _job(folder: Path, name: str):
+def read_job(folder: Path, name: str):
     """A job's file, its TrainSpec and its pairs."""
     from repro.core.engines import TrainingPair
     from repro.core.tree import Sampled
@@ -188,7 +188,7 @@ def work(folder: Path, iteration: int, engine, on_query: Callable[[int], None], 
     from repro.core import engines, loop
     from repro.core.checkpoints import StepCheckpoints
 
-    job, spec, pairs = _job(folder, job_file(iteration))
+    job, spec, pairs = read_job(folder, job_file(iteration))
     tokenizer = load.load_tokenizer(job["model"])
     model = engine.load_model(job["model"], dtype=engines.weights_dtype(spec))
     if spec.lora:

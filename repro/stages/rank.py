@@ -15,7 +15,7 @@ from pathlib import Path
 
 from repro.base.records import UserError, dumps, first_line, read_json
 from repro.models import load
-from repro.stages.jobs import ATTACHED, _job, work
+from repro.stages.jobs import ATTACHED, read_job, work
 
 
 def _tell(**what) -> None:
@@ -34,7 +34,7 @@ def work_scores(folder: Path, name: str, engine, on_query: Callable[[int], None]
     from repro.core import engines, loop
     from repro.core.tree import packed_tokens
 
-    job, spec, pairs = _job(folder, name)
+    job, spec, pairs = read_job(folder, name)
     tokenizer = load.load_tokenizer(job["model"])
     model = engine.load_model(job["model"], dtype=engines.weights_dtype(spec)).requires_grad_(False)
     module = engine.prepare(engines.Scorer(model, spec, engine.settle(model, job["backend"])))

@@ -16,24 +16,24 @@ from repro.base.records import UserError, append_jsonl, digest, read_jsonl, seal
 from repro.core import lora
 from repro.models.decoding import end_tokens
 from repro.sampling import launch
-from repro.sampling.local import Response, sample_responses
+from repro.sampling.local import sample_responses
+from repro.sampling.response import Response, response_of
 from repro.sampling.server import read_answer, request
 from repro.servers.client import Asker
 from repro.servers.endpoint import Call
 from repro.servers.ledger import Ledger
-from repro.stages import draws
-from repro.stages import jobs as worker
+from repro.stages import draws, jobs
 from repro.stages.draws import held_out_pairs
 from repro.stages.folder import checkpoint, evaluation_file, training_file
 from repro.stages.run import Run
-from repro.text import seam
 from repro.text.principles import Constitution
 from repro.text.queries import Query
 
 
-def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
-    """Responses to the prompts `texts` by the model of `iteration`, in the order of `jobs`. What is already in the partial
-    file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the response."""
+def sample_to_file(run: Run, wanted, texts: list[str], iteration: int, path: Path, name: str) -> list[dict]:
+    """Responses to the prompts `texts` of what is `wanted` (query, constitution) by the model of `iteration`. What is
+    already in the partial file is not sampled again; the file goes when the stage is finished. Reasoning is kept beside the
+    response."""
     form, asked = run.voice.form, texts
     texts = [text + " " + form.opening for text in texts] if form.opening else texts
     partial = run.partial(path)
@@ -43,64 +43,20 @@ def sample_to_file(run: Run, jobs, texts: list[str], iteration: int, path: Path,
         for _, row in read_jsonl(partial, torn_tail=True, all_checked=True):
             if row.pop("key") == key:
                 rows[row.pop("job")] = row
-    if len(rows) < len(jobs):
+    if len(rows) < len(wanted):
         sampled = _sampled_here if run.experiment.sampling.engine == "transformers" else _sampled_by_server
         for batch, answers in sampled(run, iteration, texts, rows.copy(), name, partial, key):
             for i, answer in zip(batch, answers):
-                query, constitution = jobs[i]
-                said, more = _kept(run, asked[i], answer)
+                query, constitution = wanted[i]
+                said, more = response_of(run.voice, run.experiment.sampling, asked[i], answer)
                 rows[i] = asdict(Response(query=query.id, constitution=constitution.id, iteration=iteration, **said)) | more
             append_jsonl(partial, [{"key": key, "job": i, **rows[i]} for i in batch])
-    ordered = [rows[i] for i in range(len(jobs))]
+    ordered = [rows[i] for i in range(len(wanted))]
     if anew := sum(bool(row.get("retokenised")) for row in ordered):
         run.say(f"{name}: the form cut {anew} of {len(ordered)} responses inside a token; what it left of it is tokenised "
                 "anew")
     write_jsonl(path, ordered)
     return ordered
-
-
-def _kept(run: Run, prompt: str, answer: dict) -> tuple[dict, dict]:
-    """Of one sample (an `answer` as of `sample_batch` to the prompt and the form's opening) what its row says of the
-    response (`Response`) and beside it: "reasoning" that stood before it in the sample and whether it is "closed", all that
-    was "sampled" with chain of thought, "retokenised" where the form cut it inside a token, the ids of the mark that stood
-    right before it ("lead"), and the "end" that was sampled, where that is not the tokenizer's."""
-    form, tokenizer, speaker = run.voice.form, run.voice.tokenizer, run.voice.speaker
-    spec, more = run.experiment.sampling, {}
-    ids, text, finished, last = answer.get("ids"), answer["text"], answer["finished"], answer.get("end")
-    if speaker.closing:
-        opened = speaker.opened or seam.begins(tokenizer, ids, speaker.opening)
-        ids, reasoning, lead = seam.after(ids, speaker.closing, opened)
-        most = run.response_tokens() - spec.reasoning_tokens
-        if reasoning is not None:
-            closed = bool(lead) and len(reasoning) <= spec.reasoning_tokens
-            more = {"reasoning": tokenizer.decode(reasoning), "closed": closed}
-            if not closed:
-                return {"text": "", "ids": [], "tokens": 0, "finished": False}, more
-            more = more | {"lead": lead}
-        ended = next((k for k, i in enumerate(ids) if i in speaker.ends_both), None)  # nothing could stop at it before
-        if ended is not None:
-            ids, finished, last = ids[:ended], True, ids[ended]
-        ids, finished = ids[:most], finished and len(ids) <= most
-        text = seam.text_of(tokenizer, ids)
-    whole = form.opening + text
-    text = form.response(whole)
-    if form.cot:
-        more = more | {"sampled": whole}
-    if text != whole:  # the format ended it
-        finished, last = finished or (form.kind == "plain" and not whole.rstrip().endswith(text)), None
-    start = whole.index(text, whole.index(form.mark) + len(form.mark)) if form.cot and text else 0
-    given = form.opening[start: len(text)]  # the part of the response that the sample was opened with
-    before = seam.in_context(tokenizer, prompt, " " + given) if given else []
-    start, end = (max(0, at - len(form.opening)) for at in (start, start + len(text)))  # in what was sampled
-    if ids is None:  # it came as text
-        space = " " if form.cot and form.kind == "plain" and text else ""
-        ids = seam.in_context(tokenizer, prompt + " " * bool(given) + given, space + text[len(given):])
-    elif text != whole:
-        ids, anew = seam.cut(tokenizer, ids, start, end)
-        more = more | ({"retokenised": True} if anew else {})
-    if finished and last not in (None, tokenizer.eos_token_id):
-        more = more | {"end": last}
-    return {"text": text, "ids": before + ids, "tokens": len(before + ids), "finished": finished}, more
 
 
 def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: str, *_) -> Iterator[tuple]:
@@ -150,10 +106,10 @@ def sample(run: Run, iteration: int) -> None:
     inputs = [f"train-{iteration - 1}"] if iteration > 1 else run.written()
     if not run.stage(name, outputs, inputs):
         return
-    jobs = [(query, constitution) for query, pair in run.training_plan(iteration) for constitution in pair]
+    wanted = [(query, constitution) for query, pair in run.training_plan(iteration) for constitution in pair]
     texts = [draws.prompt(run.voice, c, q, run.experiment.seed, iteration, "sample", c.id, sample=True,
-                          reason=run.voice.form.cot) for q, c in jobs]
-    rows = sample_to_file(run, jobs, texts, iteration - 1, run.folder / training_file(iteration), name)
+                          reason=run.voice.form.cot) for q, c in wanted]
+    rows = sample_to_file(run, wanted, texts, iteration - 1, run.folder / training_file(iteration), name)
     run.finish(name, outputs, inputs, responses=len(rows))
 
 
@@ -188,7 +144,7 @@ def train_iteration(run: Run, iteration: int) -> None:
 
     name, inputs, outputs = f"train-{iteration}", [f"sample-{iteration}"], [checkpoint(iteration)]
     if not run.stage(name, outputs, inputs):
-        return worker.clear(run.folder, iteration)
+        return jobs.clear(run.folder, iteration)
     spec, folder = run.experiment, run.folder / checkpoint(iteration)
     kept, dropped = usable_pairs(run, iteration)
     need = spec.train.queries_needed(iteration)
@@ -208,15 +164,15 @@ def train_iteration(run: Run, iteration: int) -> None:
                         + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
                         + (", or, where training has made the responses alike, a lower --learning-rate"
                            if iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done else ""))
-    worker.write_job(run.folder, iteration, model=run.voice.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
+    jobs.write_job(run.folder, iteration, model=run.voice.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:
-        trace = worker.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
+        trace = jobs.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
     gc.collect()
     merged = {"merged": check_merged(run, iteration)} if spec.train.lora else {}
     seal(folder, digest([run.record["config_hash"], iteration]))
     run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks * run.nodes, **merged)
-    worker.clear(run.folder, iteration)
+    jobs.clear(run.folder, iteration)
 
 
 def check_merged(run: Run, iteration: int) -> dict:
