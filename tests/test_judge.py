@@ -348,6 +348,13 @@ def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--items 0: must be 1 or more"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["tldr/m/w/1"], count=0, work=tmp_path, dry_run=True)
     assert "never held against" in standing.standing("other")
+    for change, says in (({"kappa": None}, "field kappa: expected an object, found null"),
+                         ({"attacks": {"won": True, "planted": 40}}, "field attacks.won: expected a valid integer, found true"),
+                         ({"p_a": record["p_a"] | {"ci95": [0.1]}}, "field p_a.ci95: .*2 items")):
+        write_json(tmp_path / "out/broken.json", record | change)
+        with pytest.raises(UserError, match=f"broken.json: {says}") as e:
+            standing.standing("broken")
+        assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="--files: 'x' is not an archived comparison .*tldr/m/w/1"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["x"], count=1, work=tmp_path, dry_run=True)
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 
-from repro.base.records import UserError
+from repro.base.records import UserError, dumps
 
 
 def choose(field_name: str, value: str, allowed) -> str:
@@ -40,3 +40,26 @@ def _not_negative(owner, *names: str) -> None:
     for name in names:
         if not _number(owner, name) >= 0:
             raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be 0 or more")
+
+
+def fits(kind: type, value, where) -> None:
+    """Raise UserError where a JSON value is not of the type `kind` (a dataclass; what it does not name may be there too):
+    `where`, the place in it, the field, and what it must be. pydantic looks, strictly: no text is a number, no true is 1.
+
+    Not what a user writes: there our own checks name the nearest allowed word or show a row that is right, and hold fields
+    against each other. Nor a run's config: pydantic (2.14) makes 1 a 1.0, with which it hashes to something else.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(kind).validate_json(dumps(value), strict=True)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+    else:
+        return
+    path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in first["loc"]).removeprefix(".")
+    place, _, field = path.rpartition("].")
+    names = [str(where), f"{place}]" * bool(place), f"field {field}" * bool(field)]
+    what = first["msg"].replace("Field required", "missing").replace("Input should be", "expected")
+    found = "" if first["type"] == "missing" else f", found {dumps(first['input'])[:60]}"
+    raise UserError(f"{': '.join(filter(None, names))}: {what}{found}")

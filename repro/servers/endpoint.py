@@ -94,7 +94,7 @@ class Endpoint:
         for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):  # the client sends them as headers
             _in_header(name, os.environ.get(name, ""))
         if not self.local:  # else no proxy stands between
-            _check_proxies()
+            check_proxies()
 
     def rates(self) -> tuple[int, int]:
         """Picodollars per prompt and per completion token. A server on this machine is free unless a price is given."""
@@ -120,7 +120,7 @@ def _in_header(name: str, value: str) -> None:
                             "as plain text")
 
 
-def _check_proxies() -> None:
+def check_proxies() -> None:
     """Raise UserError, naming the variable, for a proxy that httpx2 cannot take. Its address is not shown: it may hold a
     password."""
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
