@@ -1,7 +1,8 @@
-"""What every setting is held against when it is made: allowed values, and numbers within their range."""
+"""A setting, and what each is held against when it is made: allowed values, and numbers within their range."""
 
 import difflib
 import math
+from dataclasses import field, fields
 
 from repro.base.records import UserError, dumps
 
@@ -13,6 +14,20 @@ def choose(field_name: str, value: str, allowed) -> str:
     near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"{field_name}: {value!r} is unknown; allowed: {', '.join(map(repr, allowed))}{hint}")
+
+
+def setting(default, flag: str | None = None, *, allowed: tuple[str, ...] = ()):
+    """A field of a dataclass of settings. `flag`: what it is called on the command line (repro/flags.py), whose help is the
+    text below the field; None: it is set in Python alone. `allowed`: what it, or each of several, may be."""
+    return field(default=default, metadata={"flag": flag, "allowed": allowed})
+
+
+def _allowed(owner) -> None:
+    """Hold every field that has `allowed` values against them."""
+    for f in fields(owner):
+        if allowed := f.metadata.get("allowed"):
+            for value in getattr(owner, f.name) if isinstance(f.default, tuple) else [getattr(owner, f.name)]:
+                choose(f"{type(owner).__name__}.{f.name}", value, allowed)
 
 
 def _number(owner, name: str):

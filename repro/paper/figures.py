@@ -237,7 +237,7 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
 
 def _draw(figure: str, rows: list[dict]) -> Figure:
     panels, lines = PANELS[figure], len(PANELS[figure]) // 2
-    drawing, axes = look.subplots(lines, 2, 2.45 * lines + 0.5)
+    drawing, axes = look.subplots(lines, 2, (7.6, 1), squeeze=False)
     axes = axes.ravel()
     for i, (ax, panel) in enumerate(zip(axes, panels)):
         _panel(ax, panel, [r for r in rows if r["panel"] == i])
@@ -249,7 +249,9 @@ def _draw(figure: str, rows: list[dict]) -> Figure:
         handles["printed value, where it differs from the record"] = Line2D(
             [], [], color=look.GREY, marker="o", markerfacecolor="white", markersize=6, linestyle="none")
     drawing.suptitle(TITLES[figure])
-    look.legend(drawing, handles)
+    columns = 2 if len(handles) == 4 or max(map(len, handles)) > 30 else 3
+    drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    drawing.set_figheight(2.8 * lines + 0.5 + 0.17 * -(-len(handles) // columns))
     return drawing
 
 

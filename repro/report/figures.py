@@ -7,12 +7,11 @@ import textwrap
 from collections.abc import Callable
 
 from repro.judges.standing import standing
-from repro.report.look import AXES, COLOURS, GREY, MARKERS, legend, style, subplots
+from repro.report.look import AXES, COLOURS, GREY, MARKERS, style, subplots
 
 SERIES = ("model", "writer", "cot", "subset")  # what tells one line of a figure from another
 SECOND = ("harmless", "held_out")  # subsets that are drawn beside another one
 PANEL_PRINCIPLES = 4  # more than these are drawn by themselves
-STYLES = ("-", "--", ":", "-.")  # of the principles of a panel
 
 
 def select(metrics: list[dict], **fixed) -> list[dict]:
@@ -82,17 +81,10 @@ def _bare(metrics: list[dict]) -> str:
     return "; n 1: no bar" if any(r["sem"] is None for r in metrics) else ""
 
 
-def key(colour: str, marker: str, style: str = "none", *, filled: bool = True):
-    """A sample for a legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour, marker=marker, ls=style, mfc=colour if filled else "white")
-
-
 @style()
 def draw_win_rate(metrics: list[dict], judge: str, title: str):
     """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
-    figure, axis = subplots(1, 1, 4.6)
+    figure, axis = subplots(1, 1, (5.6, 4.2))
     rows, tell = select(metrics, metric="win_rate", judge=judge, ties="half", length="raw"), telling(metrics)
     for k, (line, look) in enumerate(zip(series(metrics), looks(metrics))):
         for seed in sorted({r["seed"] for r in rows}):
@@ -106,9 +98,9 @@ def draw_win_rate(metrics: list[dict], judge: str, title: str):
     axis.axhline(50, color=GREY, ls=":", lw=1)
     axis.set(title=f"Win rate, judge {judge}, both orders", xlabel=AXES["iteration"], ylim=(0, 103),
              xticks=sorted({r["iteration"] for r in metrics}), ylabel="against the initial model (%), ties half")
-    axis.legend(loc="best")
-    figure.suptitle(title)
-    figure.supxlabel("\n".join(textwrap.wrap(standing(judge), 100)), fontsize=7)
+    axis.legend(loc="best", fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.supxlabel("\n".join(textwrap.wrap(standing(judge), 95)), fontsize=7)
     return figure
 
 
@@ -124,8 +116,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     iterations = sorted({r["iteration"] for r in metrics})
     found = judges(metrics)
     judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
-    figure, axes = subplots(2, 2, 5.4)
-    axes = axes.ravel()
+    figure, axes = subplots(1, 4, (13, 3.9))
 
     def plot(axis, color, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
         found = select(metrics, **fixed)
@@ -143,7 +134,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
             points[i] = tuple(scale * sum(ends) / len(rows) for ends in zip(*map(_bar, rows)))
         x = sorted(points)
         axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=color,
-                      marker=marker, ls=style, label=label)
+                      marker=marker, lw=1.6, ls=style, label=label)
 
     shown = principles(metrics)
     shown = shown if len(shown) <= PANEL_PRINCIPLES else [None]
@@ -158,40 +149,39 @@ def draw(metrics: list[dict], constitutions: int, title: str):
             plot(axes[2], **look | {"label": f"{tell(line)}, against {other}"}, style="--", baseline=other, **won, **line)
         for p, principle in enumerate(shown):
             label = f"{principle}, {tell(line)}" if principle else tell(line)
-            plot(axes[3], **own, style=STYLES[p % 4], label=label, scale=100,
+            plot(axes[3], **own, style=("-", "--", ":", "-.")[p % 4], label=label, scale=100,
                  shift=aside + 0.08 * (p - (len(shown) - 1) / 2), metric="following", principle=principle, **line)
     for other in sorted({r["model"] for r in select(metrics, metric="length_tokens")} - {line["model"] for line in lines}):
         rows = select(metrics, metric="length_tokens", model=other)
         axes[1].axhline(sum(r["value"] for r in rows) / len(rows), color=GREY, ls="--", lw=1, label=other)
     limit = math.log(constitutions)
     axes[0].axhline(limit, color=GREY, ls=":", lw=1)
-    axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", color=GREY)
+    axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", fontsize=8, color="0.3")
     axes[0].set(title="Mutual information", ylabel=AXES["infonce"], ylim=(0, limit * 1.12))
     axes[1].set(title="Length", ylabel=AXES["length_tokens"])
     axes[1].set_ylim(0, axes[1].get_ylim()[1] * 1.04)
     axes[2].axhline(50, color=GREY, ls=":", lw=1)
-    axes[2].set(title=f"Win rate, {named(judge)}", ylabel="vs initial model, ties half (%)", ylim=(0, 103))
+    axes[2].set(title=f"Win rate, {named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
     written = any(line["writer"] != "hand" for line in lines)
     axes[3].set(title="Following" if shown == [None] else "Following the hand-written principles" if written else
                 "Following, all-positive constitution", ylim=(0, 103),
-                ylabel="sides followed (%)" if shown == [None] else "follow the principle (%)")
+                ylabel="sides of the constitution followed (%)" if shown == [None] else
+                "responses that follow the principle (%)")
     if judge in language_models(metrics):
         axes[2].text(0.02, 0.02, "\n".join(textwrap.wrap(standing(judge), 52)), fontsize=6, transform=axes[2].transAxes)
     for axis in axes:
         axis.set_xticks(iterations)
         axis.set_xlabel(AXES["iteration"])
-    handles = {}
-    for axis in axes[:3]:  # the last panel's lines are these in the styles of principles
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    if not principles(metrics):
+    axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+    if principles(metrics) and shown != [None]:  # else it would be the first panel's again
+        axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7, handlelength=3.2, ncols=2,
+                       columnspacing=1)
+    elif not principles(metrics):
         axes[3].text(0.5, 0.5, "NOT RUN: no principle has a rule", ha="center", transform=axes[3].transAxes)
-    elif shown != [None]:
-        handles |= {f"followed: {name}": key(GREY, "", STYLES[p % 4]) for p, name in enumerate(shown)}
-    legend(figure, handles)
     bars = "bars: ± SEM over held-out queries" + _bare(metrics)
     if len(seeds) > 1:
         bars += f"; thin: each of {len(seeds)} seeds, thick: their mean"
-    figure.suptitle(f"{title}\n({bars})")
+    figure.suptitle(f"{title} ({bars})", fontsize=10)
     return figure
 
 
@@ -203,7 +193,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     names."""
     last = max(r["iteration"] for r in metrics)
     names = [(kind, name) for kind in kinds for name in kinds[kind]]
-    figure, axes = subplots(1, 2, 1.5 + 0.24 * len(names), sharey=True)
+    figure, axes = subplots(1, 2, (11, 1.6 + 0.26 * len(names)), sharey=True)
 
     def pooled(**fixed):
         """The mean of the seeds, and of their SEMs (they share the items); empty where nothing was measured."""
@@ -227,20 +217,27 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
             against = pooled(metric="following", principle=f"not_{name}", **fixed)
             bar(axes[1], y + up, against and [1 - against[0], against[1]], COLOURS[3], "v", filled, 100)
         if not select(metrics, metric="following", principle=name):
-            axes[1].text(50, y, "no rule", ha="center", va="center", color=GREY)
+            axes[1].text(50, y, "no rule", ha="center", va="center", fontsize=7, color="0.45")
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for _, name in names])
     axes[0].invert_yaxis()
     axes[0].axvline(math.log(2), color=GREY, ls=":", lw=1)
-    axes[0].set(xlabel=AXES["infonce"] + "\n(dotted: log 2, the most possible)", title="Mutual information")
+    axes[0].set(xlabel="InfoNCE lower bound (nats; dotted: log 2, the most possible)", title="Mutual information")
     axes[0].set_xlim(left=min(0, axes[0].get_xlim()[0]))
     axes[1].set(xlabel="responses that meet the principle's rule (%)", title="Rule", xlim=(-4, 104))
     line = len(kinds["learned"]) - 0.5
     for axis in axes:
         axis.axhline(line, color="0.3", lw=0.8)
-    legend(figure, {"learned": key(COLOURS[0], "o"), "held out": key(COLOURS[1], "o"),
-                    "initial model": key(GREY, "o", filled=False), f"iteration {last}": key(GREY, "o"),
-                    "under the principle": key(COLOURS[2], "^"), "under its antithesis": key(COLOURS[3], "v")})
+    from matplotlib.lines import Line2D
+
+    def key(colour, marker, label, filled=True):
+        return Line2D([], [], color=colour, marker=marker, ls="none", mfc=colour if filled else "white", label=label)
+
+    axes[0].legend(handles=[key(COLOURS[0], "o", "learned"), key(COLOURS[1], "o", "held out"),
+                            key("0.4", "o", "initial model", False), key("0.4", "o", f"iteration {last}")],
+                   loc="lower right", bbox_to_anchor=(0.94, 0), fontsize=7)  # left of the dotted line
+    axes[1].legend(handles=[key(COLOURS[2], "^", "under the principle"), key(COLOURS[3], "v", "under its antithesis")],
+                   loc="lower right", fontsize=7)
     seeds = len({r["seed"] for r in metrics})
-    figure.suptitle(f"{title}\n(bars: ± SEM over items{_bare(metrics)}"
-                    f"{f'; mean of {seeds} seeds' if seeds > 1 else ''})")
+    figure.suptitle(f"{title} (bars: ± SEM over items{_bare(metrics)}"
+                    f"{f'; mean of {seeds} seeds' if seeds > 1 else ''})", fontsize=10)
     return figure

@@ -5,6 +5,7 @@ The pages of paper/ and plan/ are Markdown, sentences around numbers: Python's s
 """
 
 import base64
+import html
 import math
 from pathlib import Path
 
@@ -201,14 +202,17 @@ def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figure
     """The page of one run, or of an experiment: `groups` has a list for each variant, with a run of each seed (responses of
     the first)."""
     import jinja2
+    from markupsafe import Markup
 
     first = read_json(groups[0][0] / "run.json")["config"]
     pictures = [(name, standing(name.removeprefix("win_rate-")) if name.startswith("win_rate-") else "",
                  base64.b64encode((figures / f"{name}.png").read_bytes()).decode())
                 for name in figure_names(groups[0][0], metrics)]
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                                   undefined=jinja2.StrictUndefined, trim_blocks=True)
-    write_text(path, templates.get_template("page.html").render(
+    head, body = (Path(__file__).parent / "page.html").read_text().split("<h1>")
+    body = "".join(map(str.strip, body.splitlines()))  # its lines are for those who read the template
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+                                  finalize=lambda value: Markup(html.escape(str(value)))).from_string(f"{head}<h1>{body}\n")
+    write_text(path, template.render(
         title=f"{first['name']}, profile {first['profile']}", pictures=pictures, groups=list(map(_group, groups)),
         values=[_values(metrics, seed) for seed in sorted({r["seed"] for r in metrics})]))
 

@@ -17,7 +17,7 @@ from repro.core import engines, loop
 from repro.experiment import load_experiment
 from repro.models import load
 from repro.report.figures import select
-from repro.report.look import AXES, COLOURS, LABELS, legend, save, style, subplots
+from repro.report.look import AXES, COLOURS, save, style, subplots
 from repro.stages import draws
 from repro.stages.evaluate import evaluate
 from repro.stages.folder import checkpoint
@@ -53,8 +53,12 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
 
 @style()
 def draw(rows: list[dict]):
-    figure, axes = subplots(2, 2, 5.9)
-    for axis, metric in zip(axes.ravel(), ("following", *(m for m in LABELS if m.startswith("hack_")))):
+    figure, axes = subplots(1, 4, (13, 3.7))
+    panels = (("following", "following, all-positive constitution (%)", 100),
+              ("hack_constitution_overlap", "words taken from the constitution (%)", 100),
+              ("hack_query_overlap", "words taken from the post (%)", 100),
+              ("hack_repetition", "repeated trigrams (%)", 100))
+    for axis, (metric, label, scale) in zip(axes, panels):
         def at(row, of):
             (found,) = [r for r in select(row["metrics"], metric=of) if r.get("principle") is None
                         and r["estimator"] in (None, "infonce")]
@@ -63,20 +67,19 @@ def draw(rows: list[dict]):
         for k, rate in enumerate(sorted(RATES)):
             line = [rows[0], *(r for r in rows if r["learning_rate"] == rate)]
             x, y = [at(r, "mi") for r in line], [at(r, metric) for r in line]
-            axis.errorbar([r["value"] for r in x], [100 * r["value"] for r in y], [100 * r["sem"] for r in y],
-                          [r["sem"] for r in x], color=COLOURS[k], lw=0.8, capsize=0, elinewidth=0.5,
-                          label=f"learning rate {rate:g}")
+            axis.errorbar([r["value"] for r in x], [scale * r["value"] for r in y], [scale * r["sem"] for r in y],
+                          [r["sem"] for r in x], color=COLOURS[k], lw=0.8, capsize=0, elinewidth=0.5, label=f"{rate:g}")
             for row, a, b in list(zip(line, x, y))[1:]:
-                axis.plot(a["value"], 100 * b["value"], "o", color=COLOURS[k], ms=2 + row["steps"])
-        axis.plot(at(rows[0], "mi")["value"], 100 * at(rows[0], metric)["value"], "k*", ms=9, zorder=5,
+                axis.plot(a["value"], scale * b["value"], "o", color=COLOURS[k], ms=2 + row["steps"])
+        axis.plot(at(rows[0], "mi")["value"], scale * at(rows[0], metric)["value"], "k*", ms=9, zorder=5,
                   label="initial model")
-        axis.set(xlabel=AXES["infonce"], ylabel=LABELS[metric] + " (%)")
+        axis.set(xlabel=AXES["infonce"], ylabel=label)
         axis.set_ylim(bottom=0)
-    legend(figure, dict(zip(*reversed(axis.get_legend_handles_labels()))))
+    axes[0].legend(title="learning rate", fontsize=7, title_fontsize=7)
     n = rows[0]["metrics"][0]["n"]
-    figure.suptitle("Dose: one iteration of exp2_tldr, mini, hand-written principles, all-positive constitution;\n"
-                    "small, middle and large points: 2, 4, 6 steps of 8 posts\n"
-                    f"(development split, {n} posts, 1 seed; bars: ± SEM over posts)")
+    figure.suptitle("Dose: one iteration of exp2_tldr, mini, hand-written principles; small, middle and large points: "
+                    f"2, 4, 6 steps of 8 posts\n(development split, {n} posts, 1 seed; bars: ± SEM over posts)",
+                    fontsize=10)
     return figure
 
 
