@@ -277,6 +277,51 @@ def test_the_report_says_that_a_checkout_was_modified():
     assert (_short("0123456789abcdef"), _short("0123456789abcdef-dirty"), _short(None)) == ("0123456789ab", "0123456789ab-dirty", "unknown")
 
 
+def test_no_text_of_users_or_models_becomes_a_part_of_the_page(tiny, tmp_path):
+    """Wherever it stands: tags and attributes are the same as without it, and it is shown as it is."""
+    from html.parser import HTMLParser
+
+    from repro.base.records import CHECK
+    from repro.report.publish import write_report
+
+    class Page(HTMLParser):
+        def __init__(self, text: str):
+            super().__init__()
+            self.tags, self.text = [], ""
+            self.feed(text)
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.append((tag, [k for k, _ in attrs]))
+
+        def handle_data(self, data):
+            self.text += data
+
+    folder = run(small(load_experiment("exp1", "paper")[0], tiny), tmp_path / "runs", say=lambda text: None)
+    before, bad = Page((folder / "report.html").read_text()), """<img src=x onerror='a'> "&amp;" </td></table>{{ 7 * 7 }}"""
+    shown = []
+
+    def spoil(path, change, *, lines=False):
+        values = [json.loads(line) for line in path.read_text().splitlines()] if lines else [json.loads(path.read_text())]
+        for value in values:
+            change(value)
+        path.write_text("\n".join(map(json.dumps, values)) + "\n" * lines)
+
+    def put(place: dict, key: str):
+        place[key] = f"{bad} {path.name} {key}"
+        shown.append(place[key])
+
+    for path in (folder / "responses").glob("evaluation-*.jsonl"):
+        spoil(path, lambda row: put(row, "text"), lines=True)
+    spoil(path := folder / "queries.jsonl", lambda row: put(row, "text"), lines=True)
+    spoil(path := folder / "run.json", lambda r: [r.pop(CHECK), put(r["config"]["model"], "label"), put(r["config"], "name"), put(r, "device"),
+                                                  r["not_run"].append(bad)])
+    spoil(path := folder / "metrics.json", lambda rows: [row.update({k: row[k] and bad + row[k] for k in ("model", "baseline")}) for row in rows])
+    write_report(folder)
+    after = Page((folder / "report.html").read_text())
+    assert after.tags == before.tags
+    assert after.text.count(bad) > 20 and all(text in after.text for text in set(shown))
+
+
 def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp_path):
     from repro.report.publish import publish, write_report
 
@@ -284,6 +329,7 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
     folder = run(experiment, tmp_path / "runs", say=lambda text: None)
     page = (folder / "report.html").read_text()
     assert "<th>not_helpful,harmless</th>" in page and "not_harmless</th>" not in page
+    assert 'name="viewport"' in page and page.count("<div class=wide><table") == page.count("<table") > 2  # a phone scrolls these alone
     path = folder / "responses/evaluation-1.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:

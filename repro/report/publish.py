@@ -13,7 +13,8 @@ from repro.base.records import (
     write_jsonl,
 )
 from repro.judges.record import JUDGMENTS, read_judgments
-from repro.report.figures import draw, draw_principles, draw_win_rate, language_models, save_figure
+from repro.report.figures import draw, draw_principles, draw_win_rate, language_models
+from repro.report.look import save
 from repro.report.page import _constitutions, _principles_figures, figure_names, write_page
 
 
@@ -28,12 +29,12 @@ def _save_figures(metrics: list[dict], folder: Path, out: Path) -> None:
     config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
     mini = config["profile"] == "mini"
     title = f"{config['name']}, mini: {config['model']['label']}, not the paper's run" if mini else config["name"]
-    save_figure(draw(metrics, constitutions.count, title), out)
+    save(draw(metrics, constitutions.count, title), out / "iterations")
     if kinds := {kind: [p.name for p in constitutions.of(kind)] for kind in constitutions.kinds}:
         for name, rows in _principles_figures(metrics).items():
-            save_figure(draw_principles(rows, kinds, title + (", with CoT" if rows[0]["cot"] else "")), out, name)
+            save(draw_principles(rows, kinds, title + (", with CoT" if rows[0]["cot"] else "")), out / name)
     for judge in language_models(metrics):
-        save_figure(draw_win_rate(metrics, judge, title), out, f"win_rate-{judge}")
+        save(draw_win_rate(metrics, judge, title), out / f"win_rate-{judge}")
 
 
 def write_report(folder: Path) -> None:

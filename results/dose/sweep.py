@@ -16,7 +16,8 @@ from repro.config import JudgeSpec
 from repro.core import engines, loop
 from repro.experiment import load_experiment
 from repro.models import load
-from repro.report.figures import COLOURS, pyplot, save_figure, select
+from repro.report.figures import select
+from repro.report.look import AXES, COLOURS, save, style, subplots
 from repro.stages import draws
 from repro.stages.evaluate import evaluate
 from repro.stages.folder import checkpoint
@@ -50,8 +51,9 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
     run.finish(f"train-{number}", outputs, ["sample-1"], trace=trace)
 
 
+@style()
 def draw(rows: list[dict]):
-    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.7), layout="constrained")
+    figure, axes = subplots(1, 4, (13, 3.7))
     panels = (("following", "following, all-positive constitution (%)", 100),
               ("hack_constitution_overlap", "words taken from the constitution (%)", 100),
               ("hack_query_overlap", "words taken from the post (%)", 100),
@@ -71,7 +73,7 @@ def draw(rows: list[dict]):
                 axis.plot(a["value"], scale * b["value"], "o", color=COLOURS[k], ms=2 + row["steps"])
         axis.plot(at(rows[0], "mi")["value"], scale * at(rows[0], metric)["value"], "k*", ms=9, zorder=5,
                   label="initial model")
-        axis.set(xlabel="InfoNCE lower bound (nats)", ylabel=label)
+        axis.set(xlabel=AXES["infonce"], ylabel=label)
         axis.set_ylim(bottom=0)
     axes[0].legend(title="learning rate", fontsize=7, title_fontsize=7)
     n = rows[0]["metrics"][0]["n"]
@@ -104,7 +106,7 @@ def main(out: Path) -> None:
         for number, (rate, steps) in enumerate([(0.0, 0), *GRID])]
     write_json(RESULTS / "dose.json", {"config": experiment.to_json(), "points": rows, **{
         k: run.record[k] for k in ("commit", "packages", "device", "threads")}})
-    save_figure(draw(rows), RESULTS, "dose")
+    save(draw(rows), RESULTS / "dose")
     print(f"{len(GRID)} points: {RESULTS / 'dose.png'}")
 
 
