@@ -66,7 +66,7 @@ def _values(metrics: list[dict], seed: int) -> tuple[int, list[int], list[tuple]
 def cut_answers(folder: Path) -> list[str]:
     """A line where most of the judged answers of the last iteration end at the cap on their length, not by themselves:
     then length, and what comes late in an answer, cannot be seen."""
-    config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
+    config, constitutions = read_json(folder / "run.json")["config"], constitutions_in(folder)
     C = constitutions.count
     path = folder / f"responses/evaluation-{config['iterations']}.jsonl"
     judged = read_jsonl(path)[::C]
@@ -109,7 +109,7 @@ def worsened(folder: Path) -> list[str]:
     return lines
 
 
-def _constitutions(folder: Path) -> Constitutions:
+def constitutions_in(folder: Path) -> Constitutions:
     path = folder / "constitutions.json"
     return constitutions_of(read_json(path), str(path))
 
@@ -117,7 +117,7 @@ def _constitutions(folder: Path) -> Constitutions:
 def _responses(folder: Path, record: dict) -> tuple[str, list[dict]]:
     """Side by side for the first held-out items: rows are iterations, columns constitutions. Of a set, queries of its
     first (everyday) subset; of a pool, items of each kind of principles. Before them what they are, in words."""
-    constitutions, config = _constitutions(folder), record["config"]
+    constitutions, config = constitutions_in(folder), record["config"]
     private, pool, C = constitutions.private_sides, bool(constitutions.kinds), constitutions.count
     items = read_jsonl(folder / "logprobs/evaluation-0.jsonl")
     queries = {row["id"]: row["text"] for row in read_jsonl(folder / "queries.jsonl")}
@@ -178,7 +178,7 @@ def _principles(folders: list[Path]) -> list[tuple]:
     """(who wrote them, where a model did, and the principles) of each seed's run; once, where they are the same."""
     tables = {}
     for folder in folders:
-        constitutions, data = _constitutions(folder), read_json(folder / "constitutions.json")
+        constitutions, data = constitutions_in(folder), read_json(folder / "constitutions.json")
         rows = tuple((p.name, p.text, p.antithesis, p.rule or "none") for p in constitutions.principles)
         tables[constitutions.writer if "written" in data else "", rows] = True
     return list(tables)
@@ -187,7 +187,7 @@ def _principles(folders: list[Path]) -> list[tuple]:
 def _group(folders: list[Path]) -> dict:
     record = read_json(folders[0] / "run.json")
     note, items = _responses(folders[0], record)
-    return {"variant": record["config"].get("variant"), "facts": _facts(folders, _constitutions(folders[0]).writer),
+    return {"variant": record["config"].get("variant"), "facts": _facts(folders, constitutions_in(folders[0]).writer),
             "principles": _principles(folders), "note": note, "shown": items}
 
 
@@ -212,12 +212,12 @@ def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figure
 
 def figure_names(folder: Path, metrics: list[dict]) -> list[str]:
     """One figure of all measures, one of a pool's principles, one of each LLM judge's win rate."""
-    pool = _constitutions(folder).kinds
-    return ["iterations", *(_principles_figures(metrics) if pool else ()),
+    pool = constitutions_in(folder).kinds
+    return ["iterations", *(principles_figures(metrics) if pool else ()),
             *(f"win_rate-{j}" for j in language_models(metrics))]
 
 
-def _principles_figures(metrics: list[dict]) -> dict[str, list[dict]]:
+def principles_figures(metrics: list[dict]) -> dict[str, list[dict]]:
     """Name -> records of a figure of every principle: one for each model and kind of sampling."""
     found: dict[tuple, list[dict]] = {}
     for r in metrics:

@@ -15,7 +15,7 @@ from repro.base.records import (
 from repro.judges.record import JUDGMENTS, read_judgments
 from repro.report.figures import draw, draw_principles, draw_win_rate, language_models
 from repro.report.look import save
-from repro.report.page import _constitutions, _principles_figures, figure_names, write_page
+from repro.report.page import constitutions_in, figure_names, principles_figures, write_page
 
 
 def report_figures(folder: Path) -> list[str]:
@@ -26,12 +26,12 @@ def report_figures(folder: Path) -> list[str]:
 
 def _save_figures(metrics: list[dict], folder: Path, out: Path) -> None:
     """The figures of `metrics`, of runs like the one in `folder`, under `out`."""
-    config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
+    config, constitutions = read_json(folder / "run.json")["config"], constitutions_in(folder)
     mini = config["profile"] == "mini"
     title = f"{config['name']}, mini: {config['model']['label']}, not the paper's run" if mini else config["name"]
     save(draw(metrics, constitutions.count, title), out / "iterations")
     if kinds := {kind: [p.name for p in constitutions.of(kind)] for kind in constitutions.kinds}:
-        for name, rows in _principles_figures(metrics).items():
+        for name, rows in principles_figures(metrics).items():
             save(draw_principles(rows, kinds, title + (", with CoT" if rows[0]["cot"] else "")), out / name)
     for judge in language_models(metrics):
         save(draw_win_rate(metrics, judge, title), out / f"win_rate-{judge}")
@@ -57,7 +57,7 @@ def _standing_alone(folders: list[Path]) -> list[Path]:
     same results again."""
     def fell_back(folder: Path) -> bool:
         writer = read_json(folder / "run.json")["config"].get("writer")
-        return bool(writer) and _constitutions(folder).writer != writer["label"]
+        return bool(writer) and constitutions_in(folder).writer != writer["label"]
 
     by_hand = any(not read_json(folder / "run.json")["config"].get("writer") for folder in folders)
     return [folder for folder in folders if not (by_hand and fell_back(folder))]

@@ -127,7 +127,7 @@ def greet_judge(run: Run) -> None:
 def judge(run: Run) -> None:
     """Each item's response under its first constitution, by every iteration, against the initial model's, and against
     the baseline's where there is one -> judgments.jsonl."""
-    if not run.stage("judge", [JUDGMENTS], _judge_inputs(run)):
+    if not run.stage("judge", [JUDGMENTS], judge_inputs(run)):
         return
     rows = []
     for name in run.record.get("judges", {}):
@@ -185,7 +185,7 @@ def _comparisons(run: Run) -> Iterator[tuple[int, str, list[dict], list[dict]]]:
             yield i, run.experiment.baseline.label, ours[i], theirs
 
 
-def _judge_inputs(run: Run) -> list[str]:
+def judge_inputs(run: Run) -> list[str]:
     return [f"evaluate-{i}" for i in range(run.experiment.iterations + 1)] + (
         ["baseline"] if run.experiment.baseline else [])
 
@@ -199,7 +199,7 @@ def _judgment(judge: str, item: Item, baseline: str, ours: dict, theirs: dict) -
 def _write_judgments(run: Run, rows: list[dict]) -> None:
     """The stage's output: the judgments, each judge's in item order."""
     write_judgments(run.folder, rows)
-    run.finish("judge", [JUDGMENTS], _judge_inputs(run))
+    run.finish("judge", [JUDGMENTS], judge_inputs(run))
 
 
 def add_judgments(run: Run, judge: str, rows: list[dict]) -> None:

@@ -9,14 +9,14 @@ from repro.judges import likelihood, rule
 from repro.judges.llm import judge_shares
 from repro.judges.record import read_judgments
 from repro.stages.draws import Item
-from repro.stages.evaluate import BASELINE, _judge_inputs, judged_responses
+from repro.stages.evaluate import BASELINE, judge_inputs, judged_responses
 from repro.stages.folder import evaluation_file, logprob_file
 from repro.stages.run import Run
 
 
 def measure(run: Run) -> None:
     """metrics.json from the files of the stages before it (design: one flat list of records)."""
-    inputs = ["judge", *_judge_inputs(run)]
+    inputs = ["judge", *judge_inputs(run)]
     if not run.stage("metrics", ["metrics.json"], inputs):
         return
     write_json(run.folder / "metrics.json", list(records(run)))

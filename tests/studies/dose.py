@@ -1,9 +1,9 @@
-"""The dose of `mini`: what learning rate and steps do to the bound, and to the text. -> dose.json, dose.png, dose.pdf
+"""The dose of `mini`: what learning rate and steps do to the bound, and to the text. -> results/dose/
 
 One SAMI iteration of experiment 2 with the hand-written principles, from the initial weights, on the same pairs, for each
 learning rate and number of steps; evaluated on the development split, which no committed result uses.
 
-Run: .venv/bin/python results/dose/sweep.py [OUT]    (about 15 minutes on 2 CPU cores; goes on where it stopped)
+Run: .venv/bin/python tests/studies/dose.py [OUT]    (about 15 minutes on 2 CPU cores; goes on where it stopped)
 """
 
 import itertools
@@ -29,7 +29,7 @@ from repro.stages.sample import sample, usable_pairs
 RATES = (5e-7, 2e-6, 5e-6, 1e-6)  # in the order in which they were run
 STEPS = (2, 4, 6)  # those of iterations 1, 2 and 3
 GRID = list(itertools.product(RATES, STEPS))
-RESULTS = Path(__file__).parent
+RESULTS = Path(__file__).parents[2] / "results" / "dose"
 
 
 def train(run: Run, number: int, rate: float, steps: int) -> None:
