@@ -1,5 +1,6 @@
 """Every shipped experiment, end to end on a tiny model; resumption, refusals, and what a run must write."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import unrendered
+from forked import killed
 
 from repro.base.records import UserError, file_sha256, read_jsonl
 from repro.experiment import EXPERIMENTS, load_experiment
@@ -63,7 +66,8 @@ def test_every_shipped_experiment_runs(shipped, tiny, tmp_path):
         with pytest.raises(UserError, match="0 pairs of responses are left of the 4"):
             run(experiment, tmp_path, say=said.append)
         return
-    folder = run(experiment, tmp_path, say=said.append)
+    with unrendered() if shipped.profile == "mini" else contextlib.nullcontext():  # these are in `finished` and in test_variants.py
+        folder = run(experiment, tmp_path, say=said.append)
     assert folder == tmp_path / experiment.path
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {r["iteration"] for r in metrics} == {0, 1, 2, 3} and all(KEYS <= r.keys() for r in metrics)
@@ -214,36 +218,13 @@ def test_an_altered_file_is_made_again(finished, tiny, tmp_path):
     assert any(line.startswith("evaluate-3: done again, since ") and line.endswith("is missing or altered") for line in said), said
 
 
-CHILD = """
-import dataclasses, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_experiments import small
-from repro.cli import load_experiment
-from repro.stages.pipeline import run
-import repro.{module} as module
-calls, real = 0, module.{function}
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == {nth}:
-        os.kill(os.getpid(), signal.{signal})
-    return real(*args, **kwargs)
-module.{function} = dying
-run(small(load_experiment("exp1", "mini")[0], Path({tiny!r})), {out!r})
-"""
-
-
 @pytest.mark.parametrize("module, function, nth", [
     ("stages.sample", "append_jsonl", 2), ("stages.sample", "write_jsonl", 3), ("core.engines", "symmetric_infonce", 9),
     ("stages.sample", "seal", 2), ("stages.folder", "write_json", 9), ("stages.measure", "write_json", 1)])
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(finished, tiny, tmp_path, module, function, nth):
     """A real SIGKILL in sampling, training, saving, recording and measuring."""
     experiment, folder = finished
-    code = CHILD.format(tests=str(Path(__file__).parent), module=module, function=function, nth=nth, tiny=str(tiny),
-                        out=str(tmp_path), signal="SIGKILL")
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert killed(f"repro.{module}", function, nth, run, experiment, tmp_path) == -signal.SIGKILL
     copy = run(experiment, tmp_path, say=lambda text: None)
     assert contents(copy) == contents(folder)
     assert not list(copy.rglob("*.tmp")) and not list(copy.rglob("*.partial*")) and not (copy / ".lock").exists()
@@ -350,12 +331,13 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
     from repro.report.publish import publish
 
     experiment, folder = finished
-    second = run(dataclasses.replace(experiment, seed=1), tmp_path / "b", say=lambda text: None)
+    with unrendered():
+        second = run(dataclasses.replace(experiment, seed=1), tmp_path / "b", say=lambda text: None)
+        third = run(dataclasses.replace(experiment, seed=2, iterations=2), tmp_path / "c", say=lambda text: None)
     out = publish([folder, second], tmp_path / "results")
     assert {r["seed"] for r in json.loads((out / "metrics.json").read_text())} == {0, 1}
     with pytest.raises(UserError, match="different seeds"):
         publish([folder, folder], tmp_path / "results")
-    third = run(dataclasses.replace(experiment, seed=2, iterations=2), tmp_path / "c", say=lambda text: None)
     with pytest.raises(UserError, match="differs"):
         publish([folder, third], tmp_path / "results")
 
@@ -402,7 +384,7 @@ def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
     assert all([row["text"] for row in r] == ["a", "b"] for _, _, r in kept)
 
 
-def test_identical_responses_tie_under_every_judge(finished, tmp_path):
+def test_identical_responses_tie_under_every_judge(finished, tmp_path, unrendered):
     import shutil
 
     from repro.base.records import read_json, read_jsonl, write_jsonl
@@ -449,7 +431,7 @@ def save_gpt2(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("dropout", ["off", "drawn"])
-def test_a_family_whose_byte_model_nobody_knows_runs_to_its_end_and_says_how(tmp_path, dropout):
+def test_a_family_whose_byte_model_nobody_knows_runs_to_its_end_and_says_how(tmp_path, dropout, unrendered):
     """GPT-2 with its usual dropout: off, on the shared path; drawn, on the reference. The same bytes under another name."""
     experiment = dataclasses.replace(small(load_experiment("exp1", "mini")[0], save_gpt2(tmp_path / "gpt2"), learning_rate=1e-3),
                                      iterations=1)

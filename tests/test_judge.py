@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import unrendered
 from judge_server import JudgeServer
 from marks import FAMILIES, MARKS, added_ids, marked_tokenizer
 
@@ -467,13 +468,14 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
         with pytest.raises(UserError, match="the budget is used up"):
             run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0), max_usd=0.008))
         said.clear()
-        other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0)))
+        with unrendered():
+            other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0)))
         assert sum("done before, skipped" in line for line in said) == 4  # a raised budget trains nothing again
         rows = [r for r in json.loads((other / "metrics.json").read_text()) if r["judge"]]
         assert rows == [r for r in after if r["judge"] == "judge-1"]
 
 
-def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path):
+def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path, unrendered):
     """A kill leaves an attempt without outcome in the ledger, which is no part of a run's own record: `repro run` finds all
     done. Where its judge stage is done again, the ledger stays, and `repro judge` puts the verdicts back without a request."""
     import shutil
@@ -532,7 +534,7 @@ def test_judge_flips_are_half_under_either_tie_rule(finished, tmp_path):
     assert found["half", "raw"].value == 50 and found["loss", "raw"].value == 37.5 and found["half", "raw"].n == 4
 
 
-def test_judge_strict_fails_on_a_missing_verdict(finished, tmp_path, capsys):
+def test_judge_strict_fails_on_a_missing_verdict(finished, tmp_path, capsys, unrendered):
     import shutil
 
     experiment, done = finished
@@ -615,7 +617,7 @@ def test_judge_that_cannot_be_used_is_told_before_anything_is_sampled(finished, 
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
-def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(finished, tmp_path):
+def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(finished, tmp_path, unrendered):
     """The judge's server goes wrong when all is trained: with another judge named the run goes on, judges and ends with
     the metrics of a run that had it from the start; the folder of a finished run does the same."""
     trained = dataclasses.replace(finished[0], judge=WRONG)
@@ -654,7 +656,7 @@ def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(fini
         (group, "PASS") for group in ("config", "inputs", "files", "judgments", "metrics")}
 
 
-def test_judge_is_no_part_of_what_an_older_folder_is_bound_to(finished, tmp_path):
+def test_judge_is_no_part_of_what_an_older_folder_is_bound_to(finished, tmp_path, unrendered):
     """A run.json from before the second digest, whose stages are named by the whole one; and a difference beside the judge."""
     import shutil
 
@@ -683,7 +685,7 @@ def test_judge_is_no_part_of_what_an_older_folder_is_bound_to(finished, tmp_path
     assert sum("done before, skipped" in line for line in said) == 4, said
 
 
-def test_judge_poisoned_ledger_is_read_and_asked_again(finished, tmp_path):
+def test_judge_poisoned_ledger_is_read_and_asked_again(finished, tmp_path, unrendered):
     """What an older version stored as an answer, and read no more: every command reads it, and a good server mends it."""
     import shutil
 

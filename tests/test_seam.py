@@ -31,6 +31,7 @@ from repro.text import seam
 
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'CUE' }}{% endif %}")
+pytestmark = pytest.mark.usefixtures("unrendered")
 KINDS = {  # tokenizer, the template's cue, tokens of a response
     "a cue that ends in a space": ("bpe", "ASSISTANT: ", 6),
     "one word behind a space": ("bpe", "ASSISTANT: ", 1),
