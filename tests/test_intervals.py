@@ -201,13 +201,11 @@ def test_one_query_is_said_to_be_one(tmp_path):
 
 
 def test_no_bar_is_drawn_for_one_query():
-    import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
 
     def bars(figure, axis: int) -> list[float]:
         found = [abs(np.diff(s[:, axis])[0]) for a in figure.axes for c in a.collections
                  if isinstance(c, LineCollection) for s in c.get_segments() if len(s) == 2]
-        plt.close(figure)
         return [n for n in found if np.isfinite(n)]
 
     for sem, bare in ((None, True), (0.25, False)):
