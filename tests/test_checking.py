@@ -123,7 +123,7 @@ def test_a_log_prob_decides_the_likelihood_judge(finished, tmp_path):
 
 
 def test_a_raw_answer_of_the_judge_counts_not_only_its_verdict(copy):
-    path = copy / "judgments.jsonl"
+    path = copy / "judge_requests.jsonl"
     text = path.read_text()
     assert text.count('Final Response: A') + text.count('final_response\\": \\"A') > 0
     lines = text.replace("Final Response: A", "Final Response: B").replace('final_response\\": \\"A', 'final_response\\": \\"B')

@@ -243,7 +243,7 @@ def test_rows_without_a_token_are_never_sampled_and_are_counted(capsys, tmp_path
     assert stop.value.code == 0 and record["rows_without_token"] == {"model": 189} and "189 of the model" in said.err
     assert "sampled pairs to spare, by iteration:" in said.err and "or with 'The assistant' or 'sorry'" in said.err
     assert "pairs dropped before training: " in said.out
-    texts = [row["text"] for _, row in read_jsonl(tmp_path / "out/exp1_dialogue/mini/responses/evaluation-0.jsonl")]
+    texts = [row["text"] for row in read_jsonl(tmp_path / "out/exp1_dialogue/mini/responses/evaluation-0.jsonl")]
     assert all(texts)
 
 

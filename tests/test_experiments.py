@@ -88,7 +88,7 @@ def test_every_shipped_experiment_runs(shipped, tiny, tmp_path):
     if experiment.baseline:
         others = [r for r in metrics if r["metric"] == "win_rate" and r["baseline"] == experiment.baseline.label]
         assert {r["iteration"] for r in others} == ({0, 1, 2, 3} if any(rules) else set())
-        assert len(list(read_jsonl(folder / "responses/baseline.jsonl"))) == len(list(read_jsonl(folder / "logprobs/evaluation-0.jsonl")))
+        assert len(read_jsonl(folder / "responses/baseline.jsonl")) == len(read_jsonl(folder / "logprobs/evaluation-0.jsonl"))
         assert {r["model"] for r in metrics if r["metric"] == "length_tokens"} == {experiment.model.label, experiment.baseline.label}
 
 
@@ -258,6 +258,51 @@ def test_the_report_says_that_a_checkout_was_modified():
     assert (_short("0123456789abcdef"), _short("0123456789abcdef-dirty"), _short(None)) == ("0123456789ab", "0123456789ab-dirty", "unknown")
 
 
+def test_no_text_of_users_or_models_becomes_a_part_of_the_page(tiny, tmp_path):
+    """Wherever it stands: tags and attributes are the same as without it, and it is shown as it is."""
+    from html.parser import HTMLParser
+
+    from repro.base.records import CHECK
+    from repro.report.publish import write_report
+
+    class Page(HTMLParser):
+        def __init__(self, text: str):
+            super().__init__()
+            self.tags, self.text = [], ""
+            self.feed(text)
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.append((tag, [k for k, _ in attrs]))
+
+        def handle_data(self, data):
+            self.text += data
+
+    folder = run(small(load_experiment("exp1", "paper")[0], tiny), tmp_path / "runs", say=lambda text: None)
+    before, bad = Page((folder / "report.html").read_text()), """<img src=x onerror='a'> "&amp;" </td></table>{{ 7 * 7 }}"""
+    shown = []
+
+    def spoil(path, change, *, lines=False):
+        values = [json.loads(line) for line in path.read_text().splitlines()] if lines else [json.loads(path.read_text())]
+        for value in values:
+            change(value)
+        path.write_text("\n".join(map(json.dumps, values)) + "\n" * lines)
+
+    def put(place: dict, key: str):
+        place[key] = f"{bad} {path.name} {key}"
+        shown.append(place[key])
+
+    for path in (folder / "responses").glob("evaluation-*.jsonl"):
+        spoil(path, lambda row: put(row, "text"), lines=True)
+    spoil(path := folder / "queries.jsonl", lambda row: put(row, "text"), lines=True)
+    spoil(path := folder / "run.json", lambda r: [r.pop(CHECK), put(r["config"]["model"], "label"), put(r["config"], "name"), put(r, "device"),
+                                                  r["not_run"].append(bad)])
+    spoil(path := folder / "metrics.json", lambda rows: [row.update({k: row[k] and bad + row[k] for k in ("model", "baseline")}) for row in rows])
+    write_report(folder)
+    after = Page((folder / "report.html").read_text())
+    assert after.tags == before.tags
+    assert after.text.count(bad) > 20 and all(text in after.text for text in set(shown))
+
+
 def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp_path):
     from repro.report.publish import publish, write_report
 
@@ -265,6 +310,7 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
     folder = run(experiment, tmp_path / "runs", say=lambda text: None)
     page = (folder / "report.html").read_text()
     assert "<th>not_helpful,harmless</th>" in page and "not_harmless</th>" not in page
+    assert 'name="viewport"' in page and page.count("<div class=wide><table") == page.count("<table") > 2  # a phone scrolls these alone
     path = folder / "responses/evaluation-1.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
@@ -346,14 +392,14 @@ def test_identical_responses_tie_under_every_judge(finished, tmp_path, unrendere
     experiment, folder = finished
     shutil.copytree(folder.parents[1], tmp_path / "runs")
     copy = tmp_path / "runs" / folder.relative_to(folder.parents[1])
-    first = [row for _, row in read_jsonl(copy / "responses/evaluation-0.jsonl")]
+    first = read_jsonl(copy / "responses/evaluation-0.jsonl")
     write_jsonl(copy / "responses/evaluation-3.jsonl", [row | {"iteration": 3} for row in first])
     record = read_json(copy / "run.json")
     record["stages"]["evaluate-3"]["outputs"]["responses/evaluation-3.jsonl"] = file_sha256(
         copy / "responses/evaluation-3.jsonl")
     (copy / "run.json").write_text(json.dumps(record))
     run(experiment, tmp_path / "runs", say=lambda text: None)
-    rows = [row for _, row in read_jsonl(copy / "judgments.jsonl") if row["iteration"] == 3]
+    rows = [row for row in read_jsonl(copy / "judgments.jsonl") if row["iteration"] == 3]
     assert {row["judge"] for row in rows} == {"rule", "likelihood"} and {row["outcome"] for row in rows} == {"tie"}
 
 

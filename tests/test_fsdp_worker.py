@@ -165,7 +165,7 @@ def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path, un
         folder = run(experiment, tmp_path / str(ranks), say=said.append, ranks=ranks)
         records.append(json.loads((folder / "run.json").read_text()))
         assert [p.name for p in (folder / "checkpoints").iterdir()] == ["iteration-1"]  # no job, no steps
-    scored = [[row for k in (0, 1) for _, row in read_jsonl(tmp_path / str(ranks) / experiment.path / logprob_file(k))]
+    scored = [[row for k in (0, 1) for row in read_jsonl(tmp_path / str(ranks) / experiment.path / logprob_file(k))]
               for ranks in (1, 2)]
     for one, two in zip(*scored, strict=True):
         assert one["query"] == two["query"] and one["tokens"] == two["tokens"]

@@ -125,7 +125,7 @@ def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path, caps
     assert places == [base[0], base[1], base[0], tuned[0], tuned[0], tuned[1]]  # evaluate, baseline, sample and evaluate twice
     # iteration 2 is sampled from the weights of iteration 1, and those are others than the initial ones
     run, texts = prompts(folder, argv, 2)
-    rows = [row["text"] for _, row in read_jsonl(folder / "responses/training-2.jsonl")]
+    rows = [row["text"] for row in read_jsonl(folder / "responses/training-2.jsonl")]
     assert len(rows) == len(texts) >= 20
     assert rows == said_by(tuned[0], run, texts)
     assert sum(a != b for a, b in zip(rows, said_by(base[0], run, texts))) > len(rows) / 2

@@ -233,7 +233,7 @@ def test_what_is_missing_is_an_error_and_what_was_answered_is_not_asked_again(ti
         before = len(server.requests)
         rows = sample(run)
         assert len(server.requests) == before + 1 + 11  # the probe, and what was missing
-        partial_rows = [row for _, row in read_jsonl(partial) if row.get("status") == "answered"]
+        partial_rows = [row for row in read_jsonl(partial) if row.get("status") == "answered"]
         assert len(partial_rows) == len(rows) == 16
         again = len(server.requests)
         assert sample(run) == rows and len(server.requests) == again

@@ -373,7 +373,7 @@ def test_a_judge_of_several_runs_joins_each_and_the_folder_of_all(variants, tmp_
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {r["writer"] for r in metrics if r["judge"] == "judge-1"} == {"hand", variants[0][0].writer.label}
     assert (folder / "figures/win_rate-judge-1.png").exists() and "judge-1" in (folder / "report.html").read_text()
-    ledger = rows(folder / "weak/judgments.jsonl")
+    ledger = rows(folder / "weak/judge_requests.jsonl")
     asked = [r["key"] for r in ledger if r["record"] == "attempt"]
     assert len(asked) == len(set(asked)) > 0
 

@@ -1,4 +1,4 @@
-"""A setting, and what each is held against when it is made: allowed values, and numbers within their range."""
+"""A setting, and what settings and texts are held against: allowed values, numbers within their range, control tokens."""
 
 import difflib
 import math
@@ -22,12 +22,20 @@ def setting(default, flag: str | None = None, *, allowed: tuple[str, ...] = ()):
     return field(default=default, metadata={"flag": flag, "allowed": allowed})
 
 
-def _allowed(owner) -> None:
+def only_allowed(owner) -> None:
     """Hold every field that has `allowed` values against them."""
     for f in fields(owner):
         if allowed := f.metadata.get("allowed"):
             for value in getattr(owner, f.name) if isinstance(f.default, tuple) else [getattr(owner, f.name)]:
                 choose(f"{type(owner).__name__}.{f.name}", value, allowed)
+
+
+def check_control_tokens(texts, controls: list[str]) -> None:
+    """texts: (where, text) pairs. No text of a user may become a control token of the model's template."""
+    for where, text in texts:
+        found = next((c for c in controls if c in text), None)
+        if found is not None:
+            raise UserError(f"{where}: holds the control token {found!r} of the model's chat template")
 
 
 def _number(owner, name: str):
@@ -39,19 +47,19 @@ def _number(owner, name: str):
     return value
 
 
-def _positive(owner, *names: str, most: float = math.inf) -> None:
+def positive(owner, *names: str, most: float = math.inf) -> None:
     for name in names:
         if not 0 < _number(owner, name) <= most:
             raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be above 0"
                             + f" and at most {most:g}" * math.isfinite(most))
 
 
-def _distinct(owner, name: str) -> None:
+def distinct(owner, name: str) -> None:
     if len(set(values := getattr(owner, name))) < len(values):
         raise UserError(f"{type(owner).__name__}.{name}: {', '.join(values)}; each at most once")
 
 
-def _not_negative(owner, *names: str) -> None:
+def not_negative(owner, *names: str) -> None:
     for name in names:
         if not _number(owner, name) >= 0:
             raise UserError(f"{type(owner).__name__}.{name}: {getattr(owner, name)!r}; must be 0 or more")

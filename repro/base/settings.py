@@ -5,7 +5,7 @@ import re
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
-from repro.base.checks import _allowed, _distinct, _not_negative, _positive, setting
+from repro.base.checks import distinct, not_negative, only_allowed, positive, setting
 from repro.base.records import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -23,7 +23,7 @@ class ModelSpec:
     models continue."""
 
     def __post_init__(self):
-        _allowed(self)
+        only_allowed(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,11 @@ class DataSpec:
     draws: tuple[int, int] = (1, 1)
 
     def __post_init__(self):
-        _positive(self, "train", "evaluation")
-        _distinct(self, "subsets")
+        positive(self, "train", "evaluation")
+        distinct(self, "subsets")
         if len(self.draws) != 2 or min(self.draws) < 1:
             raise UserError(f"DataSpec.draws: {self.draws!r}; two numbers above 0: learned, held out")
-        _allowed(self)
+        only_allowed(self)
 
 
 ENGINES = ("transformers", "vllm", "server")
@@ -84,11 +84,11 @@ class SamplingSpec:
     full_stop: bool = False
 
     def __post_init__(self):
-        _positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
-        _not_negative(self, "spare")
+        positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
+        not_negative(self, "spare")
         if not isinstance(self.drop_phrases, tuple) or not all(isinstance(p, str) and p for p in self.drop_phrases):
             raise UserError(f"SamplingSpec.drop_phrases: {self.drop_phrases!r}; must be a tuple of texts, none empty")
-        _allowed(self)
+        only_allowed(self)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LoraSpec:
     alpha: int = 32
 
     def __post_init__(self):
-        _positive(self, "rank", "alpha")
+        positive(self, "rank", "alpha")
 
 
 AS_RUN_QUERIES = 8     # queries whose gradient reached an update in the paper's runs (see `TrainSpec.updates`)
@@ -168,12 +168,12 @@ class TrainSpec:
 
     def __post_init__(self):
         optional = [name for name in ("pack_tokens", "max_grad_norm") if getattr(self, name) is not None]
-        _positive(self, "batch_size", "batches", *optional)
-        _positive(self, "learning_rate", most=0.1)  # about how far a step moves each weight; most are smaller than that
-        _not_negative(self, "batches_increment")
+        positive(self, "batch_size", "batches", *optional)
+        positive(self, "learning_rate", most=0.1)  # about how far a step moves each weight; most are smaller than that
+        not_negative(self, "batches_increment")
         if isinstance(self.lora, dict):  # of a record
             object.__setattr__(self, "lora", LoraSpec(**self.lora))
-        _allowed(self)
+        only_allowed(self)
 
 
 JUDGES = ("rule", "likelihood", "openai")
@@ -209,12 +209,12 @@ class JudgeSpec:
     """None leaves it to the server (some models allow no other)."""
 
     def __post_init__(self):
-        _allowed(self)
+        only_allowed(self)
         object.__setattr__(self, "judges", tuple("rule" if judge == "rules" else judge for judge in self.judges))
-        _distinct(self, "judges")
-        _positive(self, "max_tokens")
+        distinct(self, "judges")
+        positive(self, "max_tokens")
         if self.temperature is not None:
-            _not_negative(self, "temperature")
+            not_negative(self, "temperature")
         if "openai" in self.judges and not self.model:
             raise UserError("JudgeSpec.model: the openai judge needs the name of a model at its server (--judge-model)")
         if self.model and (not re.fullmatch(NAME, self.label) or self.label in JUDGES):
@@ -246,9 +246,9 @@ class WriterSpec:
     temperature: float | None = None
 
     def __post_init__(self):
-        _allowed(self)
+        only_allowed(self)
         if self.temperature is not None:
-            _not_negative(self, "temperature")
+            not_negative(self, "temperature")
         named = "label" if self.label else "model"
         object.__setattr__(self, "label", self.label or safe_name(Path(self.model).name))
         if not re.fullmatch(NAME, self.label) or self.label == "hand":
@@ -293,14 +293,14 @@ class Experiment:
     not_run: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _positive(self, "iterations", most=1000)
+        positive(self, "iterations", most=1000)
         for field_name in ("name", "profile", "variant"):
             value = getattr(self, field_name)
             if not re.fullmatch(NAME, value) and (value or field_name != "variant"):
                 raise UserError(f"Experiment.{field_name}: {value!r}; allowed are letters, digits and _ . -")
         if self.baseline and self.baseline.label == self.model.label:
             raise UserError(f"Experiment.baseline: its label is the policy's, {self.model.label!r}; give it one of its own")
-        _allowed(self)
+        only_allowed(self)
         if self.cot and (self.task, self.model.prompt) == ("dialogue", "plain"):
             raise UserError("Experiment.cot: chain of thought in a dialogue needs a chat template (--prompt chat)")
         if self.sampling.reasoning and (self.cot or self.model.prompt == "plain"):
