@@ -310,7 +310,6 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
     folder = run(experiment, tmp_path / "runs", say=lambda text: None)
     page = (folder / "report.html").read_text()
     assert "<th>not_helpful,harmless</th>" in page and "not_harmless</th>" not in page
-    assert 'name="viewport"' in page and page.count("<div class=wide><table") == page.count("<table") > 2  # a phone scrolls these alone
     path = folder / "responses/evaluation-1.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
