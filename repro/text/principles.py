@@ -108,7 +108,7 @@ class Constitutions(ABC):
 @dataclass(frozen=True, kw_only=True)
 class ConstitutionSet(Constitutions):
     """All constitutions of a file, the all-positive first, and what stands against it in training. `written`: which
-    model wrote the principles, and when (repro/stages/write.py); None for a person."""
+    model wrote the principles, and when (repro/sampling/writers.py); None for a person."""
 
     constitutions: tuple[Constitution, ...]
     pairs: dict[str, tuple[str, ...]]
