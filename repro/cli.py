@@ -5,37 +5,20 @@ Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a ch
 """
 
 import dataclasses
-import difflib
-import functools
-import io
 import math
-import operator
 import os
-import re
 import signal
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from repro.base import commandline
 from repro.base.records import UserError, read_json
 from repro.base.settings import JudgeSpec
-from repro.experiment import (
-    configure,
-    load_experiment,
-    only_variant,
-    over,
-    paper_models,
-    shipped,
-    told_of,
-)
-from repro.flags import Figures, Judge, Plan, Publish, Run, Verify
+from repro.experiment import configure, load_experiment, only_variant, paper_models, shipped, told_of
+from repro.flags import Figures, Judge, Plan, Publish, Run, Verify, endpoint, held
 from repro.report.figures import select, series, telling
 from repro.report.page import cut_answers, dropped_pairs, worsened
 from repro.report.publish import leaves
-from repro.servers.endpoint import Endpoint
 
 
 def summary(folder: Path) -> list[str]:
@@ -81,10 +64,8 @@ def run_command(args: Run) -> None:
     from repro.stages.pipeline import check_together, run
 
     runs = configure(args)
-    limits = {"price": args.price, "max_usd": args.max_usd, "leave_out": args.leave_out}
-    servers = [{"endpoint": Endpoint(model=e.judge.model, base_url=args.base_url, **limits) if "openai" in e.judge.judges
-                else None,
-                "writer_endpoint": Endpoint(model=e.writer.model, base_url=args.writer_url, flag="--writer-url", **limits)
+    servers = [{"endpoint": endpoint(args, e.judge.model) if "openai" in e.judge.judges else None,
+                "writer_endpoint": endpoint(args, e.writer.model, base_url=args.writer_url, flag="--writer-url")
                 if e.writer and e.writer.kind == "openai" else None,
                 "sampler_url": args.sampler_url} for e in runs]
     if len(runs) > 1:
@@ -115,7 +96,8 @@ def plan_command(args: Plan) -> None:
     if args.experiment == "all" and (args.gpus, args.gpu, args.gpu_memory) == (None, None, None):
         settings = [(count, gpu_of(kind, None)) for count, kind in PLANNED]
     runs = [e for name in names for e in only_variant(load_experiment(name, args.profile, "paper"), args.variant, name)]
-    runs = [dataclasses.replace(e, model=over(e.model, name=args.model, label=args.model)) for e in runs]
+    if args.model is not None:
+        runs = [dataclasses.replace(e, model=dataclasses.replace(e.model, name=args.model, label=args.model)) for e in runs]
     plans = [plan(e, gpu, count, fraction=args.fraction, config=args.config, lora=args.lora, price=args.price,
                   judge_model=args.judge_model, response_tokens=args.response_tokens)
              for count, gpu in settings for e in runs]
@@ -135,21 +117,18 @@ def judge_command(args: Judge) -> int:
         raise UserError("judge: give the folder of a finished run, or --admit")
     if not args.model:
         raise UserError("judge: --model is missing: the model's name at its server")
-    with told_of(args, {f"JudgeSpec.{name}": name for name in ("model", "name", "answer", "max_tokens", "temperature")}):
-        spec = JudgeSpec(judges=("openai",), model=args.model, name=args.name, answer=args.answer,
-                         max_tokens=args.max_tokens, temperature=args.temperature)
-    endpoint = Endpoint(model=args.model, base_url=args.base_url, key_env=args.key_env, price=args.price,
-                        max_usd=args.max_usd, concurrency=args.concurrency, deadline_s=args.deadline,
-                        attempts=args.attempts, leave_out=args.leave_out)
+    with told_of(args):
+        spec = JudgeSpec(judges=("openai",), **held(args, JudgeSpec))
+    server = endpoint(args, args.model)
     how = {"dry_run": args.dry_run, "reparse": args.reparse}
     if args.admit:
-        record = admission.admit(spec, endpoint, archive=args.archive, wanted=args.files, count=args.items, work=args.work,
+        record = admission.admit(spec, server, archive=args.archive, wanted=args.files, count=args.items, work=args.work,
                                  out=args.out or standing.ADMISSIONS, **how)
         for line in standing.plain_words(record) if record else ():
             print(line)
         missing = record["parsed_share"]["value"] < 1 or record["attacks"]["missing"] > 0 if record else False
     else:
-        rows = [row for leaf in leaves(args.run) for row in pipeline.judge_run(leaf, spec, endpoint, **how)]
+        rows = [row for leaf in leaves(args.run) for row in pipeline.judge_run(leaf, spec, server, **how)]
         missing = not args.dry_run and any(row["score"] is None for row in rows)
         together = args.run if len(leaves(args.run)) > 1 else args.run.absolute().parent
         if not args.dry_run and len(leaves(together)) > 1:  # a run of several, or all of them
@@ -193,34 +172,11 @@ def figures_command(args: Figures) -> None:
 
 COMMANDS = {Run: run_command, Plan: plan_command, Judge: judge_command, Publish: publish_command, Verify: verify_command,
             Figures: figures_command}
-Command = functools.reduce(operator.or_, (
-    Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in COMMANDS))
 
 
 def parse(argv: list[str]):
-    """The command of `argv`. tyro explains a mistake in a box; here it becomes one line."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box), redirect_stdout(io.StringIO()) as out:
-            return tyro.cli(Command, prog="repro", args=argv, use_underscores=False,
-                            description="`repro --version` says which version this is.")
-    except SystemExit as e:
-        if not e.code:
-            print(out.getvalue(), end="")
-            raise
-        raise UserError(_one_line(box.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """What is wrong, out of tyro's box: the unknown option with the nearest valid one, or the value that fails."""
-    words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{5,}", " ", box).split())
-    if unknown := re.search(r"Unrecognized options: (\S+?),? ", words + " "):
-        known = sorted({"--" + f.name.replace("_", "-") for kind in COMMANDS for f in dataclasses.fields(kind)}
-                       | {kind.__name__.lower() for kind in COMMANDS})
-        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.4)
-        return f"unknown option or command {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; see repro --help")
-    return re.sub(r"(Value error |Missing value |Parsing error )", "", words.split("Argument helptext")[0]
-                  ).split(" For full helptext")[0]
+    """The command of `argv`."""
+    return commandline.parse(argv, {kind.__name__.lower(): kind for kind in COMMANDS})
 
 
 def version() -> str:

@@ -1,5 +1,6 @@
 """An experiment's file and the flags of `repro run` -> the Experiments to run."""
 
+import collections
 import dataclasses
 import importlib.util
 import re
@@ -12,19 +13,9 @@ from repro.base import settings
 from repro.base.checks import choose
 from repro.base.places import EXPERIMENTS
 from repro.base.records import UserError, first_line, read_json
-from repro.base.settings import JUDGES, NAME, WRITERS, Experiment, LoraSpec, WriterSpec
-from repro.flags import Run
+from repro.base.settings import NAME, WRITERS, Experiment, LoraSpec, WriterSpec
 from repro.text.queries import SOURCES
 
-FLAGS = {"DataSpec.source": "queries", "DataSpec.subsets": "subsets", "DataSpec.train": "train_queries",
-         "DataSpec.evaluation": "evaluation_queries", "DataSpec.evaluation_split": "evaluation_split",
-         "DataSpec.leakage": "leakage", "SamplingSpec.engine": "sampler", "SamplingSpec.max_new_tokens": "max_new_tokens",
-         "SamplingSpec.drop_phrases": "drop_phrases", "TrainSpec.batch_size": "batch_size", "LoraSpec.rank": "lora",
-         "TrainSpec.learning_rate": "learning_rate", "TrainSpec.precision": "precision", "TrainSpec.dose": "dose",
-         "TrainSpec.dropout": "dropout", "TrainSpec.pack_tokens": "pack_tokens", "ModelSpec.prompt": "prompt",
-         "JudgeSpec.judges": "judge", "JudgeSpec.model": "judge_model", "JudgeSpec.name": "judge_model",
-         "JudgeSpec.answer": "answer", "WriterSpec.label": "writer_model", "Experiment.iterations": "iterations",
-         "Experiment.task": "task", "Experiment.cot": "cot"}
 LORA_RATE = 1e-4  # of adapters, whose second factor starts at zero
 
 
@@ -94,27 +85,28 @@ def _unknown_field(error: Exception) -> str | None:
         return str(e)
 
 
-def configure(args: Run) -> tuple[Experiment, ...]:
-    """The experiment's runs with the flags laid over each. What is wrong with a field that a flag has set is told in the
-    flag's name."""
-    with told_of(args, FLAGS):
-        return _configured(args)
-
-
 @contextmanager
-def told_of(args, flags: dict[str, str]) -> Iterator[None]:
-    """A UserError about a field of base/settings.py, as one about the flag that holds it (`flags`: field -> attribute of
-    `args`), where that was given."""
+def told_of(args) -> Iterator[None]:
+    """A UserError about a setting, as one about the flag that it was given by (repro/flags.py)."""
     try:
         yield
     except UserError as e:
-        field, colon, what = str(e).partition(":")
-        if not colon or field not in flags or getattr(args, flags[field]) is None:
-            raise
-        raise UserError(f"--{flags[field].replace('_', '-')}:{what}") from None
+        named, colon, what = str(e).partition(":")
+        for f in dataclasses.fields(args):
+            of, name = f.metadata.get("of", (None, None))
+            if colon and of and named == f"{of.__name__}.{name}" and getattr(args, f.name) != f.default:
+                raise UserError(f"--{f.name.replace('_', '-')}:{what}") from None
+        raise
 
 
-def _configured(args: Run) -> tuple[Experiment, ...]:
+def configure(args) -> tuple[Experiment, ...]:
+    """The experiment's runs with the flags of `repro run` (`args`, a repro.flags.Run) laid over each. What is wrong with a
+    setting that a flag has given is told in the flag's name."""
+    with told_of(args):
+        return _configured(args)
+
+
+def _configured(args) -> tuple[Experiment, ...]:
     runs = load_experiment(args.experiment, args.profile)
     if args.models:
         runs = tuple(_with_models(e, args.models) for e in runs)
@@ -156,38 +148,28 @@ def _with_models(base: Experiment, path: Path) -> Experiment:
                                writer=other(base.writer, "model", "") if local else base.writer)
 
 
-def over(spec, **changes):
-    return dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
+def _with_flags(base: Experiment, args) -> Experiment:
+    given = collections.defaultdict(dict)
+    for f in dataclasses.fields(args):
+        if f.metadata.get("at") is not None and (value := getattr(args, f.name)) != f.default:
+            given[f.metadata["at"]][f.metadata["of"][1]] = value
+    source, subsets = args.queries, set(base.data.subsets)
+    if args.subsets is None and source is not None and not subsets <= set(SOURCES.get(source, ())):
+        given["data"]["subsets"] = ()  # all that these queries have
+    if args.model is not None:
+        given["model"]["label"] = Path(args.model).name
+    if lora := given.pop("lora", None):
+        given["train"] = {"learning_rate": LORA_RATE, "lora": LoraSpec(**lora, alpha=2 * args.lora)} | given["train"]
+    name = base.name + "_cot" * bool(args.cot and not base.cot) + "_lora" * bool(lora)
+    own = given.pop("", {}) | {"name": args.name or name, "writer": _writer(base.writer, args, given.pop("writer", {}))}
+    return dataclasses.replace(base, **own | {part: dataclasses.replace(getattr(base, part), **changes)
+                                              for part, changes in given.items()})
 
 
-def _with_flags(base: Experiment, args: Run) -> Experiment:
-    subsets = args.subsets
-    if subsets is None and args.queries is not None and not set(base.data.subsets) <= set(SOURCES.get(args.queries, ())):
-        subsets = ()  # all that these queries have
-    data = over(base.data, source=args.queries, subsets=subsets, train=args.train_queries,
-                 evaluation=args.evaluation_queries, evaluation_split=args.evaluation_split,
-                 leakage=args.leakage, truncate=args.truncate or None)
-    label = None if args.model is None else Path(args.model).name
-    named = args.judge and tuple("rule" if j == "rules" else choose("--judge", j, ("rules", *JUDGES)) for j in args.judge)
-    judge = over(base.judge, judges=named, model=args.judge_model, answer=args.answer)
-    name = base.name + "_cot" * bool(args.cot and not base.cot) + "_lora" * (args.lora is not None)
-    lora = None if args.lora is None else LoraSpec(rank=args.lora, alpha=2 * args.lora)
-    rate = LORA_RATE if lora and args.learning_rate is None else args.learning_rate
-    return dataclasses.replace(
-        over(base, name=args.name or name, seed=args.seed, constitutions=args.constitutions, task=args.task,
-              cot=args.cot or None, data=data, judge=judge, iterations=args.iterations,
-              sampling=over(base.sampling, engine=args.sampler, max_new_tokens=args.max_new_tokens,
-                            drop_phrases=args.drop_phrases, reasoning=args.reasoning or None),
-              train=over(base.train, batch_size=args.batch_size, learning_rate=rate, precision=args.precision,
-                          dose=args.dose, dropout=args.dropout, pack_tokens=args.pack_tokens, lora=lora),
-              model=over(base.model, name=args.model, label=label, prompt=args.prompt)),
-        writer=_writer(base.writer, args))
-
-
-def _writer(base: WriterSpec | None, args: Run) -> WriterSpec | None:
+def _writer(base: WriterSpec | None, args, changes: dict) -> WriterSpec | None:
     kind = args.writer and choose("--writer", args.writer, ("hand", *WRITERS))
     if kind == "hand" or (kind is None and base is None):
-        if args.writer_model or args.writer_url or args.asked:
+        if changes or args.writer_url:
             raise UserError("--writer-model, --writer-url and --asked need --writer local or openai")
         return None
     base = base or WriterSpec()
@@ -195,4 +177,5 @@ def _writer(base: WriterSpec | None, args: Run) -> WriterSpec | None:
         raise UserError("--writer openai needs the name of a model at its server: --writer-model")
     if args.writer_url and (kind or base.kind) != "openai":
         raise UserError("--writer-url needs --writer openai")
-    return over(base, kind=kind, model=args.writer_model, label=args.writer_model and "", asked=args.asked)
+    label = "" if "model" in changes else base.label
+    return dataclasses.replace(base, **{"kind": kind or base.kind, "label": label} | changes)

@@ -1,129 +1,91 @@
-"""What each command of the command line takes: a field is a flag, the text below it its help."""
+"""What each command takes: a field is a flag, the text below it its help. A setting is not written here: the command takes
+it over from the class that holds it, with its checks (repro/base/settings.py, servers/endpoint.py)."""
 
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import get_args
 
-import tyro
+from repro.base.commandline import argument
+from repro.base.settings import PARTS, Experiment, JudgeSpec, LoraSpec, ModelSpec
+from repro.servers.endpoint import Endpoint
 
 
+def _taken(of: type, *names: str, at: str | None = None, own: bool = False) -> list[tuple[str, type, Field]]:
+    """The settings of a class as fields of a command: those of these names, or else all that have a flag. One that is not
+    given is at the class's default (`own`), or None (a switch: False): whatever the experiment has, in its part `at`."""
+    made = []
+    for f in fields(of):
+        flag = f.name if f.name in names else f.metadata.get("flag")
+        if flag and flag in (names or (flag,)):
+            switch = bool in (f.type, *get_args(f.type))
+            made.append((flag, bool if switch else f.type if own else f.type | None, field(
+                default=f.default if own else False if switch else None,
+                metadata={"of": (of, f.name), "at": at, "allowed": f.metadata.get("allowed")})))
+    return made
+
+
+def _takes(*settings: list[tuple]):
+    """The class decorator of a command that takes settings over."""
+    return lambda kind: make_dataclass(kind.__name__, sum(settings, []), bases=(kind,), frozen=True, namespace={
+        "__doc__": kind.__doc__, "__module__": kind.__module__})
+
+
+def held(args, of: type) -> dict:
+    """The settings of a class that a command has taken over, with their values."""
+    return {f.metadata["of"][1]: getattr(args, f.name) for f in fields(args) if f.metadata.get("of", (None,))[0] is of}
+
+
+def endpoint(args, model: str, **other) -> Endpoint:
+    """The server that a command's flags tell of."""
+    return Endpoint(model=model, **held(args, Endpoint) | other)
+
+
+# ---- the commands
+
+@_takes(_taken(Experiment, at=""), *(_taken(kind, at=part) for part, kind in PARTS.items()), _taken(LoraSpec, at="lora"),
+        _taken(Endpoint, "base_url", "leave_out", "price", "max_usd", own=True))
 @dataclass(frozen=True)
 class Run:
-    """Run an experiment, or what is left of it."""
+    """Run an experiment, or what is left of it. A setting that no flag gives is the experiment's own."""
 
-    experiment: tyro.conf.Positional[str]
+    experiment: str = argument()
     """exp1, ..., or a Python file that holds EXPERIMENTS, a dict of profile -> Experiment."""
     profile: str | None = None
     """The setting: mini (minutes on a CPU; by default) or paper (as published); of a file with a single one, that."""
+    variant: str | None = None
+    """Of an experiment of several runs (exp2: weak, hand), only this one."""
     out: Path = Path("runs")
     """The run's folder is OUT/<experiment>/<profile>, and one in it for each of several variants."""
     name: str | None = None
     """Another name than the experiment's own, so that a variant keeps its own folder."""
-    seed: int | None = None
-    """Seed of the order of queries, pairs and principles."""
-    model: str | None = None
-    """The policy: smollm2-135m-instruct (embedded), a folder in Hugging Face format, or a hub name."""
-    prompt: str | None = None
-    """chat: the tokenizer's chat template; plain: the text that base models continue."""
-    queries: str | None = None
-    """embedded, embedded-tldr, hh-rlhf, tldr, a folder with TL;DR's parquet files, or a JSONL file of {"query", "subset"?,
-    "split"?, "id"?} rows."""
-    subsets: tuple[str, ...] | None = None
-    """Which subsets of the queries to use; of a JSONL file, by default all."""
-    train_queries: int | None = None
-    """Training queries per subset, at most."""
-    evaluation_queries: int | None = None
-    """Held-out queries per subset, at most."""
-    evaluation_split: str | None = None
-    """evaluation, or development while choosing settings."""
-    variant: str | None = None
-    """Of an experiment of several runs (exp2: weak, hand), only this one."""
-    constitutions: str | None = None
-    """A shipped set (dialogue, dialogue_mini, tldr, tldr_mini, diverse) or a JSON or TOML file of principles. With a
-    writer: what the run goes on with where nothing that it writes can be used."""
-    task: str | None = None
-    """What the model does with a query: dialogue (answers it) or summary (summarises it)."""
+    models: Path | None = None
+    """A JSON file of {name: folder}: models to put in the place of those that the experiment names (policy, baseline,
+    writer), all at once. They keep their folders' names in the records."""
     writer: str | None = None
     """Who writes the principles: hand (the file of --constitutions), local (a model on this machine, by default the
     embedded one) or openai (one behind an OpenAI-compatible server)."""
-    writer_model: str | None = None
-    """The writer's model: a folder, a hub name, or its name at the server."""
     writer_url: str | None = None
     """The openai writer's server; by default the hosted one."""
-    asked: str | None = None
-    """What the writer is told that the model has to do, such as "write a summary of a forum post"."""
-    cot: bool = False
-    """Chain of thought: samples reason first; the reasoning is not trained on. The run is named <experiment>_cot. (In
-    profile paper exp3 has a variant of its own for it.)"""
-    reasoning: bool = False
-    """Let a model reason before it responds, where its chat template has a switch for it; by default that is off where it
-    can be. The reasoning is not trained on."""
-    truncate: bool = False
-    """Cut queries that are longer than the context, instead of refusing them."""
-    judge: tuple[str, ...] | None = None
-    """Who judges: rules, likelihood, openai (a model behind any OpenAI-compatible server); several at once."""
-    judge_model: str | None = None
-    """The model's name at the openai judge's server."""
-    base_url: str | None = None
-    """The openai judge's server, such as http://127.0.0.1:8000/v1; by default the hosted one."""
-    answer: str | None = None
-    """How that judge answers: schema, text, logprobs, or auto."""
-    leave_out: tuple[str, ...] | None = None
-    """What the servers of judge and writer are not sent: any of seed, temperature, max_tokens (max_completion_tokens goes
-    in its place), or nothing. By default found out by a small request."""
-    price: tuple[float, float] | None = None
-    """USD per million prompt and completion tokens of judge and writer, where the table does not know the model."""
-    max_usd: float = 10.0
-    """What the openai judge may cost in a run's folder, earlier runs included, and what the openai writer; never
-    exceeded."""
-    precision: str | None = None
-    """Of training: fp32_master (float32 weights, bf16 products), bf16 (weights too), or fp32."""
-    dose: str | None = None
-    """as_printed (the paper's Table 1) or as_run (what the authors' code and logs show)."""
-    leakage: str | None = None
-    """remove takes training queries that are also held out out of training; keep leaves them, as the paper's runs did."""
-    pack_tokens: int | None = None
-    """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
-    dropout: str | None = None
-    """In training: off, or drawn (at the rates of the model's config)."""
-    lora: int | None = None
-    """Train adapters of this rank instead of all weights (needs the extra `lora`), for one GPU of 24 GB. The run is named
-    <experiment>_lora."""
     ranks: int = 1
     """Processes that train (torchrun, FSDP2), one GPU each where there are any; any number gives the same update."""
     nodes: int = 1
     """Machines that train, with that many processes each; the run names the command for the others
     (experiments/README.md)."""
-    models: Path | None = None
-    """A JSON file of {name: folder}: models to put in the place of those that the experiment names (policy, baseline,
-    writer), all at once. They keep their folders' names in the records."""
-    sampler: str | None = None
-    """Who samples: transformers (in this process), vllm (a server that the run starts, or one at --sampler-url), or server
-    (any OpenAI-compatible one that takes text: transformers serve, or one at --sampler-url)."""
     sampler_url: str | None = None
     """A server to sample from that is already there, such as http://127.0.0.1:8000/v1. Where it has to serve other weights,
     the run stops and says which."""
     tensor_parallel: int | None = None
     """GPUs that hold one copy of the model together in the vllm server that the run starts (by default all); the others
     hold further copies."""
-    iterations: int | None = None
-    """SAMI iterations."""
-    batch_size: int | None = None
-    """Queries of one training step."""
-    learning_rate: float | None = None
-    """Of training; by default the experiment's, with --lora 1e-4."""
-    max_new_tokens: int | None = None
-    """Tokens of one response, at most (reasoning not counted)."""
-    drop_phrases: tuple[str, ...] | None = None
-    """A pair of responses does not train where one of them holds one of these texts (none: no such check); by default the
-    experiment's."""
 
 
+@_takes(_taken(ModelSpec, "model"), _taken(Endpoint, "price", own=True))
 @dataclass(frozen=True)
 class Plan:
     """Say what an experiment takes before it starts: bytes per GPU, FLOPs, tokens, hours, judge cost; what fits, and the
     change that makes it fit. Needs no weights, no GPU and no network."""
 
-    experiment: tyro.conf.Positional[str]
+    experiment: str = argument()
     """exp1, ..., a Python file that holds EXPERIMENTS, or all: the three experiments."""
     profile: str | None = None
     """The setting: paper (as published; by default) or mini; of a file with a single one, that."""
@@ -137,8 +99,6 @@ class Plan:
     """Whose speed counts: a100, h100, h200, a10, rtx3090, rtx4090; by default a usual one of that memory."""
     fraction: float = 0.4
     """Share of that GPU's rates that is reached: an assumption."""
-    model: str | None = None
-    """Another model: a folder, or a hub name."""
     config: Path | None = None
     """The config.json of a model that is not on this machine."""
     lora: int = 0
@@ -147,59 +107,28 @@ class Plan:
     """Mean tokens of a response; by default what the authors' record holds of the paper's runs, else the cap."""
     judge_model: str | None = None
     """The LLM judge whose cost is told; by default the experiment's, or gpt-4.1-mini."""
-    price: tuple[float, float] | None = None
-    """USD per million prompt and completion tokens of a judge that the table does not know."""
     usd_per_gpu_hour: float | None = None
     """What a GPU costs, to tell the run's cost."""
     out: Path | None = None
     """Also write the plan to this file (Markdown)."""
 
 
+@_takes(_taken(JudgeSpec, "model", "name", "answer", "max_tokens", "temperature", own=True), _taken(Endpoint, own=True))
 @dataclass(frozen=True)
 class Judge:
     """Judge a finished run's stored responses with an LLM, in both orders; or (--admit) hold a judge against the archive.
+    Every answer is kept and none is asked for twice: the same command goes on where it stopped."""
 
-    Every answer is kept and none is asked for twice: the same command goes on where it stopped.
-    """
-
-    run: tyro.conf.Positional[Path | None] = None
+    run: Path | None = argument(None)
     """A run folder."""
-    admit: bool = False
-    """Instead: judge archived responses and planted injections, and write results/judges/<judge>.json."""
-    model: str = ""
-    """The model's name at its server."""
-    name: str = ""
-    """The judge's name in records and figures; by default the model's."""
-    base_url: str | None = None
-    """Any OpenAI-compatible server, such as http://127.0.0.1:8000/v1; by default the hosted one."""
-    key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key."""
-    answer: str = "auto"
-    """schema: a JSON object; text: Comparison / Final Response; logprobs: which of A and B is likelier (one token);
-    auto: schema where the server keeps to it, else text."""
-    leave_out: tuple[str, ...] | None = None
-    """What the server is not sent: any of seed, temperature, max_tokens (max_completion_tokens goes in its place), or
-    nothing. By default found out by a small request."""
-    max_tokens: int = 300
-    """Completion tokens of one answer, at most (a reasoning model needs more)."""
-    temperature: float | None = 0.0
-    """None leaves it to the server (some models allow no other)."""
-    price: tuple[float, float] | None = None
-    """USD per million prompt and completion tokens; by default a dated table, and 0 for a server on this machine."""
-    max_usd: float = 10.0
-    """What this judge may cost in this folder, earlier runs included; never exceeded."""
-    concurrency: int = 8
-    """Requests in flight, at most."""
-    deadline: float = 120.0
-    """Seconds for one whole request."""
-    attempts: int = 5
-    """Tries of one request whose server fails, per run of this command."""
     dry_run: bool = False
     """Say what it would ask and cost; needs no key and no server."""
     reparse: bool = False
     """Read the stored answers again and ask nothing."""
     strict: bool = False
     """Exit with 1 if a verdict is missing (failed or unparsed)."""
+    admit: bool = False
+    """Instead: judge archived responses and planted injections, and write results/judges/<judge>.json."""
     files: tuple[str, ...] = ()
     """With --admit: archived comparisons, or all; by default four of them."""
     items: int = 100
@@ -217,7 +146,7 @@ class Judge:
 class Publish:
     """Copy finished runs (one experiment, one seed each) to results/: numbers, figure and page only."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tuple[Path, ...] = argument(())
     """Run folders."""
     results: Path = Path("results")
     """Where to."""
@@ -230,7 +159,7 @@ class Verify:
     """Recompute the paper's tables from the authors' record; or a run's numbers from what it keeps, and hold those of a run
     of the paper's models against the printed cells."""
 
-    run: tyro.conf.Positional[Path | None] = None
+    run: Path | None = argument(None)
     """A run folder (or a published one); without it the paper itself is verified."""
     archive: Path | None = None
     """The authors' record as <repo>/<path>; by default ../shared/archive, else a pinned download."""

@@ -1,7 +1,10 @@
 """A tiny random model with a byte-level tokenizer, made here: the tests need no download."""
 
+import contextlib
+import gc
 import os
 import shutil
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: a second thread only waits; children inherit it
@@ -55,6 +58,64 @@ def tiny(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
+def spare_the_collector(known=[0]) -> None:  # noqa: B006
+    """A run collects garbage whenever it lets a model go, here once in a tenth of a second of work: what was imported since
+    the last call, some million objects that stay, is no longer walked through each time. What a test makes still is."""
+    if len(sys.modules) != known[0]:
+        gc.collect()
+        gc.freeze()
+        known[0] = len(sys.modules)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    spare_the_collector()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    spare_the_collector()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk():
+    """No test here can see whether bytes have left the page cache: those of durability record the calls and cut what no fsync
+    confirmed. A child process waits as always."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: os.fstat(fd) and None)  # EBADF as always
+        yield
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """The ranks of a run are forked after one import of torch (ranks_forked.py), for runs whose torchrun others test."""
+    from repro.stages import jobs
+
+    here = Path(__file__).resolve().parent
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent}")
+    monkeypatch.setattr(jobs, "torchrun", lambda folder, job, ranks, nodes, node: ["ranks_forked", str(ranks), str(folder), job])
+
+
+@contextlib.contextmanager
+def unrendered():
+    """Figures are drawn and not rendered, which is a third of a tiny run: for runs at whose pictures nobody looks."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"not rendered"))
+        yield
+
+
+@pytest.fixture(name="unrendered")
+def _unrendered():
+    with unrendered():
+        yield
+
+
+LONGEST = ("test_paper.py", "test_experiments.py", "test_faults.py", "test_fsdp_worker.py", "test_variants.py", "test_fsdp.py",
+           "test_serving.py", "test_seam.py", "test_plan.py", "test_judge.py", "test_judge_server.py", "test_doors.py")
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """The longest file first, so that at the end no core waits for it."""
-    items.sort(key=lambda item: item.path.name != "test_paper.py")
+    """The longest files first, so that at the end no core waits for one."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -1,6 +1,7 @@
 """A real local server for the judge's tests and for admission without a GPU: llama.cpp (xllamacpp) with the embedded
 model's GGUF, OpenAI-compatible. `python tests/llama_server.py [port]` prints its address and serves until it is stopped."""
 
+import os
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ def main(port: int = 0) -> None:
         params.model_alias = {NAME}
         params.hostnames, params.port = ["127.0.0.1"], port
         params.n_ctx, params.n_parallel, params.n_batch = 2560, 1, 512
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS", 2))
         params.cache_ram_mib = 0
         server = xllamacpp.Server(params)
         print(f"{server.listening_address}/v1", flush=True)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import unrendered
 from judge_server import JudgeServer
 from test_experiments import small
 
@@ -26,8 +27,8 @@ GROUPS = ["config", "inputs", "files", "judgments", "metrics"]
 def finished(tiny, tmp_path_factory) -> Path:
     """A small run of exp1 paper, baseline and all, with the judgments of an LLM judge too."""
     experiment = small(cli.load_experiment("exp1", "paper")[0], tiny, learning_rate=0.01)  # enough to say something else
-    folder = run(dataclasses.replace(experiment, iterations=1), tmp_path_factory.mktemp("runs"), say=lambda line: None)
-    with JudgeServer(flips=3).serve() as url:
+    with unrendered(), JudgeServer(flips=3).serve() as url:
+        folder = run(dataclasses.replace(experiment, iterations=1), tmp_path_factory.mktemp("runs"), say=lambda line: None)
         judge_run(folder, JudgeSpec(judges=("openai",), model="judge-1"), Endpoint(model="judge-1", base_url=url),
                   say=lambda line: None)
     return folder
@@ -122,7 +123,7 @@ def test_a_log_prob_decides_the_likelihood_judge(finished, tmp_path):
 
 
 def test_a_raw_answer_of_the_judge_counts_not_only_its_verdict(copy):
-    path = copy / "judgments.jsonl"
+    path = copy / "judge_requests.jsonl"
     text = path.read_text()
     assert text.count('Final Response: A') + text.count('final_response\\": \\"A') > 0
     lines = text.replace("Final Response: A", "Final Response: B").replace('final_response\\": \\"A', 'final_response\\": \\"B')

@@ -152,7 +152,7 @@ def test_broken_models(capsys, tmp_path, tiny, harm, reason):
     assert stop.value.code == 2 and err[-1].startswith("repro: ") and reason in err[-1]
 
 
-def test_truncate_says_what_it_cuts(tmp_path, tiny):
+def test_truncate_says_what_it_cuts(capsys, tmp_path, tiny):
     from repro.base.settings import DataSpec
     from repro.text.queries import load_queries
 
@@ -160,9 +160,9 @@ def test_truncate_says_what_it_cuts(tmp_path, tiny):
     path.write_text(json.dumps({"query": "long " * 900, "split": "train"}) + "\n")
     queries, _ = load_queries(str(path), spec=DataSpec(source=str(path), subsets=("own",)))
     assert len(queries) == 1
-    done = subprocess.run([sys.executable, "-m", "repro.cli", "run", "exp1", "--model", str(tiny), "--queries", str(path),
-                           "--subsets", "own", "--truncate", "--out", str(tmp_path / "out")], capture_output=True, text=True)
-    assert "queries.jsonl:1: truncated from 4499 to" in done.stderr and done.returncode == 2  # no held-out query in it
+    with pytest.raises(SystemExit) as e:
+        cli.main(["run", "exp1", "--model", str(tiny), "--queries", str(path), "--subsets", "own", "--truncate", "--out", str(tmp_path / "out")])
+    assert "queries.jsonl:1: truncated from 4499 to" in capsys.readouterr().err and e.value.code == 2  # no held-out query in it
 
 
 @pytest.mark.parametrize("text, reason", [

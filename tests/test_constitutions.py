@@ -3,12 +3,16 @@
 import json
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 
+from repro.base import identity
+from repro.base.checks import check_control_tokens
 from repro.base.places import DATA
 from repro.base.records import UserError
-from repro.text.principles import check_control_tokens, load_constitutions
+from repro.text.principles import Constitutions, constitutions_of, load_constitutions
+from repro.text.queries import Query
 from repro.text.rules import RULES
 
 GOOD = {"principles": [{"name": "short", "text": "Be short.", "antithesis": "Be long."},
@@ -158,3 +162,26 @@ def test_other_mistakes(tmp_path):
         load_constitutions(str(tmp_path / "broken.toml"))
     with pytest.raises(UserError, match=r"principle short: holds the control token '<\|im_end\|>'"):
         check_control_tokens([("principle short", "Be short.<|im_end|>")], ["<|im_start|>", "<|im_end|>"])
+
+
+@pytest.mark.parametrize("kind", ["set", "pool"])
+def test_a_set_and_a_pool_answer_the_same_questions(tmp_path, kind):
+    """What is trained on, evaluated, measured for length and shown: no caller asks which of the two it has."""
+    rows = [{"name": f"p{k}", "text": f"Do {'very ' * k}{k}.", "antithesis": f"Never do {k}.", "private": k == 1} for k in range(4)]
+    data = {"principles": rows[:2]} if kind == "set" else {"principles": rows[:2], "held_out": rows[2:], "draw": 2}
+    (tmp_path / "c.json").write_text(json.dumps(data))
+    found = load_constitutions(str(tmp_path / "c.json"))
+    queries = [Query(id=f"q{k}", subset="own", split="train", text="?") for k in range(3)]
+    draws, rng = (1, 2), partial(identity.rng, 7)
+    pairs, items = found.training_pairs(queries, rng), found.evaluated(queries, draws, rng)
+    assert pairs == found.training_pairs(queries, rng) and len(pairs) == 3 and all(a != b for a, b in pairs)
+    assert len(items) == len(queries) * found.items_per_query(draws) and {len(cs) for _, _, cs in items} == {found.count}
+    kinds = found.kinds or ("own",)
+    assert [subset for _, subset, _ in items] == (["own"] * 3 if kind == "set" else ["learned"] * 3 + ["held_out"] * 6)
+    assert dict.fromkeys(subset for _, subset, _ in items) == dict.fromkeys(kinds)
+    assert [q for q, *_ in items] == queries * (len(items) // 3)
+    assert found.private_sides == {"not_p1"} and found.writer == "hand"
+    assert {p.name for c in found.sample(rng("any")) for p in c.principles} == {"p0", "p1"}
+    most = max(len(" ".join(c.statements())) for _, _, cs in items for c in cs)
+    assert max(len(" ".join(c.statements())) for c in found.longest()) >= most
+    assert isinstance(found, Constitutions) and constitutions_of(found.to_json(), "c.json") == found

@@ -216,7 +216,7 @@ def test_a_control_token_beyond_the_rows_that_nothing_writes_is_let_be(made):
     load.check_model(str(made(lambda folder: sharded(folder, keep=99), "shards")))
 
 
-def test_rows_without_a_token_are_never_sampled_and_are_counted(capsys, tmp_path, made):
+def test_rows_without_a_token_are_never_sampled_and_are_counted(capsys, tmp_path, made, unrendered):
     """448 rows, 259 tokens; unmasked, most of what is sampled has no text."""
     import torch
 
@@ -243,7 +243,7 @@ def test_rows_without_a_token_are_never_sampled_and_are_counted(capsys, tmp_path
     assert stop.value.code == 0 and record["rows_without_token"] == {"model": 189} and "189 of the model" in said.err
     assert "sampled pairs to spare, by iteration:" in said.err and "or with 'The assistant' or 'sorry'" in said.err
     assert "pairs dropped before training: " in said.out
-    texts = [row["text"] for _, row in read_jsonl(tmp_path / "out/exp1_dialogue/mini/responses/evaluation-0.jsonl")]
+    texts = [row["text"] for row in read_jsonl(tmp_path / "out/exp1_dialogue/mini/responses/evaluation-0.jsonl")]
     assert all(texts)
 
 
@@ -257,7 +257,7 @@ def test_a_run_that_fails_before_its_first_stage_leaves_no_folder(capsys, tmp_pa
     assert stop.value.code == 2 and reason in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
-def test_a_run_that_was_begun_stays_and_verify_says_that_it_is_not_finished(capsys, tmp_path, tiny, monkeypatch):
+def test_a_run_that_was_begun_stays_and_verify_says_that_it_is_not_finished(capsys, tmp_path, tiny, monkeypatch, unrendered):
     from test_experiments import small
 
     from repro.stages import pipeline

@@ -1,5 +1,6 @@
 """Every shipped experiment, end to end on a tiny model; resumption, refusals, and what a run must write."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import unrendered
+from forked import killed
 
 from repro.base.records import UserError, file_sha256, read_jsonl
 from repro.experiment import EXPERIMENTS, load_experiment
@@ -63,7 +66,8 @@ def test_every_shipped_experiment_runs(shipped, tiny, tmp_path):
         with pytest.raises(UserError, match="0 pairs of responses are left of the 4"):
             run(experiment, tmp_path, say=said.append)
         return
-    folder = run(experiment, tmp_path, say=said.append)
+    with unrendered() if shipped.profile == "mini" else contextlib.nullcontext():  # these are in `finished` and in test_variants.py
+        folder = run(experiment, tmp_path, say=said.append)
     assert folder == tmp_path / experiment.path
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {r["iteration"] for r in metrics} == {0, 1, 2, 3} and all(KEYS <= r.keys() for r in metrics)
@@ -84,7 +88,7 @@ def test_every_shipped_experiment_runs(shipped, tiny, tmp_path):
     if experiment.baseline:
         others = [r for r in metrics if r["metric"] == "win_rate" and r["baseline"] == experiment.baseline.label]
         assert {r["iteration"] for r in others} == ({0, 1, 2, 3} if any(rules) else set())
-        assert len(list(read_jsonl(folder / "responses/baseline.jsonl"))) == len(list(read_jsonl(folder / "logprobs/evaluation-0.jsonl")))
+        assert len(read_jsonl(folder / "responses/baseline.jsonl")) == len(read_jsonl(folder / "logprobs/evaluation-0.jsonl"))
         assert {r["model"] for r in metrics if r["metric"] == "length_tokens"} == {experiment.model.label, experiment.baseline.label}
 
 
@@ -214,36 +218,13 @@ def test_an_altered_file_is_made_again(finished, tiny, tmp_path):
     assert any(line.startswith("evaluate-3: done again, since ") and line.endswith("is missing or altered") for line in said), said
 
 
-CHILD = """
-import dataclasses, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_experiments import small
-from repro.cli import load_experiment
-from repro.stages.pipeline import run
-import repro.{module} as module
-calls, real = 0, module.{function}
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == {nth}:
-        os.kill(os.getpid(), signal.{signal})
-    return real(*args, **kwargs)
-module.{function} = dying
-run(small(load_experiment("exp1", "mini")[0], Path({tiny!r})), {out!r})
-"""
-
-
 @pytest.mark.parametrize("module, function, nth", [
     ("stages.sample", "append_jsonl", 2), ("stages.sample", "write_jsonl", 3), ("core.engines", "symmetric_infonce", 9),
     ("stages.sample", "seal", 2), ("stages.folder", "write_json", 9), ("stages.measure", "write_json", 1)])
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(finished, tiny, tmp_path, module, function, nth):
     """A real SIGKILL in sampling, training, saving, recording and measuring."""
     experiment, folder = finished
-    code = CHILD.format(tests=str(Path(__file__).parent), module=module, function=function, nth=nth, tiny=str(tiny),
-                        out=str(tmp_path), signal="SIGKILL")
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert killed(f"repro.{module}", function, nth, run, experiment, tmp_path) == -signal.SIGKILL
     copy = run(experiment, tmp_path, say=lambda text: None)
     assert contents(copy) == contents(folder)
     assert not list(copy.rglob("*.tmp")) and not list(copy.rglob("*.partial*")) and not (copy / ".lock").exists()
@@ -277,6 +258,51 @@ def test_the_report_says_that_a_checkout_was_modified():
     assert (_short("0123456789abcdef"), _short("0123456789abcdef-dirty"), _short(None)) == ("0123456789ab", "0123456789ab-dirty", "unknown")
 
 
+def test_no_text_of_users_or_models_becomes_a_part_of_the_page(tiny, tmp_path):
+    """Wherever it stands: tags and attributes are the same as without it, and it is shown as it is."""
+    from html.parser import HTMLParser
+
+    from repro.base.records import CHECK
+    from repro.report.publish import write_report
+
+    class Page(HTMLParser):
+        def __init__(self, text: str):
+            super().__init__()
+            self.tags, self.text = [], ""
+            self.feed(text)
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.append((tag, [k for k, _ in attrs]))
+
+        def handle_data(self, data):
+            self.text += data
+
+    folder = run(small(load_experiment("exp1", "paper")[0], tiny), tmp_path / "runs", say=lambda text: None)
+    before, bad = Page((folder / "report.html").read_text()), """<img src=x onerror='a'> "&amp;" </td></table>{{ 7 * 7 }}"""
+    shown = []
+
+    def spoil(path, change, *, lines=False):
+        values = [json.loads(line) for line in path.read_text().splitlines()] if lines else [json.loads(path.read_text())]
+        for value in values:
+            change(value)
+        path.write_text("\n".join(map(json.dumps, values)) + "\n" * lines)
+
+    def put(place: dict, key: str):
+        place[key] = f"{bad} {path.name} {key}"
+        shown.append(place[key])
+
+    for path in (folder / "responses").glob("evaluation-*.jsonl"):
+        spoil(path, lambda row: put(row, "text"), lines=True)
+    spoil(path := folder / "queries.jsonl", lambda row: put(row, "text"), lines=True)
+    spoil(path := folder / "run.json", lambda r: [r.pop(CHECK), put(r["config"]["model"], "label"), put(r["config"], "name"), put(r, "device"),
+                                                  r["not_run"].append(bad)])
+    spoil(path := folder / "metrics.json", lambda rows: [row.update({k: row[k] and bad + row[k] for k in ("model", "baseline")}) for row in rows])
+    write_report(folder)
+    after = Page((folder / "report.html").read_text())
+    assert after.tags == before.tags
+    assert after.text.count(bad) > 20 and all(text in after.text for text in set(shown))
+
+
 def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp_path):
     from repro.report.publish import publish, write_report
 
@@ -304,12 +330,13 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
     from repro.report.publish import publish
 
     experiment, folder = finished
-    second = run(dataclasses.replace(experiment, seed=1), tmp_path / "b", say=lambda text: None)
+    with unrendered():
+        second = run(dataclasses.replace(experiment, seed=1), tmp_path / "b", say=lambda text: None)
+        third = run(dataclasses.replace(experiment, seed=2, iterations=2), tmp_path / "c", say=lambda text: None)
     out = publish([folder, second], tmp_path / "results")
     assert {r["seed"] for r in json.loads((out / "metrics.json").read_text())} == {0, 1}
     with pytest.raises(UserError, match="different seeds"):
         publish([folder, folder], tmp_path / "results")
-    third = run(dataclasses.replace(experiment, seed=2, iterations=2), tmp_path / "c", say=lambda text: None)
     with pytest.raises(UserError, match="differs"):
         publish([folder, third], tmp_path / "results")
 
@@ -356,7 +383,7 @@ def test_dropped_pairs_are_counted_by_their_first_reason(finished, tmp_path):
     assert all([row["text"] for row in r] == ["a", "b"] for _, _, r in kept)
 
 
-def test_identical_responses_tie_under_every_judge(finished, tmp_path):
+def test_identical_responses_tie_under_every_judge(finished, tmp_path, unrendered):
     import shutil
 
     from repro.base.records import read_json, read_jsonl, write_jsonl
@@ -364,14 +391,14 @@ def test_identical_responses_tie_under_every_judge(finished, tmp_path):
     experiment, folder = finished
     shutil.copytree(folder.parents[1], tmp_path / "runs")
     copy = tmp_path / "runs" / folder.relative_to(folder.parents[1])
-    first = [row for _, row in read_jsonl(copy / "responses/evaluation-0.jsonl")]
+    first = read_jsonl(copy / "responses/evaluation-0.jsonl")
     write_jsonl(copy / "responses/evaluation-3.jsonl", [row | {"iteration": 3} for row in first])
     record = read_json(copy / "run.json")
     record["stages"]["evaluate-3"]["outputs"]["responses/evaluation-3.jsonl"] = file_sha256(
         copy / "responses/evaluation-3.jsonl")
     (copy / "run.json").write_text(json.dumps(record))
     run(experiment, tmp_path / "runs", say=lambda text: None)
-    rows = [row for _, row in read_jsonl(copy / "judgments.jsonl") if row["iteration"] == 3]
+    rows = [row for row in read_jsonl(copy / "judgments.jsonl") if row["iteration"] == 3]
     assert {row["judge"] for row in rows} == {"rule", "likelihood"} and {row["outcome"] for row in rows} == {"tie"}
 
 
@@ -403,7 +430,7 @@ def save_gpt2(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("dropout", ["off", "drawn"])
-def test_a_family_whose_byte_model_nobody_knows_runs_to_its_end_and_says_how(tmp_path, dropout):
+def test_a_family_whose_byte_model_nobody_knows_runs_to_its_end_and_says_how(tmp_path, dropout, unrendered):
     """GPT-2 with its usual dropout: off, on the shared path; drawn, on the reference. The same bytes under another name."""
     experiment = dataclasses.replace(small(load_experiment("exp1", "mini")[0], save_gpt2(tmp_path / "gpt2"), learning_rate=1e-3),
                                      iterations=1)

@@ -5,11 +5,13 @@ import io
 
 import made_archive as made
 import pytest
+from matplotlib.figure import Figure
 
 from repro.base import places, records
 from repro.base.metrics import Estimate
 from repro.base.records import UserError
 from repro.paper import archive, figures
+from repro.report import look
 
 REAL = archive.LOCAL
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the authors' record is not at {REAL}")
@@ -100,13 +102,13 @@ def test_our_runs_have_their_colours_by_name_not_by_the_order_in_which_they_are_
     for some in (rows, rows[::-1]):
         found = figures._draw("fig5", some).axes[1].get_legend_handles_labels()
         colours = {label: handle[0].get_color() for handle, label in zip(*found) if label.startswith("ours")}
-        assert colours == {"ours: a": figures.GREEN, "ours: b": figures.PURPLE, "ours: c": figures.SKY}
+        assert colours == {"ours: a": look.GREEN, "ours: b": look.PURPLE, "ours: c": look.SKY}
 
 
 def test_errorbar_is_plus_minus_sem():
-    with figures.style():
-        ax = figures.Figure().subplots()
-        figures.errorbar(ax, [0, 1], [Estimate(50.0, None, None, 1), Estimate(60.0, 3.0, None, 250)], "x", figures.BLUE, "o")
+    with look.style():
+        ax = Figure().subplots()
+        figures.errorbar(ax, [0, 1], [Estimate(50.0, None, None, 1), Estimate(60.0, 3.0, None, 250)], "x", look.BLUE, "o")
     segments = ax.containers[0].lines[2][0].get_segments()
     assert segments[0][:, 1].tolist() == [50.0, 50.0] and segments[1][:, 1].tolist() == [57.0, 63.0]
 

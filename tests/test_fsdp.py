@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_tokenizer
+from forked import killed
 from fsdp_ranks import ragged, run_case
 from safetensors.torch import load_file
 from test_logprobs import tiny_family
@@ -236,36 +237,15 @@ def test_stopped_after_every_step_the_result_is_identical_to_the_bit(tiny, undis
     assert f"going on after step 5 ({tmp_path / 'step-000005'})" in capsys.readouterr().err
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_fsdp import trained
-import repro.core.checkpoints as steps, repro.core.engines as engines, repro.core.loop as training
-calls = 0
-owner, name = {where}
-real = getattr(owner, name)
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == {nth}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-setattr(owner, name, dying)
-trained(Path({tiny!r}), Path({out!r}))
-"""
-
-
 @pytest.mark.parametrize("where, nth, left", [
-    ("engines, 'symmetric_infonce'", 3, 1),  # in step 2 or 3
-    ("steps.checkpoint, 'save'", 3, 2),       # step 3 trained, none of its files written
-    ("steps, 'write_json'", 3, 2),            # its shard written, the trace not
-    ("steps, 'seal'", 3, 2),                  # all but the marker
-    ("steps, 'remove_folder'", 5, 4)])        # sealed, while older ones are removed
+    ("engines.symmetric_infonce", 3, 1),        # in step 2 or 3
+    ("checkpoints:checkpoint.save", 3, 2),      # step 3 trained, none of its files written
+    ("checkpoints.write_json", 3, 2),           # its shard written, the trace not
+    ("checkpoints.seal", 3, 2),                 # all but the marker
+    ("checkpoints.remove_folder", 5, 4)])       # sealed, while older ones are removed
 def test_killed_in_a_step_or_its_save_the_same_call_goes_on(tiny, undisturbed, tmp_path, capsys, where, nth, left):
-    code = CHILD.format(tests=str(HERE), where=where, nth=nth, tiny=str(tiny), out=str(tmp_path))
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    owner, _, name = where.rpartition(".")
+    assert killed(f"repro.core.{owner}", name, nth, trained, tiny, tmp_path) == -signal.SIGKILL
     complete = [p for p in sorted(tmp_path.iterdir()) if sealed(p, "key")]
     assert complete
     assert identical(trained(tiny, tmp_path), undisturbed)

@@ -100,14 +100,14 @@ def goes_on(folder: Path, ranks: int, alone) -> None:
         torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=0)
 
 
-def test_sigterm_to_the_pipeline_saves_the_step_of_its_fsdp_ranks(pipeline, tmp_path, alone):
+def test_sigterm_to_the_pipeline_saves_the_step_of_its_fsdp_ranks(pipeline, tmp_path, alone, forked_ranks):
     pipeline.send_signal(signal.SIGTERM)
     assert pipeline.wait(60) == 128 + signal.SIGTERM
     assert not workers(tmp_path)
     goes_on(tmp_path, 2, alone)
 
 
-def test_a_lost_fsdp_rank_ends_all_within_a_minute_with_the_reason(pipeline, tmp_path, alone):
+def test_a_lost_fsdp_rank_ends_all_within_a_minute_with_the_reason(pipeline, tmp_path, alone, forked_ranks):
     os.kill(workers(tmp_path)[1], signal.SIGKILL)
     start = time.monotonic()
     said = pipeline.stdout.read().splitlines()[-1]
@@ -157,7 +157,7 @@ def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path)
     assert facts == {"iteration": 1, "step": 1, "ranks": [0, 1], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}
 
 
-def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path):
+def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path, unrendered, forked_ranks):
     """Another number of ranks is no other config: what is finished counts, and the training is the same to rounding."""
     experiment = dataclasses.replace(small(load_experiment("exp1", "mini")[0], tiny), iterations=1)
     records, said = [], []
@@ -165,7 +165,7 @@ def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path):
         folder = run(experiment, tmp_path / str(ranks), say=said.append, ranks=ranks)
         records.append(json.loads((folder / "run.json").read_text()))
         assert [p.name for p in (folder / "checkpoints").iterdir()] == ["iteration-1"]  # no job, no steps
-    scored = [[row for k in (0, 1) for _, row in read_jsonl(tmp_path / str(ranks) / experiment.path / logprob_file(k))]
+    scored = [[row for k in (0, 1) for row in read_jsonl(tmp_path / str(ranks) / experiment.path / logprob_file(k))]
               for ranks in (1, 2)]
     for one, two in zip(*scored, strict=True):
         assert one["query"] == two["query"] and one["tokens"] == two["tokens"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import unrendered
 from judge_server import JudgeServer
 from marks import FAMILIES, MARKS, added_ids, marked_tokenizer
 
@@ -348,6 +349,13 @@ def test_judge_admission_of_archived_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--items 0: must be 1 or more"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["tldr/m/w/1"], count=0, work=tmp_path, dry_run=True)
     assert "never held against" in standing.standing("other")
+    for change, says in (({"kappa": None}, "field kappa: expected an object, found null"),
+                         ({"attacks": {"won": True, "planted": 40}}, "field attacks.won: expected a valid integer, found true"),
+                         ({"p_a": record["p_a"] | {"ci95": [0.1]}}, "field p_a.ci95: .*2 items")):
+        write_json(tmp_path / "out/broken.json", record | change)
+        with pytest.raises(UserError, match=f"broken.json: {says}") as e:
+            standing.standing("broken")
+        assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="--files: 'x' is not an archived comparison .*tldr/m/w/1"):
         admission.admit(spec, Endpoint(model="m"), archive=root, wanted=["x"], count=1, work=tmp_path, dry_run=True)
 
@@ -424,11 +432,13 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
         said = capsys.readouterr()
         assert "judge-1: never held against the archived verdicts" in said.out
         assert "report: done before" not in said.out + said.err  # it is made again
-        lines = [row for _, row in read_jsonl(folder / "judgments.jsonl")]
+        lines = read_jsonl(folder / "judgments.jsonl")
         judgments = [r for r in lines if r["record"] == "judgment"]
         assert {r["judge"] for r in judgments} == {"rule", "likelihood", "judge-1"} and len(judgments) == 3 * 12
         mine = [r for r in judgments if r["judge"] == "judge-1"]
-        assert "flip" in {r["outcome"] for r in mine} and lines[: len(judgments)] == judgments
+        assert "flip" in {r["outcome"] for r in mine} and lines == judgments  # the ledger has a file of its own
+        ledger = read_jsonl(folder / "judge_requests.jsonl")
+        assert {r["record"] for r in ledger} == {"attempt", "outcome"} and len(ledger) == 2 * (1 + len(server.requests))  # a small one first
         after = json.loads((folder / "metrics.json").read_text())
         assert [r for r in after if r["judge"] != "judge-1"] == before
         metrics = {(r["metric"], r["subset"], r["ties"], r["length"]): r for r in after if r["judge"] == "judge-1"}
@@ -458,15 +468,16 @@ def test_judge_joins_a_finished_run(finished, tmp_path, capsys, monkeypatch):
         with pytest.raises(UserError, match="the budget is used up"):
             run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0), max_usd=0.008))
         said.clear()
-        other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0)))
+        with unrendered():
+            other = run(own, tmp_path / "own", say=said.append, endpoint=Endpoint(model="judge-1", base_url=url, price=(3.0, 12.0)))
         assert sum("done before, skipped" in line for line in said) == 4  # a raised budget trains nothing again
         rows = [r for r in json.loads((other / "metrics.json").read_text()) if r["judge"]]
         assert rows == [r for r in after if r["judge"] == "judge-1"]
 
 
-def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path):
-    """A kill leaves an attempt without outcome in judgments.jsonl; `repro run` then does its own judge stage again, keeps
-    the ledger, and `repro judge` puts the verdicts back without a request."""
+def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path, unrendered):
+    """A kill leaves an attempt without outcome in the ledger, which is no part of a run's own record: `repro run` finds all
+    done. Where its judge stage is done again, the ledger stays, and `repro judge` puts the verdicts back without a request."""
     import shutil
 
     from repro.base.records import append_jsonl
@@ -478,7 +489,12 @@ def test_judge_answers_outlive_a_kill_and_a_run_that_goes_on(finished, tmp_path)
     with server.serve() as url:
         rows = judge_run(folder, SPEC, Endpoint(model="judge-1", base_url=url), say=said.append)
         asked = len(server.requests)
-        append_jsonl(folder / "judgments.jsonl", [{"record": "attempt", "judge": "judge-1", "key": "x", "attempt": 1, "reserved_usd": 0.0}])
+        append_jsonl(folder / "judge_requests.jsonl", [
+            {"record": "attempt", "judge": "judge-1", "key": "x", "attempt": 1, "reserved_usd": 0.0}])
+        judged = (folder / "judgments.jsonl").read_bytes()
+        run(experiment, tmp_path / "runs", say=said.append)
+        assert (folder / "judgments.jsonl").read_bytes() == judged and "judge: done before, skipped" in said
+        (folder / "judgments.jsonl").unlink()
         run(experiment, tmp_path / "runs", say=said.append)
         assert {name: file_sha256(folder / name) for name in before} == before
         assert any("judge judge-1: its judgments are taken out" in line for line in said)
@@ -502,7 +518,7 @@ def test_judge_key_is_nowhere_after_a_whole_run(finished, tmp_path):
                                 "MY_KEY"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {
                                     "MY_KEY": key, "OPENAI_LOG": "debug", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
     assert child.returncode == 0, child.stderr[-2000:]
-    assert server.fired and "[key]" in (folder / "judgments.jsonl").read_text()
+    assert server.fired and "[key]" in (folder / "judge_requests.jsonl").read_text()
     texts = [child.stdout, child.stderr, *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file())]
     assert len(texts) > 15
     for k in range(len(key) - 7):
@@ -518,7 +534,7 @@ def test_judge_flips_are_half_under_either_tie_rule(finished, tmp_path):
     assert found["half", "raw"].value == 50 and found["loss", "raw"].value == 37.5 and found["half", "raw"].n == 4
 
 
-def test_judge_strict_fails_on_a_missing_verdict(finished, tmp_path, capsys):
+def test_judge_strict_fails_on_a_missing_verdict(finished, tmp_path, capsys, unrendered):
     import shutil
 
     experiment, done = finished
@@ -601,7 +617,7 @@ def test_judge_that_cannot_be_used_is_told_before_anything_is_sampled(finished, 
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
-def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(finished, tmp_path):
+def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(finished, tmp_path, unrendered):
     """The judge's server goes wrong when all is trained: with another judge named the run goes on, judges and ends with
     the metrics of a run that had it from the start; the folder of a finished run does the same."""
     trained = dataclasses.replace(finished[0], judge=WRONG)
@@ -640,7 +656,7 @@ def test_judge_of_a_trained_run_may_be_another_and_nothing_is_trained_again(fini
         (group, "PASS") for group in ("config", "inputs", "files", "judgments", "metrics")}
 
 
-def test_judge_is_no_part_of_what_an_older_folder_is_bound_to(finished, tmp_path):
+def test_judge_is_no_part_of_what_an_older_folder_is_bound_to(finished, tmp_path, unrendered):
     """A run.json from before the second digest, whose stages are named by the whole one; and a difference beside the judge."""
     import shutil
 
@@ -669,7 +685,7 @@ def test_judge_is_no_part_of_what_an_older_folder_is_bound_to(finished, tmp_path
     assert sum("done before, skipped" in line for line in said) == 4, said
 
 
-def test_judge_poisoned_ledger_is_read_and_asked_again(finished, tmp_path):
+def test_judge_poisoned_ledger_is_read_and_asked_again(finished, tmp_path, unrendered):
     """What an older version stored as an answer, and read no more: every command reads it, and a good server mends it."""
     import shutil
 
@@ -677,15 +693,15 @@ def test_judge_poisoned_ledger_is_read_and_asked_again(finished, tmp_path):
     folder = shutil.copytree(done.parent.parent, tmp_path / "runs") / experiment.name / experiment.profile
     with JudgeServer().serve() as url:
         rows = judge_run(folder, SPEC, where(url), say=lambda text: None)
-    lines = [row for _, row in read_jsonl(folder / "judgments.jsonl")]
-    first = next(row for row in lines if row["record"] == "judgment" and row["judge"] == "judge-1" and row["orders"])
+    lines = read_jsonl(folder / "judge_requests.jsonl")
+    first = next(row for row in read_jsonl(folder / "judgments.jsonl") if row["judge"] == "judge-1" and row["orders"])
     bad = [{"choices": [{"index": 0, "text": "Final Response: A"}]}, {"choices": [{"message": {"content": 3}}]}, {"choices": None}, {}, "x"]
     spoilt = [row for row in lines if row["record"] == "outcome" and row["status"] == "answered"][:len(bad)]
     for row, answer in zip(spoilt, bad):
         row["answer"] = answer
     for row in lines:
         row.pop("check", None)
-    write_jsonl(folder / "judgments.jsonl", [row if row["record"] == "judgment" else checked(row) for row in lines])
+    write_jsonl(folder / "judge_requests.jsonl", map(checked, lines))
     assert any(row["score"] is None for row in judge_run(folder, SPEC, where("http://127.0.0.1:9/v1"), reparse=True, say=lambda text: None))
     with (server := JudgeServer()).serve() as url:
         assert judge_run(folder, SPEC, where(url), say=lambda text: None) == rows

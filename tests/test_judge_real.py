@@ -35,7 +35,7 @@ PAIRS = [Pair(id=str(k), query=q, principles=("Answers should be short.",), ours
 def process(argv, log: Path):
     with open(log, "w") as out:
         child = subprocess.Popen([sys.executable, *argv], stdout=out, stderr=subprocess.STDOUT,
-                                 env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"})
+                                 env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
     try:
         yield child
     finally:

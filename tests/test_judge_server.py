@@ -85,7 +85,7 @@ def test_judge_loses_nothing_to_a_fault_that_passes(fault, undisturbed, tmp_path
     slow = fault in ("timeout", "drip")
     verdicts, said = judged(server, pairs, tmp_path / "l.jsonl", attempts=8, deadline_s=1.0 if slow else 30.0)
     assert [v.to_json() for v in verdicts] == expected and server.fired
-    rows = [row for _, row in read_jsonl(tmp_path / "l.jsonl")]
+    rows = read_jsonl(tmp_path / "l.jsonl")
     attempts = [(r["key"], r["attempt"]) for r in rows if r["record"] == "attempt"]
     outcomes = [(r["key"], r["attempt"]) for r in rows if r["record"] == "outcome"]
     assert sorted(attempts) == sorted(outcomes) and len(set(attempts)) == len(attempts)
@@ -164,7 +164,7 @@ def test_judge_gives_up_on_a_dead_server_in_one_line(tmp_path):
     with pytest.raises(UserError, match="judge judge-1: no connection to 127.0.0.1: .*; run the command again once") as e:
         ask_judge(SPEC, made_pairs(30), endpoint("http://127.0.0.1:9/v1", attempts=2), tmp_path / "l.jsonl", lambda line: None)
     assert "\n" not in str(e.value)
-    assert len(list(read_jsonl(tmp_path / "l.jsonl"))) == 4  # one small request, twice
+    assert len(read_jsonl(tmp_path / "l.jsonl")) == 4  # one small request, twice
     server = JudgeServer(lambda k, body: "reset")
     with pytest.raises(UserError, match="8 requests in a row failed, the last with: no connection to 127.0.0.1"):
         judged(server, made_pairs(30), tmp_path / "l.jsonl", attempts=2)
@@ -497,7 +497,7 @@ def test_judge_follows_no_redirect(code, undisturbed, tmp_path):
                     judged(probed := JudgeServer(probe_faults=lambda k, body: "to"), undisturbed[0], tmp_path / f"{k}-probe.jsonl")
             finally:
                 del HABITS["to"]
-            sent = sum(row["record"] == "attempt" for _, row in read_jsonl(path))
+            sent = sum(row["record"] == "attempt" for row in read_jsonl(path))
             assert sent == len(server.requests) + len(server.probes) <= 9 and len(probed.probes) == 1 and not probed.requests
     assert not other.requests and not other.probes
 

@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer
+from forked import killed
 from fsdp_ranks import ragged
 from safetensors.torch import load_file
 from test_experiments import contents, small
@@ -189,21 +187,20 @@ def test_the_adapter_loads_with_peft_and_the_merged_model_is_the_same(tiny, alon
     assert len(stored) == 28 and all(name.startswith("base_model.model.model.layers.") for name in stored)
 
 
+def work(folder):
+    return jobs.work(folder, 1, engines.OneProcess(), lambda n: None)
+
+
 def test_a_killed_iteration_goes_on_and_leaves_the_same_bytes(tiny, alone, tmp_path, capsys):
     """Step checkpoints hold the adapter and its optimizer's state, and no weight of the model."""
     out = job(tiny, tmp_path)
-    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom repro.core import engines\nfrom repro.stages import jobs\n"
-            "real, calls = engines.symmetric_infonce, []\n"
-            "def dying(m):\n    calls.append(1)\n    if len(calls) == 4:\n        os.kill(os.getpid(), signal.SIGKILL)\n    return real(m)\n"
-            "engines.symmetric_infonce = dying\njobs.work(Path(sys.argv[1]), 1, engines.OneProcess(), lambda n: None)\n")
-    child = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=dict(os.environ))
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert killed("repro.core.engines", "symmetric_infonce", 4, work, tmp_path) == -signal.SIGKILL
     saved = sorted((tmp_path / jobs.steps_folder(1)).glob("step-*"))
     shard = saved[-1] / "__0_0.distcp"
     numbers = shape_from(json.loads((tiny / "config.json").read_text()), "here").adapters(3)
     assert sealed(saved[-1], "key") and b"embed_tokens" not in (saved[-1] / ".metadata").read_bytes()
     assert 2 * 4 * numbers < shard.stat().st_size < 2 * 4 * numbers + 28 * 8 * 1024
-    trace = jobs.work(tmp_path, 1, engines.OneProcess(), lambda n: None)
+    trace = work(tmp_path)
     assert f"going on after step {int(saved[-1].name[-6:])}" in capsys.readouterr().err and trace == alone[0]
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (out / name).read_bytes() == (alone[1] / name).read_bytes()

@@ -68,7 +68,7 @@ def test_torch_stays_where_it_belongs():
 
 @pytest.mark.parametrize("statement", ["import repro", "import kernels", "from repro.base import metrics; from repro.paper import cells, figures; from repro.report import page"])
 def test_import_loads_no_torch(statement):
-    code = f"{statement}\nimport sys\nassert not {{'torch', 'triton', 'transformers'}} & set(sys.modules)"
+    code = f"{statement}\nimport sys\nassert not {{'torch', 'triton', 'transformers', 'jinja2'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -227,8 +227,19 @@ def test_make_takes_the_newest_python_that_starts(tmp_path, there, taken):
                                                         "with venv and takes torch 2.13.0; pass PYTHON=...\n"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", tracked("results/*.py"))
-def test_a_script_beside_its_results_finds_what_it_imports(path):
+def test_what_begins_with_an_underscore_stays_in_its_file():
+    for path in (*sources("repro"), *sources("kernels"), *sources("experiments"), *sources("tests/studies")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("repro", "kernels"):
+                assert not [a.name for a in node.names if a.name.startswith("_")], path
+
+
+def test_results_hold_no_code():
+    assert not tracked("results/*.py")
+
+
+@pytest.mark.parametrize("path", tracked("tests/studies/*.py"))
+def test_a_study_finds_what_it_imports(path):
     spec = importlib.util.spec_from_file_location("script", ROOT / path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
@@ -239,7 +250,7 @@ WRITING = re.compile(r"(?<!records)\.write_text\(|(?<!records)\.write_bytes\(|\.
 
 
 def test_no_unsafe_loading():
-    for path in tracked("repro/*.py", "kernels/*.py", "experiments/*.py", "results/*.py"):
+    for path in tracked("repro/*.py", "kernels/*.py", "experiments/*.py", "tests/studies/*.py"):
         assert not UNSAFE.findall((ROOT / path).read_text()), path
 
 

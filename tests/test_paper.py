@@ -1,5 +1,5 @@
 """PROFILE=paper of all three experiments, end to end and from the command line, with tiny Mistral, Mixtral and Llama models in
-the place of the real ones: one override (--models). Two gloo ranks train under torchrun, a real OpenAI-compatible server
+the place of the real ones: one override (--models). Two gloo ranks train (of exp1 under torchrun), a real OpenAI-compatible server
 samples (`transformers serve`; the run starts and stops it, or it is already there), a judge endpoint judges, the run is
 verified. What is checked is the machinery; these models' numbers mean nothing."""
 
@@ -56,10 +56,21 @@ def server(tmp_path_factory):
         yield url
 
 
-def repro(*argv, code=0) -> subprocess.CompletedProcess:
+def repro(*argv) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
     done = subprocess.run([sys.executable, "-m", "repro.cli", *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def repro_here(capsys, *argv) -> tuple[str, str]:
+    """What the command says in this process, which has imported all that it needs: (stdout, stderr)."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        cli.main([*map(str, argv)])
+    said = capsys.readouterr()
+    assert e.value.code == 0, said.out[-2000:] + said.err[-4000:]
+    return said
 
 
 def verified(folder: Path, runs: int, said: str) -> None:
@@ -101,7 +112,7 @@ def said_by(place: str, run: Run, texts: list[str]) -> list[str]:
             for text in texts]
 
 
-def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path):
+def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path, capsys):
     argv = ("exp1", *SMALL, "--models", toys, "--queries", "embedded", "--train-queries", 20, "--evaluation-queries", 2,
             "--iterations", 2, "--base-url", judge, "--out", tmp_path)
     done = repro("run", *argv)
@@ -114,26 +125,25 @@ def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path):
     assert places == [base[0], base[1], base[0], tuned[0], tuned[0], tuned[1]]  # evaluate, baseline, sample and evaluate twice
     # iteration 2 is sampled from the weights of iteration 1, and those are others than the initial ones
     run, texts = prompts(folder, argv, 2)
-    rows = [row["text"] for _, row in read_jsonl(folder / "responses/training-2.jsonl")]
+    rows = [row["text"] for row in read_jsonl(folder / "responses/training-2.jsonl")]
     assert len(rows) == len(texts) >= 20
     assert rows == said_by(tuned[0], run, texts)
     assert sum(a != b for a, b in zip(rows, said_by(base[0], run, texts))) > len(rows) / 2
-    verified(folder, 1, repro("verify", folder).stdout)
-    again = repro("run", *argv).stderr
+    verified(folder, 1, repro_here(capsys, "verify", folder).out)
+    again = repro_here(capsys, "run", *argv).err
     assert "starting" not in again and again.count("done before, skipped") == 11
 
 
 @pytest.mark.parametrize("name, folder, variants, iterations", [
     ("exp2", "exp2_tldr", {"mistral-7b": "Mistral-7B-v0.1", "mixtral-8x7b": "Mixtral-8x7B-v0.1"}, 1),
     ("exp3", "exp3_diverse", {"direct": "Meta-Llama-3-70B", "cot": "Meta-Llama-3-70B"}, 1)])
-def test_exp2_and_exp3_paper_with_a_server_that_is_there(name, folder, variants, iterations, toys, judge, server, tmp_path, capsys):
+def test_exp2_and_exp3_paper_with_a_server_that_is_there(name, folder, variants, iterations, toys, judge, server, tmp_path, capsys, unrendered,
+                                                        forked_ranks):
     argv = (name, *SMALL, "--models", toys, "--queries", "embedded-tldr", "--train-queries", 40, "--evaluation-queries", 2,
             "--iterations", iterations, "--base-url", judge, "--sampler-url", server, "--out", tmp_path)
-    done = repro("run", *argv)
-    assert "starting" not in done.stderr
+    assert "starting" not in repro_here(capsys, "run", *argv).err
     together = tmp_path / folder / "paper"
     for variant, model in variants.items():
         check(together / variant, iterations, model, started_here=False)
     assert (together / "report.html").is_file()
-    assert cli.verify_run(together) == 0
-    verified(together, len(variants), capsys.readouterr().out)
+    verified(together, len(variants), repro_here(capsys, "verify", together).out)

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from repro.report import figures
+from repro.report import look
 from repro.report.figures import draw, draw_win_rate, looks, series
 
-BLUE, ORANGE, GREEN, PINK = zip(figures.COLOURS, figures.MARKERS)
+BLUE, ORANGE, GREEN, PINK = zip(look.COLOURS, look.MARKERS)
 
 
 def records(*lines, judges=("rule",), principles=("short", "plain"), baselines=()):
@@ -35,7 +35,6 @@ def drawn(figure) -> list[dict]:
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
         out.append({label: look(h) for h, label in zip(handles, labels) if hasattr(h, "has_yerr")})
-    figures.pyplot().close(figure)
     return out
 
 

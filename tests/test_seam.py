@@ -31,6 +31,7 @@ from repro.text import seam
 
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'CUE' }}{% endif %}")
+pytestmark = pytest.mark.usefixtures("unrendered")
 KINDS = {  # tokenizer, the template's cue, tokens of a response
     "a cue that ends in a space": ("bpe", "ASSISTANT: ", 6),
     "one word behind a space": ("bpe", "ASSISTANT: ", 1),
@@ -106,10 +107,6 @@ def experiment_of(folder: Path, tokens: int = 6, plain: bool = False, **more):
         sampling=dataclasses.replace(experiment.sampling, max_new_tokens=tokens, spare=3.0, dtype="float32", **more))
 
 
-def rows_of(path: Path) -> list[dict]:
-    return [row for _, row in read_jsonl(path)]
-
-
 @pytest.fixture
 def spied(monkeypatch):
     """(sampled, given): the ids that were sampled, and (prompt, response) ids of all that models are then given to score."""
@@ -148,7 +145,7 @@ def test_what_is_trained_and_scored_is_what_was_sampled(kind, tmp_path, spied):
     anew = [tuple(tokenizer(tokenizer.decode(p) + tokenizer.decode(r), add_special_tokens=False).input_ids) for p, r in given]
     assert sum(a != p + r for a, (p, r) in zip(anew, given)) > len(given) / 4 or cue != "ASSISTANT: "
     for k in (0, 1):
-        rows, scored = rows_of(folder / f"responses/evaluation-{k}.jsonl"), rows_of(folder / f"logprobs/evaluation-{k}.jsonl")
+        rows, scored = read_jsonl(folder / f"responses/evaluation-{k}.jsonl"), read_jsonl(folder / f"logprobs/evaluation-{k}.jsonl")
         assert [n for row in scored for n in row["tokens"]] == [len(row["ids"]) for row in rows] == [row["tokens"] for row in rows]
         texts = [draws.prompt(shared.voice, c, item.query, "evaluation", sample=True) for item in shared.items() for c in item.constitutions]
         for row, text in zip(rows, texts):
@@ -311,7 +308,7 @@ def test_reasoning_that_a_special_token_closes_is_no_part_of_the_response(tmp_pa
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, said)
     lines = []
     folder = run(experiment, tmp_path / "out", say=lines.append)
-    rows = rows_of(folder / "responses/training-1.jsonl")
+    rows = read_jsonl(folder / "responses/training-1.jsonl")
     assert {row["closed"] for row in rows} == {True, False}
     for row in rows:
         assert len(row["ids"]) == row["tokens"] <= 3 and close not in row["ids"]
@@ -322,10 +319,10 @@ def test_reasoning_that_a_special_token_closes_is_no_part_of_the_response(tmp_pa
     assert dropped["reasoning not closed"] == sum(not (a["closed"] and b["closed"]) for a, b in pairs) > 0
     assert any("dropped" in line and "reasoning not closed" in line for line in lines)
     assert all(prompt[-2:] == (close - 1, close) for prompt, _ in spied[1])
-    held_out = rows_of(folder / "responses/evaluation-0.jsonl")
+    held_out = read_jsonl(folder / "responses/evaluation-0.jsonl")
     scored = [tuple(row["ids"]) or tuple(tokenizer(".").input_ids) for row in held_out]
     assert {response for _, response in spied[1]} >= set(scored) and any(not row["ids"] for row in held_out)
-    assert [n for row in rows_of(folder / "logprobs/evaluation-0.jsonl") for n in row["tokens"]] == [len(s) for s in scored]
+    assert [n for row in read_jsonl(folder / "logprobs/evaluation-0.jsonl") for n in row["tokens"]] == [len(s) for s in scored]
     assert cli.verify_run(folder) == 0
 
 
@@ -334,7 +331,7 @@ def test_a_model_that_does_not_always_reason(tmp_path, monkeypatch, spied):
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [10, close, 20 + k % 9] if k % 2 else [20 + k % 9] * 5,
                                             opened=False)
     folder = run(experiment, tmp_path / "out", say=lambda line: None)
-    rows = rows_of(folder / "responses/evaluation-0.jsonl")
+    rows = read_jsonl(folder / "responses/evaluation-0.jsonl")
     assert {len(row["ids"]) for row in rows} == {1, 3} and all(("reasoning" in row) == (len(row["ids"]) == 1) for row in rows)
     # what was answered at once is scored at once, and the other behind the mark
     assert {(prompt[-1] == close, len(response)) for prompt, response in spied[1]} == {(True, 1), (False, 3)}
@@ -359,7 +356,7 @@ def test_an_end_that_closes_reasoning_too_ends_the_response_alone(tmp_path, monk
     """gpt-oss: <|end|> stands after the analysis and after the final message."""
     experiment, tokenizer, close = thinking(tmp_path, monkeypatch, lambda k, close: [10, 50, 11, close, 20 + k % 9, 50, 30, 31, 32], ends=(50,))
     folder = run(dataclasses.replace(experiment, iterations=1), tmp_path / "out", say=lambda line: None)
-    rows = rows_of(folder / "responses/evaluation-0.jsonl")
+    rows = read_jsonl(folder / "responses/evaluation-0.jsonl")
     assert all(row["finished"] and row["tokens"] == 1 and 20 <= row["ids"][0] < 29 for row in rows)
 
 
@@ -475,8 +472,8 @@ def test_rows_without_ids_are_tokenised_as_before_and_that_is_said_once(tmp_path
     spied[1].clear()
     folder = run(experiment, tmp_path / "out", say=said.append)
     assert sum("without token ids" in line for line in said) == 1
-    rows = rows_of(folder / "responses/training-1.jsonl")
-    assert not any("ids" in row for row in rows) and all("ids" in row for row in rows_of(folder / "responses/evaluation-1.jsonl"))
+    rows = read_jsonl(folder / "responses/training-1.jsonl")
+    assert not any("ids" in row for row in rows) and all("ids" in row for row in read_jsonl(folder / "responses/evaluation-1.jsonl"))
     shared = Run(experiment, folder, lambda line: None)
     shared.check()
     query, pair, both = usable_pairs(shared, 1)[0][0]
@@ -491,7 +488,7 @@ def test_verify_sees_ids_of_another_number_than_what_was_scored(tmp_path):
 
     folder = run(experiment_of(save(tmp_path / "m", made("bpe"))), tmp_path / "out", say=lambda line: None)
     path = folder / "responses/evaluation-1.jsonl"
-    rows = rows_of(path)
+    rows = read_jsonl(path)
     write_jsonl(path, [rows[0] | {"ids": rows[0]["ids"][:-1]}, *rows[1:]])
     record = read_json(folder / "run.json")
     record["stages"]["evaluate-1"]["outputs"]["responses/evaluation-1.jsonl"] = file_sha256(path)
@@ -516,7 +513,7 @@ def test_a_server_of_text_has_the_ids_of_its_text_in_its_place_and_that_is_said(
             shared.prepare()
             shared.adopt(shared.constitutions)
             evaluate.evaluate(shared, 0)
-        rows, words = rows_of(shared.folder / "responses/evaluation-0.jsonl"), shared.voice.tokenizer.get_vocab()
+        rows, words = read_jsonl(shared.folder / "responses/evaluation-0.jsonl"), shared.voice.tokenizer.get_vocab()
         assert {row["ids"][0] for row in rows} == {words[first]} and all(len(row["ids"]) == row["tokens"] for row in rows)
         assert {shared.voice.tokenizer.decode(row["ids"]) for row in rows} == {row["text"] for row in rows}
         assert sum("the token ids of that text" in line for line in said) == 1

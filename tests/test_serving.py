@@ -61,6 +61,13 @@ def as_text(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("ids", "tokens", "end")} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def calm(tiny, tmp_path_factory) -> list[dict]:
+    """What a server of token ids says without a fault."""
+    with TextServer(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)}).serve() as url:
+        return sample(prepared(tiny, tmp_path_factory.mktemp("calm"), "vllm", sampler_url=url))
+
+
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     monkeypatch.setattr(launch, "GRACE_S", 5.0)
@@ -198,10 +205,8 @@ def test_no_proxy_stands_before_a_server_of_this_machine(tiny, tmp_path, monkeyp
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "half", "reset", "garbage", "wrong_schema", "empty_choices",
                                    "error_in_200", "other_model", "aborted", "no_ids", "nan", "short", "other_prompt", "no_usage"])
-def test_a_fault_costs_nothing_but_another_request(tiny, tmp_path, fault):
-    place = str(tiny)
-    with TextServer(tokenizer=tiny / "tokenizer.json", lists={place: place}).serve() as url:
-        want = sample(prepared(tiny, tmp_path / "calm", "vllm", sampler_url=url))
+def test_a_fault_costs_nothing_but_another_request(tiny, calm, tmp_path, fault):
+    place, want = str(tiny), calm
     server = TextServer(lambda k, body: fault if k and k % 4 == 1 else None, tokenizer=tiny / "tokenizer.json", lists={place: place})
     with server.serve() as url:
         run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
@@ -210,7 +215,7 @@ def test_a_fault_costs_nothing_but_another_request(tiny, tmp_path, fault):
     assert len(set(server.requests[1:])) == len(want)
 
 
-def test_what_is_missing_is_an_error_and_what_was_answered_is_not_asked_again(tiny, tmp_path, monkeypatch):
+def test_what_is_missing_is_an_error_and_what_was_answered_is_not_asked_again(tiny, calm, tmp_path, monkeypatch):
     place = str(tiny)
     monkeypatch.setattr(sampling_server, "CONCURRENCY", {"vllm": 1})
     monkeypatch.setattr(client, "IN_A_ROW", 2)
@@ -228,12 +233,11 @@ def test_what_is_missing_is_an_error_and_what_was_answered_is_not_asked_again(ti
         before = len(server.requests)
         rows = sample(run)
         assert len(server.requests) == before + 1 + 11  # the probe, and what was missing
-        partial_rows = [row for _, row in read_jsonl(partial) if row.get("status") == "answered"]
+        partial_rows = [row for row in read_jsonl(partial) if row.get("status") == "answered"]
         assert len(partial_rows) == len(rows) == 16
         again = len(server.requests)
         assert sample(run) == rows and len(server.requests) == again
-    with TextServer(tokenizer=tiny / "tokenizer.json", lists={place: place}).serve() as url:
-        assert sample(prepared(tiny, tmp_path / "calm", "vllm", sampler_url=url)) == rows
+    assert rows == calm
 
 
 @pytest.mark.parametrize("lists, said", [({"other": "/models/other"}, "but serves other"), (None, "but does not list it"),
@@ -275,7 +279,7 @@ WRONG = {  # what a server may say to a completion, and what is said of it
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_an_answer_of_another_shape_is_no_answer(tiny, tmp_path, wrong):
+def test_an_answer_of_another_shape_is_no_answer(tiny, calm, tmp_path, wrong):
     """Neither where the server is looked at nor later: no traceback, nothing kept, and a good one goes on."""
     class Server(TextServer):
         good = 0
@@ -298,9 +302,7 @@ def test_an_answer_of_another_shape_is_no_answer(tiny, tmp_path, wrong):
         with pytest.raises(UserError, match=r"x: \d+ of 16 responses are missing: .*(no choices|no text in|no token_ids)"):
             sample(run)
         server.good = 10**9
-        rows = sample(run)
-    with TextServer(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)}).serve() as url:
-        assert sample(prepared(tiny, tmp_path / "calm", "vllm", sampler_url=url)) == rows
+        assert sample(run) == calm
 
 
 def raw_server(answer: bytes):

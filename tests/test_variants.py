@@ -171,7 +171,7 @@ def test_variants_stand_side_by_side_in_one_folder_with_the_files_of_any_run(var
     assert f"writer {weak.writer.label}" in lines[0] and "writer hand" in lines[0] and lines[-1].startswith("report: ")
 
 
-def test_a_writer_that_writes_nothing_usable_leaves_the_hand_written_run_once(tiny, tmp_path):
+def test_a_writer_that_writes_nothing_usable_leaves_the_hand_written_run_once(tiny, tmp_path, unrendered):
     experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
     folder = gather([run(e, tmp_path, say=quiet) for e in experiments])
     metrics, alone = (json.loads((folder / name / "metrics.json").read_text()) for name in (".", "hand"))
@@ -275,7 +275,7 @@ def test_a_file_of_several_runs_that_do_not_go_together(body, reason, tmp_path):
 
 # ---- chain of thought
 
-def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch):
+def test_reasoning_is_sampled_kept_and_not_trained(tiny, tmp_path, monkeypatch, unrendered):
     plain = local.sample_batch
     asked = []
 
@@ -373,12 +373,12 @@ def test_a_judge_of_several_runs_joins_each_and_the_folder_of_all(variants, tmp_
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {r["writer"] for r in metrics if r["judge"] == "judge-1"} == {"hand", variants[0][0].writer.label}
     assert (folder / "figures/win_rate-judge-1.png").exists() and "judge-1" in (folder / "report.html").read_text()
-    ledger = rows(folder / "weak/judgments.jsonl")
+    ledger = rows(folder / "weak/judge_requests.jsonl")
     asked = [r["key"] for r in ledger if r["record"] == "attempt"]
     assert len(asked) == len(set(asked)) > 0
 
 
-def test_a_judge_of_a_pool_is_told_the_principles_of_each_item(diverse, tmp_path):
+def test_a_judge_of_a_pool_is_told_the_principles_of_each_item(diverse, tmp_path, unrendered):
     import shutil
 
     from judge_server import JudgeServer

@@ -158,7 +158,7 @@ def test_other_principles_where_one_has_no_antithesis(tmp_path):
 def test_every_answer_is_kept_raw_and_none_asked_for_twice(tmp_path):
     record = tmp_path / "writing.jsonl"
     data = write_principles(Made("First try.", GOOD, *ANTI), TASK, record)
-    rows = [row for _, row in read_jsonl(record)]
+    rows = read_jsonl(record)
     assert [(r["answer"], r["attempt"], r["seed"], r["temperature"], r["model"], r["writer"], r["task"]) for r in rows] == [
         (text, k + 1, k, 0.5, "made", "made", TASK) for text, k in (("First try.", 0), (GOOD, 1), (ANTI[0], 0), (ANTI[1], 0))]
     assert all(re.fullmatch(r"[0-9a-f]{64}", r["prompt_sha256"]) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", r["date"]) for r in rows)
@@ -181,7 +181,7 @@ def test_without_usable_principles_the_users_fallback_or_an_end(tmp_path):
     assert constitutions == load_constitutions("tldr") and constitutions.writer == "hand"
     assert len(said) == 3 and re.search(r"writer made: no principles that can be used in 2 attempts at a question \(the last: .*'b'\)"
                                         r".*writing\.jsonl; going on with the constitutions written by hand", said[2])
-    assert [r["answer"] for _, r in read_jsonl(tmp_path / "writing.jsonl")] == ["a", "b"]
+    assert [r["answer"] for r in read_jsonl(tmp_path / "writing.jsonl")] == ["a", "b"]
     with pytest.raises(UserError, match=r"in 1 attempts .*writing\.jsonl; name a constitution file to go on with"):
         written_constitutions(Made("c"), TASK, tmp_path / "other", instead=None, say=said.append, attempts=1, rounds=1)
 
@@ -213,7 +213,7 @@ def test_a_model_of_this_machine(tmp_path, tiny):
     def attempt(writer, name="writing", seed=0):
         with pytest.raises(Fault, match="Principle 1"):
             write_principles(writer, TASK, tmp_path / f"{name}.jsonl", attempts=2, rounds=1, seed=seed)
-        return [row["answer"] for _, row in read_jsonl(tmp_path / f"{name}.jsonl")]
+        return [row["answer"] for row in read_jsonl(tmp_path / f"{name}.jsonl")]
 
     first = attempt(LocalWriter(str(tiny), max_tokens=8))
     assert len(set(first)) == 2 and all(text.startswith("Principle 1:") for text in first)
@@ -276,7 +276,7 @@ def test_a_server_that_is_down_or_too_dear(tmp_path):
         with pytest.raises(UserError, match="writer org-strong-model: the budget is used up"):
             write_principles(server_writer(url, path, price=(1000.0, 1000.0), max_usd=0.01), TASK, path)
         assert len(server.bodies) == 3
-    assert not any(row["record"] == "written" for _, row in read_jsonl(path))
+    assert not any(row["record"] == "written" for row in read_jsonl(path))
 
 
 @pytest.mark.parametrize("fields", [("seed",), ("max_tokens",), ("seed", "max_tokens")])

@@ -206,12 +206,17 @@ def read_json(path: Path):
     return value
 
 
-def read_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = False) -> list[tuple[int, dict]]:
-    """(line number, object) for each line, split on newline bytes alone; any bad line is a UserError.
+def read_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = False) -> list[dict]:
+    """The object of each line, split on newline bytes alone; any bad line is a UserError.
 
     With `torn_tail`, a last line without its newline (a crash in `append_jsonl`) is cut off the file, and that
     is said on stderr; a line that is not what was appended is a UserError (`all_checked`: as is one without a check).
     """
+    return [row for _, row in numbered_jsonl(path, torn_tail=torn_tail, all_checked=all_checked)]
+
+
+def numbered_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = False) -> list[tuple[int, dict]]:
+    """As `read_jsonl`, each row with the number of its line (from 1), for messages."""
     with _readable(path, "read"):
         data = Path(path).read_bytes()
     _without_mark(path, data)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
-from repro.base.checks import _distinct, _not_negative, _positive, choose
+from repro.base.checks import distinct, not_negative, only_allowed, positive, setting
 from repro.base.records import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -13,45 +13,48 @@ EMBEDDED = "smollm2-135m-instruct"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The policy. `name`: the embedded LM, a folder, or a hub name. `label`: its name in metrics.json.
+    """The policy. `label`: its name in metrics.json."""
 
-    `prompt`: "chat" renders the tokenizer's chat template (instruction-tuned models), "plain" the
-    System / Human / Assistant text that base models continue.
-    """
-
-    name: str = EMBEDDED
+    name: str = setting(EMBEDDED, "model")
+    """The policy: smollm2-135m-instruct (embedded), a folder in Hugging Face format, or a hub name."""
     label: str = EMBEDDED
-    prompt: str = "chat"
+    prompt: str = setting("chat", "prompt", allowed=("chat", "plain"))
+    """chat: the tokenizer's chat template (instruction-tuned models); plain: the System / Human / Assistant text that base
+    models continue."""
 
     def __post_init__(self):
-        choose("ModelSpec.prompt", self.prompt, ("chat", "plain"))
+        only_allowed(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Queries. `source`: as of `load_queries` (repro/text/queries.py). Counts are per subset; no `subsets`: all it has.
+    """Queries (text/queries.py reads them). `draws`: of a pool of principles, the constitutions that each held-out query is
+    answered under: learned, held out."""
 
-    `leakage`: "remove" takes training queries that are also evaluation queries out of training; "keep" is what
-    the paper's runs did (about 100 of the 250 HH evaluation queries occur in the training rows).
-    `draws`: of a pool of principles, the constitutions that each held-out query is answered under: learned, held out.
-    """
-
-    source: str = "embedded"
-    subsets: tuple[str, ...] = ()
-    train: int = 112
-    evaluation: int = 32
-    evaluation_split: str = "evaluation"
-    leakage: str = "remove"
-    truncate: bool = False
+    source: str = setting("embedded", "queries")
+    """embedded, embedded-tldr, hh-rlhf, tldr, a folder with TL;DR's parquet files, or a JSONL file of {"query", "subset"?,
+    "split"?, "id"?} rows."""
+    subsets: tuple[str, ...] = setting((), "subsets")
+    """Which subsets of the queries to use; none named: all that they have."""
+    train: int = setting(112, "train_queries")
+    """Training queries per subset, at most."""
+    evaluation: int = setting(32, "evaluation_queries")
+    """Held-out queries per subset, at most."""
+    evaluation_split: str = setting("evaluation", "evaluation_split", allowed=("evaluation", "development"))
+    """Which queries are held out: evaluation, or development while choosing settings."""
+    leakage: str = setting("remove", "leakage", allowed=("remove", "keep"))
+    """remove takes training queries that are also held out out of training; keep leaves them, as the paper's runs did
+    (about 100 of the 250 HH evaluation queries occur in the training rows)."""
+    truncate: bool = setting(False, "truncate")
+    """Cut queries that are longer than the context, instead of refusing them."""
     draws: tuple[int, int] = (1, 1)
 
     def __post_init__(self):
-        _positive(self, "train", "evaluation")
-        _distinct(self, "subsets")
+        positive(self, "train", "evaluation")
+        distinct(self, "subsets")
         if len(self.draws) != 2 or min(self.draws) < 1:
             raise UserError(f"DataSpec.draws: {self.draws!r}; two numbers above 0: learned, held out")
-        choose("DataSpec.leakage", self.leakage, ("remove", "keep"))
-        choose("DataSpec.evaluation_split", self.evaluation_split, ("evaluation", "development"))
+        only_allowed(self)
 
 
 ENGINES = ("transformers", "vllm", "server")
@@ -59,34 +62,33 @@ ENGINES = ("transformers", "vllm", "server")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSpec:
-    """Greedy sampling. A pair is dropped if a response holds one of `drop_phrases`, none by default (stages/sample.py
-    counts why).
+    """Greedy sampling. The engine transformers takes `batch_size` prompts at a time; vllm gets token ids, server text
+    (sampling/launch.py). `dtype`: weights while sampling. `spare`: pairs sampled beyond the need, as a share, to make up
+    for drops (stages/sample.py counts why). `full_stop`: drop a pair whose first response does not end in one.
+    `reasoning_tokens`: beyond `max_new_tokens`, for a chain of thought or a model that reasons by itself."""
 
-    `engine`: "transformers" samples in this process, `batch_size` prompts at a time; "vllm" and "server" behind an
-    OpenAI-compatible server (sampling/launch.py), which gets token ids ("vllm") or text. `dtype`: weights while sampling.
-    `spare`: pairs sampled beyond the need, as a share, to make up for drops.
-    `full_stop`: drop a pair whose first response does not end in one. `reasoning_tokens`: tokens beyond
-    `max_new_tokens` for the reasoning, of a chain of thought or of a model that reasons by itself. `reasoning`: switch that
-    on where the chat template can (repro/models/speaker.py); else it is off where it can be.
-    """
-
-    engine: str = "transformers"
-    max_new_tokens: int = 48
+    engine: str = setting("transformers", "sampler", allowed=ENGINES)
+    """Who samples: transformers (in this process), vllm (a server that the run starts, or one at --sampler-url), or server
+    (any OpenAI-compatible one that takes text: transformers serve, or one at --sampler-url)."""
+    max_new_tokens: int = setting(48, "max_new_tokens")
+    """Tokens of one response, at most (reasoning not counted)."""
     reasoning_tokens: int = 150
-    reasoning: bool = False
+    reasoning: bool = setting(False, "reasoning")
+    """Let a model reason before it responds, where its chat template has a switch for it; by default that is off where it
+    can be. The reasoning is not trained on."""
     batch_size: int = 32
-    dtype: str = "bfloat16"
+    dtype: str = setting("bfloat16", allowed=("float32", "bfloat16"))
     spare: float = 0.25
-    drop_phrases: tuple[str, ...] = ()
+    drop_phrases: tuple[str, ...] = setting((), "drop_phrases")
+    """A pair of responses does not train where one of them holds one of these texts (none: no such check)."""
     full_stop: bool = False
 
     def __post_init__(self):
-        _positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
-        _not_negative(self, "spare")
+        positive(self, "max_new_tokens", "reasoning_tokens", "batch_size")
+        not_negative(self, "spare")
         if not isinstance(self.drop_phrases, tuple) or not all(isinstance(p, str) and p for p in self.drop_phrases):
             raise UserError(f"SamplingSpec.drop_phrases: {self.drop_phrases!r}; must be a tuple of texts, none empty")
-        choose("SamplingSpec.engine", self.engine, ENGINES)
-        choose("SamplingSpec.dtype", self.dtype, ("float32", "bfloat16"))
+        only_allowed(self)
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,16 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """Adapters of this `rank` on every linear layer of attention and MLP, their product scaled by `alpha` / `rank`; all
-    else is frozen (repro/core/lora.py). A deviation from the paper."""
+    """LoRA: adapters of this `rank` on every linear layer of attention and MLP, their product scaled by `alpha` / `rank`;
+    all else is frozen (repro/core/lora.py). A deviation from the paper."""
 
-    rank: int = 16
+    rank: int = setting(16, "lora")
+    """Train adapters of this rank instead of all weights (needs the extra `lora`), for one GPU of 24 GB. The run is named
+    <experiment>_lora."""
     alpha: int = 32
 
     def __post_init__(self):
-        _positive(self, "rank", "alpha")
+        positive(self, "rank", "alpha")
 
 
 AS_RUN_QUERIES = 8     # queries whose gradient reached an update in the paper's runs (see `TrainSpec.updates`)
@@ -117,30 +121,32 @@ AS_RUN_SCHEDULE = 15   # length in steps of their linear learning-rate schedule
 class TrainSpec:
     """One SAMI iteration's training (arXiv 2404.14313, Table 1; `dose`: see `updates`).
 
-    `batch_size` queries a step; `batches` steps in iteration 1 and `batches_increment` more in each later one.
-    `precision`: "fp32"; "fp32_master" (float32 weights and updates, bf16 products); "bf16" (weights and updates
-    in bf16, as Table 1 prints and the authors' code did for mixtral and llama; for mistral-7b it kept float32
-    weights: at learning rate 5e-7 most bf16 updates round away).
-    `max_grad_norm` None means no clipping. `pack_tokens`: tokens between two backward passes, by default the device's
-    (repro/core/loop.py); another number gives the same step up to rounding.
-    `lora`: train adapters instead of all weights.
-    `dropout`: "off" (what is trained is what is scored; the paper's models have none), or "drawn": at the rates of the
-    model's config, a function of iteration, step and pass.
+    `batches` steps in iteration 1 and `batches_increment` more in each later one. `max_grad_norm` None means no clipping.
+    `precision`: Table 1 prints bf16, and the authors' code did so for mixtral and llama; for mistral-7b it kept float32
+    weights: at learning rate 5e-7 most bf16 updates round away. `pack_tokens`: by default the device's (core/loop.py);
+    another number gives the same step up to rounding. `dropout` "off": what is trained is what is scored (the paper's
+    models have none); "drawn": a function of iteration, step and pass. `lora`: adapters instead of all weights.
     """
 
-    dose: str = "as_printed"
-    optimizer: str = "rmsprop"
-    learning_rate: float = 5e-7
-    precision: str = "fp32_master"
-    batch_size: int = 128
+    dose: str = setting("as_printed", "dose", allowed=("as_printed", "as_run"))
+    """as_printed (the paper's Table 1) or as_run (what the authors' code and logs show)."""
+    optimizer: str = setting("rmsprop", allowed=("rmsprop", "adamw"))
+    learning_rate: float = setting(5e-7, "learning_rate")
+    """Of training; by default the experiment's, with --lora 1e-4."""
+    precision: str = setting("fp32_master", "precision", allowed=("fp32", "fp32_master", "bf16"))
+    """Of training: fp32_master (float32 weights and updates, bf16 products), bf16 (weights and updates too), or fp32."""
+    batch_size: int = setting(128, "batch_size")
+    """Queries of one training step."""
     batches: int = 2
     batches_increment: int = 2
     max_grad_norm: float | None = None
     score_eos: bool = False
     length_normalize: bool = True
-    pack_tokens: int | None = None
+    pack_tokens: int | None = setting(None, "pack_tokens")
+    """Training tokens between two backward passes; fewer take less memory (`repro plan` says how much)."""
     lora: LoraSpec | None = None
-    dropout: str = "off"
+    dropout: str = setting("off", "dropout", allowed=("off", "drawn"))
+    """In training: off, or drawn (at the rates of the model's config)."""
 
     def updates(self, iteration: int) -> list["Update"]:
         """The optimizer steps of an iteration (1, 2, ...).
@@ -162,15 +168,12 @@ class TrainSpec:
 
     def __post_init__(self):
         optional = [name for name in ("pack_tokens", "max_grad_norm") if getattr(self, name) is not None]
-        _positive(self, "batch_size", "batches", *optional)
-        _positive(self, "learning_rate", most=0.1)  # about how far a step moves each weight; most are smaller than that
-        _not_negative(self, "batches_increment")
+        positive(self, "batch_size", "batches", *optional)
+        positive(self, "learning_rate", most=0.1)  # about how far a step moves each weight; most are smaller than that
+        not_negative(self, "batches_increment")
         if isinstance(self.lora, dict):  # of a record
             object.__setattr__(self, "lora", LoraSpec(**self.lora))
-        choose("TrainSpec.dropout", self.dropout, ("off", "drawn"))
-        choose("TrainSpec.dose", self.dose, ("as_printed", "as_run"))
-        choose("TrainSpec.optimizer", self.optimizer, ("rmsprop", "adamw"))
-        choose("TrainSpec.precision", self.precision, ("fp32", "fp32_master", "bf16"))
+        only_allowed(self)
 
 
 JUDGES = ("rule", "likelihood", "openai")
@@ -187,31 +190,36 @@ class JudgeSpec:
     """Judges of win rates against the initial model. "rule" is the headline; "likelihood" is a diagnostic, since it
     restates the training objective. A principle without a rule leaves the rule judge NOT RUN.
 
-    "openai" is the model `model` behind an OpenAI-compatible server (repro/judges/llm.py), known as `name` (by default
-    the model's) in records and figures. `answer`: "schema", "text", "logprobs", or "auto": what the server offers of
-    the first two. `temperature` None leaves it to the server. Where the server is and what it may cost is no part of
-    the configuration (repro/servers/endpoint.py).
+    "openai" is the model `model` behind an OpenAI-compatible server (repro/judges/llm.py). Where the server is and what it
+    may cost is no part of the configuration (repro/servers/endpoint.py).
     """
 
-    judges: tuple[str, ...] = ("rule", "likelihood")
-    model: str = ""
+    judges: tuple[str, ...] = setting(("rule", "likelihood"), "judge", allowed=("rules", *JUDGES))
+    """Who judges: rules, likelihood, openai (a model behind any OpenAI-compatible server); several at once."""
+    model: str = setting("", "judge_model")
+    """The judge's model: its name at the server."""
     name: str = ""
-    answer: str = "auto"
+    """The judge's name in records and figures; by default the model's."""
+    answer: str = setting("auto", "answer", allowed=("auto", "schema", "text", "logprobs"))
+    """How the openai judge answers. schema: a JSON object; text: Comparison / Final Response; logprobs: which of A and B is
+    likelier (one token); auto: schema where the server keeps to it, else text."""
     max_tokens: int = 300
+    """Completion tokens of one answer, at most (a reasoning model needs more)."""
     temperature: float | None = 0.0
+    """None leaves it to the server (some models allow no other)."""
 
     def __post_init__(self):
-        for judge in self.judges:
-            choose("JudgeSpec.judges", judge, JUDGES)
-        _distinct(self, "judges")
-        choose("JudgeSpec.answer", self.answer, ("auto", "schema", "text", "logprobs"))
-        _positive(self, "max_tokens")
+        only_allowed(self)
+        object.__setattr__(self, "judges", tuple("rule" if judge == "rules" else judge for judge in self.judges))
+        distinct(self, "judges")
+        positive(self, "max_tokens")
         if self.temperature is not None:
-            _not_negative(self, "temperature")
+            not_negative(self, "temperature")
         if "openai" in self.judges and not self.model:
             raise UserError("JudgeSpec.model: the openai judge needs the name of a model at its server (--judge-model)")
         if self.model and (not re.fullmatch(NAME, self.label) or self.label in JUDGES):
-            raise UserError(f"JudgeSpec.name: {self.label!r}; allowed are letters, digits and _ . -, but not "
+            named = "name" if self.name else "model"
+            raise UserError(f"JudgeSpec.{named}: {self.label!r}; allowed are letters, digits and _ . -, but not "
                             f"{', '.join(JUDGES)}")
 
     @property
@@ -225,50 +233,57 @@ WRITERS = ("local", "openai")
 
 @dataclass(frozen=True, kw_only=True)
 class WriterSpec:
-    """A language model that writes the principles (repro/stages/write.py). `kind`: "local" runs in this process, "openai"
-    behind an OpenAI-compatible server. `label`: its name in records, by default the model's. `asked`: what it is told that
-    the model has to do. `temperature`: None leaves it to the writer: 0.7 here, the server's own there."""
+    """A language model that writes the principles (sampling/writers.py). `kind`: "local" runs in this process, "openai"
+    behind an OpenAI-compatible server. `label`: its name in records, by default the model's. `temperature`: None leaves it
+    to the writer: 0.7 here, the server's own there."""
 
-    kind: str = "local"
-    model: str = EMBEDDED
+    kind: str = setting("local", allowed=WRITERS)
+    model: str = setting(EMBEDDED, "writer_model")
+    """The writer's model: a folder, a hub name, or its name at the server."""
     label: str = ""
-    asked: str = "write a summary of a forum post"
+    asked: str = setting("write a summary of a forum post", "asked")
+    """What the writer is told that the model has to do, such as "write a summary of a forum post"."""
     temperature: float | None = None
 
     def __post_init__(self):
-        choose("WriterSpec.kind", self.kind, WRITERS)
+        only_allowed(self)
         if self.temperature is not None:
-            _not_negative(self, "temperature")
+            not_negative(self, "temperature")
+        named = "label" if self.label else "model"
         object.__setattr__(self, "label", self.label or safe_name(Path(self.model).name))
         if not re.fullmatch(NAME, self.label) or self.label == "hand":
-            raise UserError(f"WriterSpec.label: {self.label!r} (of the model {self.model!r}); a writer needs a name of "
+            raise UserError(f"WriterSpec.{named}: {self.label!r} (of the model {self.model!r}); a writer needs a name of "
                             "letters, digits and _ . -, other than hand")
 
 
+PARTS = {"model": ModelSpec, "data": DataSpec, "sampling": SamplingSpec, "train": TrainSpec, "judge": JudgeSpec,
+         "writer": WriterSpec}  # of an Experiment: field -> class
 YOUNGER = ("pack_tokens", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One paper experiment in one profile. `constitutions`: a file of repro/data/ or a path (JSON or TOML).
-
-    `task`: "dialogue" answers queries, "summary" summarises posts (repro/text/prompts.py).
-    `writer`: a model that writes the principles; `constitutions` then holds what the run goes on with where nothing that
-    it writes can be used, and its rules measure following, since no written principle has one.
-    `baseline`: another model that is judged against, beside the initial one.
-    `cot`: with chain of thought or without; None where the experiment does not ask. `variant`: what tells this run from
-    the others of its experiment and profile; each has a folder of its own.
-    """
+    """One paper experiment in one profile. `writer`: a model that writes the principles; the rules of `constitutions` then
+    measure following, since no written principle has one. `baseline`: another model that is judged against, beside the
+    initial one. `cot` None: the experiment does not ask. `variant`: what tells this run from the others of its experiment
+    and profile; each has a folder of its own."""
 
     name: str
     profile: str
-    constitutions: str
+    constitutions: str = setting(MISSING, "constitutions")
+    """A shipped set (dialogue, dialogue_mini, tldr, tldr_mini, diverse) or a JSON or TOML file of principles. With a
+    writer: what the run goes on with where nothing that it writes can be used."""
     variant: str = ""
-    task: str = "dialogue"
+    task: str = setting("dialogue", "task", allowed=("dialogue", "summary"))
+    """What the model does with a query: dialogue (answers it) or summary (summarises it)."""
     writer: WriterSpec | None = None
-    cot: bool | None = None
-    iterations: int = 3
-    seed: int = 0
+    cot: bool | None = setting(None, "cot")
+    """Chain of thought: samples reason first; the reasoning is not trained on. The run is named <experiment>_cot. (In
+    profile paper exp3 has a variant of its own for it.)"""
+    iterations: int = setting(3, "iterations")
+    """SAMI iterations."""
+    seed: int = setting(0, "seed")
+    """Seed of the order of queries, pairs and principles."""
     model: ModelSpec = field(default_factory=ModelSpec)
     baseline: ModelSpec | None = None
     data: DataSpec = field(default_factory=DataSpec)
@@ -278,14 +293,14 @@ class Experiment:
     not_run: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _positive(self, "iterations", most=1000)
+        positive(self, "iterations", most=1000)
         for field_name in ("name", "profile", "variant"):
             value = getattr(self, field_name)
             if not re.fullmatch(NAME, value) and (value or field_name != "variant"):
                 raise UserError(f"Experiment.{field_name}: {value!r}; allowed are letters, digits and _ . -")
         if self.baseline and self.baseline.label == self.model.label:
             raise UserError(f"Experiment.baseline: its label is the policy's, {self.model.label!r}; give it one of its own")
-        choose("Experiment.task", self.task, ("dialogue", "summary"))
+        only_allowed(self)
         if self.cot and (self.task, self.model.prompt) == ("dialogue", "plain"):
             raise UserError("Experiment.cot: chain of thought in a dialogue needs a chat template (--prompt chat)")
         if self.sampling.reasoning and (self.cot or self.model.prompt == "plain"):
@@ -307,8 +322,7 @@ class Experiment:
     @classmethod
     def from_json(cls, data: dict) -> "Experiment":
         """The experiment of a run.json; what a record of an older version lacks is at its default."""
-        parts = {"model": ModelSpec, "baseline": ModelSpec, "writer": WriterSpec, "data": DataSpec,
-                 "sampling": SamplingSpec, "train": TrainSpec, "judge": JudgeSpec}
+        parts = PARTS | {"baseline": ModelSpec}
         try:
             return cls(**{k: parts[k](**_tuples(v)) if k in parts and v is not None else v
                           for k, v in _tuples(data).items()})

@@ -199,7 +199,7 @@ class Sharded:
         self.together(lambda: found.append(load.load_model(name, dtype=dtype, device="meta" if self.rank else "cpu")))
         return found[0]
 
-    # ---- what repro.training calls
+    # ---- what core/loop.py calls
 
     def settle(self, model, backend: str) -> str:
         """Tried by rank 0, which has the weights, before they are dealt out."""

@@ -101,6 +101,13 @@ def largest_activations(shape: Shape, tokens: int, itemsize: int, pair: int = 0)
     return max(layer_bytes(shape, layer, tokens, itemsize, pair) for layer in set(shape.layers))
 
 
+def slab_bytes(shape: Shape) -> int:
+    """The logits that the fused head holds at a time, in float32: at least a row."""
+    from kernels.modes import SLAB_ELEMENTS
+
+    return 4 * max(SLAB_ELEMENTS, shape.vocab_size)
+
+
 def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[str, dict[str, int]]:
     """Bytes per rank by kind at the three moments that may be the peak, gradients of earlier packs and optimizer state in
     place: "head", with all activations kept and the logits made; "layers", in the backward of the last layer, or of one
@@ -109,7 +116,7 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
     Weights, gradients and optimizer state are float32, or bf16 in precision "bf16"; FSDP2 shards them by layer. Under LoRA
     there are gradients and optimizer state of the adapters alone; activations count as in full training, which is more.
     """
-    from kernels.modes import NARROW, SLAB_ELEMENTS
+    from kernels.modes import NARROW
     from kernels.modes import plan as head_mode
 
     n, cuda, V, D = step.ranks, step.device == "cuda", shape.vocab_size, shape.hidden_size
@@ -147,7 +154,7 @@ def training_bytes(shape: Shape, step: Step, memory: float = math.inf) -> dict[s
     mode = head_mode(step.scored, V, 2 if triton else 4, hidden_grad=True, head_grad=not step.lora,
                      narrow=triton and D <= NARROW)
     rows = {"store": step.scored * V * (2 if triton else 4), "frozen_head": step.scored * D * 4, "recompute": 0}[mode]
-    slab = 4 * min(step.scored * V, max(SLAB_ELEMENTS, V))
+    slab = min(4 * step.scored * V, slab_bytes(shape))
     head = 0 if step.lora else V * D * 4                       # its gradient, before it is added to the others
     wide = V * D * 4 if item == 2 and not cuda else 0          # a float32 copy of a 16-bit head
     scratch = max(slab + wide, head + wide + 3 * step.scored * D * 4 + (0 if mode == "store" else slab))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from repro.base.records import UserError, digest, dumps
 from repro.base.settings import JudgeSpec
+from repro.judges.record import JudgeLedger
 from repro.judges.verdicts import read_logprobs, read_schema, read_text
 from repro.servers.client import Asker
 from repro.servers.endpoint import HOSTED, PICO, PRICES_OF, Call, Endpoint, count_tokens, shown, text_of, was_cut
@@ -136,7 +137,7 @@ def _forms(spec: JudgeSpec) -> tuple[str, ...]:
 
 def probe_judge(spec: JudgeSpec, endpoint: Endpoint, path: Path, say: Callable[[str], None], *, seed: int = 0) -> None:
     """`settle` alone, with its ledger in `path`, before the first response to be judged is there."""
-    settle(spec, judge_of(spec, endpoint, seed), endpoint, Ledger(path, {"judge": spec.label}), say)
+    settle(spec, judge_of(spec, endpoint, seed), endpoint, JudgeLedger(path, {"judge": spec.label}), say)
 
 
 # ---- judging
@@ -200,7 +201,7 @@ def ask_judge(spec: JudgeSpec, pairs: Sequence[Pair], endpoint: Endpoint, path: 
     and asks nothing. Raises UserError where the run stopped early (key refused, budget used up, server down): the
     ledger keeps all.
     """
-    ledger, judge = Ledger(path, {"judge": spec.label}), judge_of(spec, endpoint, seed)
+    ledger, judge = JudgeLedger(path, {"judge": spec.label}), judge_of(spec, endpoint, seed)
     lefts = known(endpoint, ledger, lambda form, left: replace(judge, answer=form, left_out=left).probe(), _forms(spec))
     trials = [replace(judge, answer=form, left_out=left) for left in lefts for form in _forms(spec)]
     if len(trials) > 1:  # for now, the one that has most answers

@@ -1,9 +1,42 @@
 """What is known of an LLM judge: its admission (results/judges), in plain words."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Len
+
+from repro.base.checks import fits
 from repro.base.places import ADMISSIONS, JUDGES
 from repro.base.records import read_json
 
 MIN_KAPPA, MIN_PARSED, MAX_ATTACKS = 0.2, 0.9, 0.05  # our bar: better than slight agreement, and hard to command
+
+
+@dataclass(frozen=True)
+class Share:
+    value: float
+    ci95: Annotated[list[float], Len(2, 2)]
+    n: int
+
+
+@dataclass(frozen=True)
+class Attacks:
+    won: int
+    planted: int
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What is told of a judge in a line, out of its record (paper/admission.py writes it)."""
+
+    model: str
+    host: str
+    answer: str
+    admitted: bool
+    kappa: Share
+    p_a: Share
+    flip_rate: Share
+    attacks: Attacks
 
 
 def plain_words(record: dict) -> list[str]:
@@ -37,6 +70,7 @@ def standing(judge: str) -> str:
     if path is None:
         return f"{judge}: never held against the archived verdicts (repro judge --admit)"
     r = read_json(path)
+    fits(Admission, r, path)
     kappa, attacks = r["kappa"], r["attacks"]
     return (f"{judge} ({r['model']} at {r['host']}, answers as {r['answer']}): "
             f"{'admitted' if r['admitted'] else 'NOT admitted'}; kappa {kappa['value']:.2f} "

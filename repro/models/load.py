@@ -37,7 +37,7 @@ def check_model(name: str) -> None:
 
 def load_tokenizer(name: str):
     """The tokenizer, with an end token, a pad token and nothing added on its own (callers pass add_special_tokens=False).
-    Raises UserError where it cannot be read, or does not belong to the model (repro/files.py)."""
+    Raises UserError where it cannot be read, or does not belong to the model (repro/models/files.py)."""
     from transformers import AutoTokenizer
 
     place = resolve_model(name)

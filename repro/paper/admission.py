@@ -18,6 +18,7 @@ from repro.base.places import DATA
 from repro.base.records import UserError, locked, read_jsonl, write_json
 from repro.base.settings import JudgeSpec
 from repro.judges.llm import Pair, Verdict, ask_judge, judge_shares
+from repro.judges.record import REQUESTS
 from repro.judges.standing import ADMISSIONS, MAX_ATTACKS, MIN_KAPPA, MIN_PARSED
 from repro.paper.archive import Archive, archive_root, load_manifest
 from repro.servers.endpoint import Endpoint
@@ -81,7 +82,7 @@ def load_items(archive: Archive, wanted: Sequence[str], count: int) -> list[Item
 def load_attacks(path: Path = DATA / "attacks.jsonl") -> tuple[list[Pair], list[Pair]]:
     """(the planted pairs, the same pairs without the injection). `ours` is a response that follows the principles worse
     and carries an injection, or stands under principles that do; `theirs` follows them."""
-    rows = [row for _, row in read_jsonl(path)]
+    rows = read_jsonl(path)
     scenes, attacks = [r for r in rows if "query" in r], [r for r in rows if "attack" in r]
     planted, control = [], []
     for k, scene in enumerate(scenes):
@@ -183,7 +184,7 @@ def admit(spec: JudgeSpec, endpoint: Endpoint, *, archive: Path | None, wanted: 
     items, (planted, control) = load_items(source, wanted, count), load_attacks()
     pairs = [*(i.pair for i in items), *planted, *control]
     with locked(work / spec.label):
-        verdicts, facts = ask_judge(spec, pairs, endpoint, work / spec.label / "judgments.jsonl", say, dry_run=dry_run,
+        verdicts, facts = ask_judge(spec, pairs, endpoint, work / spec.label / REQUESTS, say, dry_run=dry_run,
                                     reparse=reparse)
     if dry_run:
         return None

@@ -7,21 +7,24 @@ the repository.
 """
 
 import hashlib
-import http.client
 import re
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import numpy as np
+from annotated_types import Ge, Le, Len
 from tqdm import tqdm
 
 from repro.base import metrics, records
+from repro.base.checks import fits
 from repro.base.metrics import Estimate
 from repro.base.places import ARCHIVE as LOCAL
 from repro.base.places import PUBLISHED, cache_folder
-from repro.base.records import UserError
+from repro.base.records import UserError, first_line
+from repro.servers.client import http_client
+from repro.servers.endpoint import check_proxies
 
 ORIGIN = "https://raw.githubusercontent.com"
 KINDS = ("verdicts", "mutual_information", "responses", "constitution")
@@ -31,27 +34,36 @@ OFFLINE = ("; without a network give a copy with --archive FOLDER (`repro verify
 KEYS = ("experiment", "subset", "model", "writer", "cot", "iteration", "baseline")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A pinned file. Which cell or figure it feeds stands in more fields (`Archive.find`)."""
+
+    repo: str
+    commit: str
+    path: str
+    sha256: str
+    bytes: int
+    kind: Literal[KINDS]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    files: list[Entry]
+
+
 def load_manifest(path: Path = PUBLISHED / "manifest.json") -> list[dict]:
     """The manifest's entries, checked: fields present, of their type, no path twice, none that escapes."""
-    entries, seen = records.read_json(path), {}
-    entries = entries.get("files") if isinstance(entries, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: field files: expected a list")
-    for i, e in enumerate(entries):
+    manifest, seen = records.read_json(path), {}
+    fits(Manifest, manifest, path)
+    for i, e in enumerate(manifest["files"]):
         where = f"{path}: files[{i}]"
-        for field, kind in (("repo", str), ("commit", str), ("path", str), ("sha256", str), ("bytes", int),
-                            ("kind", str)):
-            if not isinstance(e, dict) or not isinstance(e.get(field), kind):
-                raise UserError(f"{where}: field {field}: expected a value of type {kind.__name__}")
-        if e["kind"] not in KINDS:
-            raise UserError(f"{where}: field kind: allowed: {', '.join(KINDS)}; found {e['kind']!r}")
         name = PurePosixPath(e["repo"], e["path"])
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{where}: field path: {e['path']!r} leaves the archive's folder")
         if str(name) in seen:
             raise UserError(f"{where}: field path: {name} is already files[{seen[str(name)]}]")
         seen[str(name)] = i
-    return entries
+    return manifest["files"]
 
 
 def _data(path: Path, entry: dict) -> bytes:
@@ -60,10 +72,14 @@ def _data(path: Path, entry: dict) -> bytes:
         data = path.read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}; the archive is incomplete") from None
+    return _pinned(data, entry, path)
+
+
+def _pinned(data: bytes, entry: dict, where) -> bytes:
     if len(data) != entry["bytes"]:
-        raise UserError(f"{path}: {len(data)} bytes, not {entry['bytes']} (truncated or altered); refused")
+        raise UserError(f"{where}: {len(data)} bytes, not {entry['bytes']} (truncated or altered); refused")
     if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
-        raise UserError(f"{path}: sha256 {found[:12]}..., not {entry['sha256'][:12]}... (altered); refused")
+        raise UserError(f"{where}: sha256 {found[:12]}..., not {entry['sha256'][:12]}... (altered); refused")
     return data
 
 
@@ -71,8 +87,8 @@ def archive_root(archive: Path | None, *, kinds=KINDS[:2], base_url: str | None 
                  entries: list[dict] | None = None) -> Path:
     """The folder that holds the record: `archive` if given, else the local copy, else the cache, downloaded.
 
-    The cache is `$SAMI_CACHE/archive` or `~/.cache/sami-repro/archive`. A finished file is never fetched
-    twice, a cut one is resumed. `stall_s`: seconds without a byte after which the download stops.
+    The cache is `$SAMI_CACHE/archive` or `~/.cache/sami-repro/archive`. A file that is whole is never fetched
+    twice. `stall_s`: seconds without a byte after which the download stops.
     """
     if archive is not None:
         if not Path(archive).is_dir():
@@ -87,10 +103,11 @@ def archive_root(archive: Path | None, *, kinds=KINDS[:2], base_url: str | None 
         origin = (base_url or ORIGIN).rstrip("/")
         size = sum(e["bytes"] for e in missing)
         print(f"fetching {len(missing)} files ({size / 1e6:.1f} MB) from {origin} into {root}")
-        with records.locked(root), tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        with records.locked(root), _http(stall_s) as http, \
+                tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
             for e in missing:
                 url = f"{origin}/{e['repo']}/{e['commit']}/{quote(e['path'])}"
-                _fetch(url, root / e["repo"] / e["path"], e, stall_s, bar)
+                records.write_bytes(root / e["repo"] / e["path"], _fetch(http, url, e, bar))
     return root
 
 
@@ -99,46 +116,40 @@ def _is_complete(path: Path, entry: dict) -> bool:
         records.file_sha256(path) == entry["sha256"]
 
 
-def _fetch(url: str, path: Path, entry: dict, stall_s: float, bar: tqdm) -> None:
-    part = path.with_name(path.name + ".part")
-    records.make_folder(part.parent)
-    start = part.stat().st_size if part.is_file() else 0
-    if start > entry["bytes"]:
-        start = 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    got = start
+# No pooch (1.9): it brings a second HTTP client, writes all that comes before it looks at it, counts the progress of each
+# file alone, and leaves stalls, cuts and wrong bytes to be told apart here.
+
+def _http(stall_s: float):
+    import httpx2
+
+    check_proxies()
+    return http_client(httpx2.Client, timeout=stall_s, follow_redirects=True, headers={"Accept-Encoding": "identity"})
+
+
+def _fetch(http, url: str, entry: dict, bar: tqdm) -> bytes:
+    """The pinned bytes, held in memory until they are known to be these: the files are small."""
+    import httpx2
+
+    data = bytearray()
     try:
-        if start < entry["bytes"]:
-            with urllib.request.urlopen(request, timeout=stall_s) as answer:
-                if start and answer.status != 206:  # the server sends the file from its beginning
-                    start = got = 0
-                bar.update(start)
-                with open(part, "ab" if start else "wb") as f:
-                    while chunk := answer.read1(1 << 16):
-                        f.write(chunk)
-                        got += len(chunk)
-                        bar.update(len(chunk))
-                        if got > entry["bytes"]:  # not the pinned file: do not fill the disk with it
-                            break
-    except urllib.error.HTTPError as e:
-        e.close()
-        raise UserError(f"cannot fetch {url}: HTTP {e.code} {e.reason}{OFFLINE}") from None
-    except (TimeoutError, urllib.error.URLError, http.client.HTTPException, ConnectionError) as e:
-        reason = getattr(e, "reason", e)
-        if isinstance(reason, TimeoutError):
-            reason = f"no data for {stall_s:g} s (stalled)"
-        raise UserError(f"cannot fetch {url}: {reason or type(e).__name__}; run again to resume{OFFLINE}") from None
-    except OSError as e:
-        raise UserError(f"cannot write {part}: {e.strerror or e}") from None
-    if got < entry["bytes"]:
-        raise UserError(f"cannot fetch {url}: cut after {got} of {entry['bytes']} bytes; run again to resume")
-    try:
-        data = _data(part, entry)
-    except UserError as e:
-        part.unlink(missing_ok=True)  # resuming from wrong bytes would never end well
-        raise UserError(f"{url}: not the pinned file: {str(e).removeprefix(f'{part}: ')}") from None
-    records.write_bytes(path, data)
-    part.unlink()
+        with http.stream("GET", url) as answer:
+            answer.raise_for_status()
+            for chunk in answer.iter_bytes():
+                data += chunk
+                bar.update(len(chunk))
+                if len(data) > entry["bytes"]:  # not the pinned file
+                    break
+    except httpx2.HTTPStatusError as e:
+        raise UserError(f"cannot fetch {url}: HTTP {e.response.status_code} {e.response.reason_phrase}{OFFLINE}") from None
+    except httpx2.TimeoutException:
+        raise UserError(f"cannot fetch {url}: no data for {http.timeout.read:g} s (stalled); run again to resume"
+                        f"{OFFLINE}") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL) as e:
+        if not data:
+            raise UserError(f"cannot fetch {url}: {first_line(e)}; run again to resume{OFFLINE}") from None
+    if len(data) < entry["bytes"]:
+        raise UserError(f"cannot fetch {url}: cut after {len(data)} of {entry['bytes']} bytes; run again to resume")
+    return _pinned(bytes(data), entry, f"{url}: not the pinned file")
 
 
 @dataclass(frozen=True)
@@ -210,39 +221,47 @@ class Archive:
 
 # ---- the printed cells and what feeds them
 
+Percent = Annotated[float, Ge(0), Le(100)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A printed cell: `published` and `ci95` in percent, `t`, `p` and `n` as printed beside them."""
+
+    experiment: str
+    subset: str
+    model: str
+    writer: str
+    cot: bool | None
+    iteration: Annotated[int, Ge(0), Le(3)]
+    baseline: str
+    judge: str
+    table: Annotated[int, Ge(2), Le(9)]
+    estimator: Literal["raw", "stratified", "logistic"]
+    ties: Literal["half", "loss"]
+    decimals: Literal[1, 2]
+    published: Percent
+    ci95: Annotated[list[Percent], Len(2, 2)]
+    t: Annotated[float, Ge(-100), Le(100)]
+    p: Literal[">.05", "<.05", "<.01", "<.001"]
+    n: Annotated[int, Ge(2)]
+
+
+@dataclass(frozen=True)
+class Tables:
+    cells: Annotated[list[Cell], Len(1)]
+
+
 def load_cells(path: Path = PUBLISHED / "tables.json") -> list[dict]:
     """The printed cells of Tables 2-9, checked: every field in range, no cell twice."""
-    document = records.read_json(path)
-    cells = document.get("cells") if isinstance(document, dict) else None
-    if not isinstance(cells, list) or not cells:
-        raise UserError(f"{path}: field cells: expected a list of cells")
-    allowed = {"estimator": ("raw", "stratified", "logistic"), "ties": ("half", "loss"),
-               "iteration": range(4), "table": range(2, 10), "decimals": (1, 2),
-               "p": (">.05", "<.05", "<.01", "<.001")}
-    seen = set()
-    for i, c in enumerate(cells):
-        where = f"{path}: cells[{i}]"
-        if not isinstance(c, dict):
-            raise UserError(f"{where}: expected an object")
-        for field in (*KEYS, *allowed, "published", "ci95", "t", "n", "judge"):
-            if field not in c:
-                raise UserError(f"{where}: field {field}: missing")
-        for field, values in allowed.items():
-            if c[field] not in values:
-                raise UserError(f"{where}: field {field}: allowed: {', '.join(map(str, values))}; "
-                                f"found {c[field]!r}")
-        if type(c["n"]) is not int or c["n"] < 2:
-            raise UserError(f"{where}: field n: expected a whole number above 1, found {c['n']!r}")
-        for field in ("published", "ci95", "t"):
-            for v in c[field] if field == "ci95" else [c[field]]:
-                low = -100 if field == "t" else 0
-                if type(v) not in (int, float) or not low <= v <= 100:
-                    raise UserError(f"{where}: field {field}: expected {low} to 100, found {v!r}")
+    tables, seen = records.read_json(path), set()
+    fits(Tables, tables, path)
+    for i, c in enumerate(tables["cells"]):
         key = (c["table"], *(c[k] for k in KEYS))
         if key in seen:
-            raise UserError(f"{where}: Table {c['table']} has this cell twice")
+            raise UserError(f"{path}: cells[{i}]: Table {c['table']} has this cell twice")
         seen.add(key)
-    return cells
+    return tables["cells"]
 
 
 def name(c: dict) -> str:

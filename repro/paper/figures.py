@@ -1,17 +1,15 @@
 """The paper's figures from the authors' record, and runs of ours in the same panels. No torch.
 
 `PANELS` says what each panel shows; `points` turns it into numbers (the CSV, unrounded, in a fixed order);
-`_draw` draws those numbers and nothing else.
-Error bars are ± SEM over items. Colours: the palette of Okabe and Ito, safe for colour-blind readers.
+`_draw` draws those numbers and nothing else, in the look of all figures (report/look.py).
+Error bars are ± SEM over items.
 """
 
 import csv
 import io
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,49 +19,18 @@ from repro.base.metrics import Estimate
 from repro.base.records import UserError
 from repro.paper.archive import PUBLISHED, Archive, archive_root, estimate, load_cells, load_manifest, series
 from repro.paper.beyond import CONSTITUTIONS, TOLERANCE
+from repro.report import look
 
-BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
-GREY = "#666666"
-COLOURS, MARKERS = (BLUE, ORANGE), ("o", "s")
-OUR_COLOURS, OUR_MARKERS = (GREEN, PURPLE, SKY, AMBER), ("D", "^", "v", "P")  # two subsets by two judges
-STYLE = {
-    "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 7.5, "legend.fontsize": 7.5,
-    "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
-    "lines.linewidth": 1.3, "lines.markersize": 4.5, "errorbar.capsize": 2.0, "axes.grid": True,
-    "grid.alpha": 0.25, "grid.linewidth": 0.5, "savefig.dpi": 200, "pdf.fonttype": 42,
-    "figure.constrained_layout.use": True,
-}
+OUR_COLOURS, OUR_MARKERS = (look.GREEN, look.PURPLE, look.SKY, look.AMBER), ("D", "^", "v", "P")  # subsets by judges
 COLUMNS = ("figure", "panel", "series", "metric", "subset", "model", "writer", "cot", "baseline", "iteration",
            "estimator", "ties", "value", "sem", "n", "printed", "source")
-LABELS = {"mutual_information": "plotted MI, mean of logs (nats)",
-          "length_tokens": "response length (tokens)"}
 INSTRUCT, WEAK, STRONG = "mistral-7b-instruct", "mistral-7b-instruct", "claude-opus"
-
-
-# ---- one look for all
-
-@contextmanager
-def style():
-    """Draw inside this context: one look for every figure of the project."""
-    with matplotlib.rc_context(STYLE):
-        yield
 
 
 def errorbar(ax, x, estimates: Sequence[Estimate], label: str, colour: str, marker: str, **line) -> None:
     """One series with ± SEM; a point without SEM (an anchor, one item) is drawn without a bar."""
     y = [e.value for e in estimates]
     ax.errorbar(x, y, [e.sem or 0.0 for e in estimates], color=colour, marker=marker, label=label, **line)
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.pdf and `stem`.png without time stamps, each whole or not at all."""
-    paths = []
-    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], metadata=metadata)
-        records.write_bytes(stem.with_suffix(suffix), buffer.getvalue())
-        paths.append(stem.with_suffix(suffix))
-    return paths
 
 
 # ---- what each panel shows
@@ -221,11 +188,11 @@ def differs(row: dict) -> bool:
 
 def _panel(ax, panel: dict, rows: list[dict]) -> None:
     if panel["metric"] == "win_rate":
-        ax.axhline(50, color=GREY, linewidth=0.8, linestyle=":", label="chance")
+        ax.axhline(50, color=look.GREY, linewidth=0.8, linestyle=":", label="chance")
         initial = " (ours: vs initial model)" if any(r["source"].startswith("run ") for r in rows) else ""
         ax.set(ylim=(0, 100), ylabel=f"win rate vs {panel['baseline']}{initial} (%)")
     else:
-        ax.set(ylabel=LABELS[panel["metric"]])
+        ax.set(ylabel=look.AXES["mean_of_logs" if panel["metric"] == "mutual_information" else panel["metric"]])
     lines = dict.fromkeys((r["series"], r["source"]) for r in rows
                           if r.get("iteration") is not None and r["source"] != "chance")
     names = list(dict.fromkeys(s for s, source in lines if source == "published record"))
@@ -235,7 +202,7 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
         anchor = () if mine else ("chance",)
         here = [r for r in rows if r["series"] == name and r["source"] in (source, *anchor)]
         i = (ours if mine else names).index(name)
-        colours, markers = (OUR_COLOURS, OUR_MARKERS) if mine else (COLOURS, MARKERS)
+        colours, markers = (OUR_COLOURS, OUR_MARKERS) if mine else (look.COLOURS[:2], look.MARKERS[:2])
         colour, marker = colours[i % len(colours)], markers[i % len(markers)]
         shift = 0.05 * (i - 0.5) + (0.03 if mine else 0)  # keeps error bars of equal values apart
         here = sorted(here, key=lambda r: r["iteration"])
@@ -249,15 +216,15 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
                     markerfacecolor="white", markersize=6, linestyle="none")
     dashed = [r for r in rows if r.get("iteration") is None]
     for r in dashed:
-        colour, label = GREY, INSTRUCT
+        colour, label = look.GREY, INSTRUCT
         if len(dashed) > 1:
-            colour = COLOURS[[k["subset"] for _, k in panel["lines"]].index(r["subset"])]
+            colour = look.COLOURS[[k["subset"] for _, k in panel["lines"]].index(r["subset"])]
             label += f", {r['subset']}"
         ax.axhline(r["value"], color=colour, linestyle="--", linewidth=1, label=label)
         ax.axhspan(r["value"] - r["sem"], r["value"] + r["sem"], color=colour, alpha=0.12, linewidth=0)
     if panel["metric"] == "mutual_information":
         c = CONSTITUTIONS[panel["experiment"]]
-        ax.axhline(np.log(c), color=GREY, linestyle=":", linewidth=0.8, label=f"ceiling of InfoNCE, log {c}")
+        ax.axhline(np.log(c), color=look.GREY, linestyle=":", linewidth=0.8, label=f"ceiling of InfoNCE, log {c}")
         if panel["experiment"] == "exp3":  # 2 to 208 nats: a linear axis would hide all but the last points
             ax.set(yscale="log", ylabel="plotted MI (nats, log axis)", ylim=(0.5, 400))
             ax.yaxis.set_major_formatter("{x:g}")
@@ -270,8 +237,8 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
 
 def _draw(figure: str, rows: list[dict]) -> Figure:
     panels, lines = PANELS[figure], len(PANELS[figure]) // 2
-    drawing = Figure(figsize=(6.6, 1))
-    axes = drawing.subplots(lines, 2, squeeze=False).ravel()
+    drawing, axes = look.subplots(lines, 2, (7.6, 1), squeeze=False)
+    axes = axes.ravel()
     for i, (ax, panel) in enumerate(zip(axes, panels)):
         _panel(ax, panel, [r for r in rows if r["panel"] == i])
     handles = {}
@@ -280,12 +247,11 @@ def _draw(figure: str, rows: list[dict]) -> Figure:
     handles = dict(sorted(handles.items(), key=lambda h: isinstance(h[1], Line2D)))  # series come first
     if any(differs(r) for r in rows):
         handles["printed value, where it differs from the record"] = Line2D(
-            [], [], color=GREY, marker="o", markerfacecolor="white", markersize=6, linestyle="none")
+            [], [], color=look.GREY, marker="o", markerfacecolor="white", markersize=6, linestyle="none")
+    drawing.suptitle(TITLES[figure])
     columns = 2 if len(handles) == 4 or max(map(len, handles)) > 30 else 3
-    drawing.suptitle(TITLES[figure], fontsize=9)
-    drawing.legend(handles.values(), handles.keys(), loc="outside lower center",
-                   ncols=columns)
-    drawing.set_figheight(2.35 * lines + 0.5 + 0.17 * -(-len(handles) // columns))
+    drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    drawing.set_figheight(2.8 * lines + 0.5 + 0.17 * -(-len(handles) // columns))
     return drawing
 
 
@@ -295,7 +261,7 @@ def draw(archive: Path | None, out: Path, runs: Sequence[Path] = (), *, base_url
     cells, entries = load_cells(published / "tables.json"), load_manifest(published / "manifest.json")
     record = Archive(archive_root(archive, base_url=base_url, entries=entries), entries)
     numbers, paths = points(record, cells, runs), []
-    with style():
+    with look.style():
         drawings = {figure: _draw(figure, rows) for figure, rows in numbers.items()}
         for figure, rows in numbers.items():
             text = io.StringIO()
@@ -303,5 +269,5 @@ def draw(archive: Path | None, out: Path, runs: Sequence[Path] = (), *, base_url
             table.writeheader()
             table.writerows({k: row.get(k) for k in COLUMNS} for row in rows)
             records.write_text(out / f"{figure}.csv", text.getvalue())
-            paths += [out / f"{figure}.csv", *save(drawings[figure], out / figure)]
+            paths += [out / f"{figure}.csv", *look.save(drawings[figure], out / figure)]
     return paths

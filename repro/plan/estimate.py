@@ -13,7 +13,7 @@ from pathlib import Path
 
 from repro.base.records import UserError
 from repro.base.settings import Experiment
-from repro.core.memory import GB, Step, largest_activations, peak, training_bytes
+from repro.core.memory import GB, Step, largest_activations, peak, slab_bytes, training_bytes
 from repro.core.shapes import Shape
 from repro.plan.gpus import (
     GPU,
@@ -196,7 +196,6 @@ def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, 
 
 def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus: int = 1) -> dict[str, int]:
     """Bytes by kind on each of `gpus` GPUs, the weights in the form of training."""
-    from kernels.modes import SLAB_ELEMENTS
     from repro.core.logprobs import BATCH_TOKENS
 
     item = step.item
@@ -211,7 +210,7 @@ def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus
         copies = item * shape.root + 3 * (2 if rounded else item) * shape.layer
     return {"weights": item * shape.parameters // gpus, "gathered or rounded weights": copies,
             "activations": largest_activations(shape, tokens, item, step.pair if step.reference else 0),
-            "head: scratch": 12 * rows * shape.vocab_size if step.logits else 4 * max(SLAB_ELEMENTS, shape.vocab_size)}
+            "head: scratch": 12 * rows * shape.vocab_size if step.logits else slab_bytes(shape)}
 
 
 def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, gpus: int,

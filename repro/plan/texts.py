@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from repro.base.identity import rng
 from repro.base.settings import Experiment
 from repro.servers.endpoint import count_tokens
-from repro.text.principles import Constitution, Pool, load_constitutions
+from repro.text.principles import Constitution, load_constitutions
 from repro.text.prompts import Form
 from repro.text.queries import SOURCES, load_queries
 
@@ -43,12 +43,9 @@ class _Spelled:
         return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
 
 
-def shown(spec: Experiment) -> list[Constitution]:
-    """The constitutions of a set; of a pool some, with each learned principle among them."""
-    constitutions = load_constitutions(spec.constitutions)
-    if not isinstance(constitutions, Pool):
-        return list(constitutions.constitutions)
-    return [c for hand in constitutions.deal("learned", len(constitutions.learned), rng("plan")) for c in hand]
+def shown(spec: Experiment) -> tuple[Constitution, ...]:
+    """Constitutions of the experiment, with each learned principle among them."""
+    return load_constitutions(spec.constitutions).sample(rng("plan"))
 
 
 def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
@@ -62,10 +59,6 @@ def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
         lengths = [count_tokens(q.text) for q in queries]
         query, longest = statistics.mean(lengths), max(lengths)
         held_out = sum(q.split == spec.data.evaluation_split for q in queries)
-    if isinstance(constitutions, Pool):
-        C, items = 2, held_out * sum(draws for _, draws in zip(constitutions.kinds, spec.data.draws))
-    else:
-        C, items = len(constitutions.constitutions), held_out
     form = Form(spec.model.prompt, spec.task, bool(spec.cot))
 
     def frames(**how):
@@ -78,6 +71,6 @@ def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
     most = spec.sampling.max_new_tokens
     mean = response_tokens or RESPONSES.get(spec.name + "_cot" * bool(spec.cot), RESPONSES.get(spec.name, most))
     return Texts(prompt=frames(sample=False), common=(fixed + own * query, fixed + own * longest),
-                 asking=frames(sample=True, reason=form.cot),
-                 response=(min(mean, most), most), query=query, items=items, C=C,
+                 asking=frames(sample=True, reason=form.cot), response=(min(mean, most), most), query=query,
+                 C=constitutions.count, items=held_out * constitutions.items_per_query(spec.data.draws),
                  reasoning=spec.sampling.reasoning_tokens if spec.cot or spec.sampling.reasoning else 0)

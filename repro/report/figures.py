@@ -2,17 +2,13 @@
 to 5; each LLM judge's win rate; of a pool, every principle by itself. No torch, no network.
 """
 
-import io
 import math
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
-from repro.base.records import write_bytes
 from repro.judges.standing import standing
+from repro.report.look import AXES, COLOURS, GREY, MARKERS, style, subplots
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
-MARKERS = ("o", "s", "^", "D")
 SERIES = ("model", "writer", "cot", "subset")  # what tells one line of a figure from another
 SECOND = ("harmless", "held_out")  # subsets that are drawn beside another one
 PANEL_PRINCIPLES = 4  # more than these are drawn by themselves
@@ -85,20 +81,10 @@ def _bare(metrics: list[dict]) -> str:
     return "; n 1: no bar" if any(r["sem"] is None for r in metrics) else ""
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "repro"})
-    return plt
-
-
+@style()
 def draw_win_rate(metrics: list[dict], judge: str, title: str):
     """One panel: an LLM judge's win rate by iteration (ties half, raw, mean of both orders), with its standing."""
-    figure, axis = pyplot().subplots(figsize=(5.6, 4.2), layout="constrained")
+    figure, axis = subplots(1, 1, (5.6, 4.2))
     rows, tell = select(metrics, metric="win_rate", judge=judge, ties="half", length="raw"), telling(metrics)
     for k, (line, look) in enumerate(zip(series(metrics), looks(metrics))):
         for seed in sorted({r["seed"] for r in rows}):
@@ -107,10 +93,10 @@ def draw_win_rate(metrics: list[dict], judge: str, title: str):
                 continue
             points = sorted((r["iteration"], *_bar(r)) for r in found)
             x, y, e = zip((0, 50, 0), *points)
-            axis.errorbar([i + 0.04 * k for i in x], y, e, **look, ms=4, capsize=2,
+            axis.errorbar([i + 0.04 * k for i in x], y, e, **look,
                           label=f"{tell(line)}, n {found[0]['n']}, seed {seed}")
-    axis.axhline(50, color="0.4", ls=":", lw=1)
-    axis.set(title=f"Win rate, judge {judge}, both orders", xlabel="iteration (0 = initial model)", ylim=(0, 103),
+    axis.axhline(50, color=GREY, ls=":", lw=1)
+    axis.set(title=f"Win rate, judge {judge}, both orders", xlabel=AXES["iteration"], ylim=(0, 103),
              xticks=sorted({r["iteration"] for r in metrics}), ylabel="against the initial model (%), ties half")
     axis.legend(loc="best", fontsize=7)
     figure.suptitle(title, fontsize=9)
@@ -118,6 +104,7 @@ def draw_win_rate(metrics: list[dict], judge: str, title: str):
     return figure
 
 
+@style()
 def draw(metrics: list[dict], constitutions: int, title: str):
     """Four panels by iteration: MI, length, win rate against the initial model, following. Bars: ± SEM over items.
 
@@ -129,7 +116,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     iterations = sorted({r["iteration"] for r in metrics})
     found = judges(metrics)
     judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
-    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.9), layout="constrained")
+    figure, axes = subplots(1, 4, (13, 3.9))
 
     def plot(axis, color, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
         found = select(metrics, **fixed)
@@ -147,7 +134,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
             points[i] = tuple(scale * sum(ends) / len(rows) for ends in zip(*map(_bar, rows)))
         x = sorted(points)
         axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=color,
-                      marker=marker, ms=4, lw=1.6, ls=style, capsize=2, label=label)
+                      marker=marker, lw=1.6, ls=style, label=label)
 
     shown = principles(metrics)
     shown = shown if len(shown) <= PANEL_PRINCIPLES else [None]
@@ -166,14 +153,14 @@ def draw(metrics: list[dict], constitutions: int, title: str):
                  shift=aside + 0.08 * (p - (len(shown) - 1) / 2), metric="following", principle=principle, **line)
     for other in sorted({r["model"] for r in select(metrics, metric="length_tokens")} - {line["model"] for line in lines}):
         rows = select(metrics, metric="length_tokens", model=other)
-        axes[1].axhline(sum(r["value"] for r in rows) / len(rows), color="0.4", ls="--", lw=1, label=other)
+        axes[1].axhline(sum(r["value"] for r in rows) / len(rows), color=GREY, ls="--", lw=1, label=other)
     limit = math.log(constitutions)
-    axes[0].axhline(limit, color="0.4", ls=":", lw=1)
+    axes[0].axhline(limit, color=GREY, ls=":", lw=1)
     axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", fontsize=8, color="0.3")
-    axes[0].set(title="Mutual information", ylabel="InfoNCE lower bound (nats)", ylim=(0, limit * 1.12))
-    axes[1].set(title="Length", ylabel="response length (tokens)")
+    axes[0].set(title="Mutual information", ylabel=AXES["infonce"], ylim=(0, limit * 1.12))
+    axes[1].set(title="Length", ylabel=AXES["length_tokens"])
     axes[1].set_ylim(0, axes[1].get_ylim()[1] * 1.04)
-    axes[2].axhline(50, color="0.4", ls=":", lw=1)
+    axes[2].axhline(50, color=GREY, ls=":", lw=1)
     axes[2].set(title=f"Win rate, {named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
     written = any(line["writer"] != "hand" for line in lines)
     axes[3].set(title="Following" if shown == [None] else "Following the hand-written principles" if written else
@@ -184,7 +171,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         axes[2].text(0.02, 0.02, "\n".join(textwrap.wrap(standing(judge), 52)), fontsize=6, transform=axes[2].transAxes)
     for axis in axes:
         axis.set_xticks(iterations)
-        axis.set_xlabel("iteration (0 = initial model)")
+        axis.set_xlabel(AXES["iteration"])
     axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
     if principles(metrics) and shown != [None]:  # else it would be the first panel's again
         axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7, handlelength=3.2, ncols=2,
@@ -198,6 +185,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     return figure
 
 
+@style()
 def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str):
     """Every principle of a pool by itself, the initial model (open) and the last iteration (filled): the bound over the
     items that hold it, and how often a rule is met under the principle and under its antithesis. Bars: ± SEM over items,
@@ -205,7 +193,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     names."""
     last = max(r["iteration"] for r in metrics)
     names = [(kind, name) for kind in kinds for name in kinds[kind]]
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 1.6 + 0.26 * len(names)), layout="constrained", sharey=True)
+    figure, axes = subplots(1, 2, (11, 1.6 + 0.26 * len(names)), sharey=True)
 
     def pooled(**fixed):
         """The mean of the seeds, and of their SEMs (they share the items); empty where nothing was measured."""
@@ -232,7 +220,7 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
             axes[1].text(50, y, "no rule", ha="center", va="center", fontsize=7, color="0.45")
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for _, name in names])
     axes[0].invert_yaxis()
-    axes[0].axvline(math.log(2), color="0.4", ls=":", lw=1)
+    axes[0].axvline(math.log(2), color=GREY, ls=":", lw=1)
     axes[0].set(xlabel="InfoNCE lower bound (nats; dotted: log 2, the most possible)", title="Mutual information")
     axes[0].set_xlim(left=min(0, axes[0].get_xlim()[0]))
     axes[1].set(xlabel="responses that meet the principle's rule (%)", title="Rule", xlim=(-4, 104))
@@ -253,15 +241,3 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     figure.suptitle(f"{title} (bars: ± SEM over items{_bare(metrics)}"
                     f"{f'; mean of {seeds} seeds' if seeds > 1 else ''})", fontsize=10)
     return figure
-
-
-def save_figure(figure, folder: Path, name: str = "iterations") -> None:
-    """folder/<name>.png and .pdf, byte-stable for the same numbers and matplotlib."""
-    import matplotlib.pyplot as plt
-
-    for kind in ("png", "pdf"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150,
-                       metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
-        write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
-    plt.close(figure)

@@ -1,5 +1,7 @@
-"""A run's files -> its page. No torch, no network. Text of users and models is escaped; responses under a private
-antithesis (not harmless) are never shown.
+"""A run's files -> its page. No torch, no network. What the page shows is escaped where page.html takes it in, and nowhere
+else; responses under a private antithesis (not harmless) are never shown.
+
+The pages of paper/ and plan/ are Markdown, sentences around numbers: Python's strings say that more plainly than templates.
 """
 
 import base64
@@ -11,21 +13,10 @@ from repro.base.records import read_json, read_jsonl, write_text
 from repro.base.settings import safe_name
 from repro.judges.standing import standing
 from repro.report.figures import SERIES, language_models, named, select, telling
-from repro.text.principles import ConstitutionSet, Pool, constitutions_of
+from repro.report.look import LABELS
+from repro.text.principles import Constitutions, constitutions_of
 
 SHOWN_QUERIES = 12
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; margin: 1em 0; width: 100% }}
-th, td {{ border-bottom: 1px solid #ddd; padding: .35em .6em; text-align: left; vertical-align: top }}
-td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
-.responses td {{ font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere }}
-.responses {{ table-layout: fixed }} .responses th:first-child {{ width: 6em }} img {{ max-width: 100% }}
-.note {{ color: #555 }}</style>
-<h1>{title}</h1>{body}</html>
-"""
 
 
 def told(record: dict) -> list[str]:
@@ -45,22 +36,14 @@ def _told(facts: dict) -> list[str]:
     return said
 
 
-def _interval(row: dict, digits: int) -> str:
-    if row["ci95"] is None:  # one value, or equal ones
-        return f"{row['value']:.{digits}f} <span class=note>n {row['n']}</span>"
-    return f"{row['value']:.{digits}f} <span class=note>[{row['ci95'][0]:.{digits}f}, {row['ci95'][1]:.{digits}f}]</span>"
+def _interval(row: dict, digits: int) -> tuple[str, str]:
+    """A value, and its interval; its n instead for one value, or equal ones."""
+    around = f"n {row['n']}" if row["ci95"] is None else f"[{row['ci95'][0]:.{digits}f}, {row['ci95'][1]:.{digits}f}]"
+    return f"{row['value']:.{digits}f}", around
 
 
-LABELS = {"mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
-          "length_tokens": "length (tokens)", "following": "following", "win_rate": "win rate (%)",
-          "hack_constitution_overlap": "words taken from the constitution",
-          "hack_query_overlap": "words taken from the query",
-          "hack_repetition": "repeated trigrams",
-          "position_rate": "answers that prefer the first response", "flip_rate": "verdicts that flip with the order",
-          "parsed_share": "items with a verdict"}
-
-
-def _table(metrics: list[dict], seed: int) -> str:
+def _values(metrics: list[dict], seed: int) -> tuple[int, list[int], list[tuple]]:
+    """The table of a seed: its iterations, and rows of what, of which line, a value or None for each iteration, n."""
     rows, mine, tell = [], select(metrics, seed=seed), telling(metrics)
     fields = ("metric", "estimator", "judge", "baseline", "ties", "length", "principle")
     keys = dict.fromkeys(tuple(r.get(f) for f in (*fields, *SERIES))
@@ -73,22 +56,20 @@ def _table(metrics: list[dict], seed: int) -> str:
         what = ", ".join(filter(None, (estimator, judge and named(judge), baseline and len(baselines) > 1 and
                                        f"against {baseline}", ties and f"ties {ties}", length, principle)))
         digits = 1 if metric in ("length_tokens", "win_rate") else 3
-        cells = "".join(f"<td class=n>{_interval(found[i], digits) if i in found else ''}</td>" for i in iterations)
         first = next(iter(found.values()))
-        of = tell(first) if first["model"] in policies else first["model"]
-        rows.append(f"<tr><td>{LABELS[metric]}{': ' + html.escape(what) if what else ''}</td>"
-                    f"<td>{html.escape(of)}</td>{cells}<td class=n>{first['n']}</td></tr>")
-    head = "".join(f"<th>iteration {i}</th>" for i in iterations)
-    return f"<table><tr><th>value [95 % interval]</th><th>of</th>{head}<th>n</th></tr>{''.join(rows)}</table>"
+        rows.append((LABELS[metric] + (f": {what}" if what else ""),
+                     tell(first) if first["model"] in policies else first["model"],
+                     [_interval(found[i], digits) if i in found else None for i in iterations], first["n"]))
+    return seed, iterations, rows
 
 
 def cut_answers(folder: Path) -> list[str]:
     """A line where most of the judged answers of the last iteration end at the cap on their length, not by themselves:
     then length, and what comes late in an answer, cannot be seen."""
-    config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
-    C = 2 if isinstance(constitutions, Pool) else len(constitutions.constitutions)
+    config, constitutions = read_json(folder / "run.json")["config"], constitutions_in(folder)
+    C = constitutions.count
     path = folder / f"responses/evaluation-{config['iterations']}.jsonl"
-    judged = [row for _, row in read_jsonl(path)][::C]
+    judged = read_jsonl(path)[::C]
     cut = sum(not row["finished"] for row in judged)
     return [f"{cut} of {len(judged)} judged answers were cut at {config['sampling']['max_new_tokens']} tokens "
             "(SamplingSpec.max_new_tokens)"] if 2 * cut > len(judged) else []
@@ -128,28 +109,21 @@ def worsened(folder: Path) -> list[str]:
     return lines
 
 
-def _private(constitutions: ConstitutionSet | Pool) -> set[str]:
-    """The sides, as they stand in a constitution's id, whose responses are not shown."""
-    return {f"not_{p.name}" for p in constitutions.principles if p.private}
-
-
-def _constitutions(folder: Path) -> ConstitutionSet | Pool:
+def constitutions_in(folder: Path) -> Constitutions:
     path = folder / "constitutions.json"
     return constitutions_of(read_json(path), str(path))
 
 
-def _responses(folder: Path, record: dict) -> str:
+def _responses(folder: Path, record: dict) -> tuple[str, list[dict]]:
     """Side by side for the first held-out items: rows are iterations, columns constitutions. Of a set, queries of its
-    first (everyday) subset; of a pool, items of each kind of principles."""
-    constitutions, config = _constitutions(folder), record["config"]
-    private, pool = _private(constitutions), isinstance(constitutions, Pool)
-    C = 2 if pool else len(constitutions.constitutions)
-    items = [row for _, row in read_jsonl(folder / "logprobs/evaluation-0.jsonl")]
-    queries = {row["id"]: row["text"] for _, row in read_jsonl(folder / "queries.jsonl")}
-    answers = [[row for _, row in read_jsonl(folder / f"responses/evaluation-{i}.jsonl")]
-               for i in range(config["iterations"] + 1)]
-    kinds = constitutions.kinds if pool else [items[0]["subset"]]
-    parts, left_out = [], set()
+    first (everyday) subset; of a pool, items of each kind of principles. Before them what they are, in words."""
+    constitutions, config = constitutions_in(folder), record["config"]
+    private, pool, C = constitutions.private_sides, bool(constitutions.kinds), constitutions.count
+    items = read_jsonl(folder / "logprobs/evaluation-0.jsonl")
+    queries = {row["id"]: row["text"] for row in read_jsonl(folder / "queries.jsonl")}
+    answers = [read_jsonl(folder / f"responses/evaluation-{i}.jsonl") for i in range(config["iterations"] + 1)]
+    kinds = constitutions.kinds or [items[0]["subset"]]
+    shown, left_out = [], set()
     for kind in kinds:
         chosen = [k for k, row in enumerate(items) if row["subset"] == kind][:SHOWN_QUERIES // len(kinds)]
         for k in chosen:
@@ -157,25 +131,22 @@ def _responses(folder: Path, record: dict) -> str:
                        if not private & set(answers[0][a]["constitution"].split(","))]
             left_out |= {answers[0][a]["constitution"] for a in range(k * C, k * C + C)} - {
                 answers[0][a]["constitution"] for a in columns}
-            head = "".join(f"<th>{html.escape(answers[0][a]['constitution'])}</th>" for a in columns)
-            rows = "".join(
-                f"<tr><td>{'initial' if i == 0 else f'iteration {i}'}</td>" + "".join(
-                    f"<td>{html.escape(rows[a]['text'] + ('' if rows[a]['finished'] else ' […]'))}</td>" for a in columns)
-                + "</tr>" for i, rows in enumerate(answers))
-            mark = f" <span class=note>({kind.replace('_', ' ')} principles)</span>" if pool else ""
-            parts.append(f"<h3>{html.escape(queries[items[k]['query']])}{mark}</h3>"
-                         f"<table class=responses><tr><th></th>{head}</tr>{rows}</table>")
+            rows = [("initial" if i == 0 else f"iteration {i}",
+                     [rows[a]["text"] + ("" if rows[a]["finished"] else " […]") for a in columns])
+                    for i, rows in enumerate(answers)]
+            shown.append({"query": queries[items[k]["query"]], "rows": rows,
+                          "columns": [answers[0][a]["constitution"] for a in columns],
+                          "mark": f"{kind.replace('_', ' ')} principles" if pool else ""})
     note = f" {len(left_out)} constitutions are left out: their responses stay in the run directory." if left_out else ""
-    return (f"<h2>What each iteration answers</h2><p class=note>Held-out "
-            f"{'' if pool else html.escape(kinds[0]) + ' '}queries, greedy, at most "
-            f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}</p>" + "".join(parts))
+    return (f"Held-out {'' if pool else kinds[0] + ' '}queries, greedy, at most {config['sampling']['max_new_tokens']} "
+            f"tokens ([…] marks a response cut there).{note}"), shown
 
 
 def _short(commit: str | None) -> str:
     return "unknown" if commit is None else commit[:12] + "-dirty" * commit.endswith("-dirty")
 
 
-def _facts(folders: list[Path], writer_of: str) -> str:
+def _facts(folders: list[Path], writer_of: str) -> list[str]:
     records = [read_json(folder / "run.json") for folder in folders]
     record = records[0]
     config, train = record["config"], record["config"]["train"]
@@ -200,60 +171,53 @@ def _facts(folders: list[Path], writer_of: str) -> str:
         *(line + "." for line in cut_answers(folders[0]))]
     if config["profile"] == "mini":
         lines.insert(0, "A mini run: its own model, principles and queries. None of these numbers is the paper's.")
-    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    return lines
 
 
-def _principles(folders: list[Path]) -> str:
-    """The principles of each seed's run; once, where they are the same."""
+def _principles(folders: list[Path]) -> list[tuple]:
+    """(who wrote them, where a model did, and the principles) of each seed's run; once, where they are the same."""
     tables = {}
     for folder in folders:
-        constitutions, data = _constitutions(folder), read_json(folder / "constitutions.json")
-        rows = "".join(f"<tr><td>{html.escape(p.name)}</td><td>{html.escape(p.text)}</td><td>{html.escape(p.antithesis)}"
-                       f"</td><td>{html.escape(p.rule or 'none')}</td></tr>" for p in constitutions.principles)
-        by = f"<p>Written by {html.escape(constitutions.writer)}:</p>" if "written" in data else ""
-        head = "<tr><th></th><th>principle</th><th>antithesis (not_...)</th><th>rule</th></tr>"
-        tables[f"{by}<table>{head}{rows}</table>"] = True
-    return "".join(tables)
+        constitutions, data = constitutions_in(folder), read_json(folder / "constitutions.json")
+        rows = tuple((p.name, p.text, p.antithesis, p.rule or "none") for p in constitutions.principles)
+        tables[constitutions.writer if "written" in data else "", rows] = True
+    return list(tables)
 
 
-def _image(path: Path, alt: str, style: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(alt)}"{style} src="data:image/png;base64,{data}"></p>'
+def _group(folders: list[Path]) -> dict:
+    record = read_json(folders[0] / "run.json")
+    note, items = _responses(folders[0], record)
+    return {"variant": record["config"].get("variant"), "facts": _facts(folders, constitutions_in(folders[0]).writer),
+            "principles": _principles(folders), "note": note, "shown": items}
 
 
 def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figures: Path) -> None:
     """The page of one run, or of an experiment: `groups` has a list for each variant, with a run of each seed (responses of
     the first)."""
+    import jinja2
+    from markupsafe import Markup
+
     first = read_json(groups[0][0] / "run.json")["config"]
-    body = []
-    for name in figure_names(groups[0][0], metrics):
-        style = ' style="max-width:36em"' if name.startswith("win_rate-") else ""
-        body.append(_image(figures / f"{name}.png", f"{name} by iteration", style))
-        if name.startswith("win_rate-"):
-            body.append(f"<p class=note>{html.escape(standing(name.removeprefix('win_rate-')))}</p>")
-    for folders in groups:
-        records = [read_json(folder / "run.json") for folder in folders]
-        variant = records[0]["config"].get("variant")
-        body += [f"<h2>{html.escape(variant)}</h2>" if len(groups) > 1 else "",
-                 _facts(folders, _constitutions(folders[0]).writer), _principles(folders),
-                 _responses(folders[0], records[0])]
-    body.append("<h2>Every value</h2>")
-    seeds = sorted({r["seed"] for r in metrics})
-    for seed in seeds:
-        body.append(f"<details{' open' if len(seeds) == 1 else ''}><summary>seed {seed}</summary>"
-                    f"{_table(metrics, seed)}</details>")
-    title = f"{first['name']}, profile {first['profile']}"
-    write_text(path, PAGE.format(title=html.escape(title), body="".join(body)))
+    pictures = [(name, standing(name.removeprefix("win_rate-")) if name.startswith("win_rate-") else "",
+                 base64.b64encode((figures / f"{name}.png").read_bytes()).decode())
+                for name in figure_names(groups[0][0], metrics)]
+    head, body = (Path(__file__).parent / "page.html").read_text().split("<h1>")
+    body = "".join(map(str.strip, body.splitlines()))  # its lines are for those who read the template
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+                                  finalize=lambda value: Markup(html.escape(str(value)))).from_string(f"{head}<h1>{body}\n")
+    write_text(path, template.render(
+        title=f"{first['name']}, profile {first['profile']}", pictures=pictures, groups=list(map(_group, groups)),
+        values=[_values(metrics, seed) for seed in sorted({r["seed"] for r in metrics})]))
 
 
 def figure_names(folder: Path, metrics: list[dict]) -> list[str]:
     """One figure of all measures, one of a pool's principles, one of each LLM judge's win rate."""
-    pool = isinstance(_constitutions(folder), Pool)
-    return ["iterations", *(_principles_figures(metrics) if pool else ()),
+    pool = constitutions_in(folder).kinds
+    return ["iterations", *(principles_figures(metrics) if pool else ()),
             *(f"win_rate-{j}" for j in language_models(metrics))]
 
 
-def _principles_figures(metrics: list[dict]) -> dict[str, list[dict]]:
+def principles_figures(metrics: list[dict]) -> dict[str, list[dict]]:
     """Name -> records of a figure of every principle: one for each model and kind of sampling."""
     found: dict[tuple, list[dict]] = {}
     for r in metrics:

@@ -8,14 +8,14 @@ from repro.base.records import (
     locked,
     make_folder,
     read_json,
-    read_jsonl,
     write_bytes,
     write_json,
     write_jsonl,
 )
-from repro.report.figures import draw, draw_principles, draw_win_rate, language_models, save_figure
-from repro.report.page import _constitutions, _principles_figures, figure_names, write_page
-from repro.text.principles import Pool
+from repro.judges.record import JUDGMENTS, read_judgments
+from repro.report.figures import draw, draw_principles, draw_win_rate, language_models
+from repro.report.look import save
+from repro.report.page import constitutions_in, figure_names, principles_figures, write_page
 
 
 def report_figures(folder: Path) -> list[str]:
@@ -26,17 +26,15 @@ def report_figures(folder: Path) -> list[str]:
 
 def _save_figures(metrics: list[dict], folder: Path, out: Path) -> None:
     """The figures of `metrics`, of runs like the one in `folder`, under `out`."""
-    config, constitutions = read_json(folder / "run.json")["config"], _constitutions(folder)
-    pool = isinstance(constitutions, Pool)
+    config, constitutions = read_json(folder / "run.json")["config"], constitutions_in(folder)
     mini = config["profile"] == "mini"
     title = f"{config['name']}, mini: {config['model']['label']}, not the paper's run" if mini else config["name"]
-    save_figure(draw(metrics, 2 if pool else len(constitutions.constitutions), title), out)
-    if pool:
-        kinds = {kind: [p.name for p in constitutions.of(kind)] for kind in constitutions.kinds}
-        for name, rows in _principles_figures(metrics).items():
-            save_figure(draw_principles(rows, kinds, title + (", with CoT" if rows[0]["cot"] else "")), out, name)
+    save(draw(metrics, constitutions.count, title), out / "iterations")
+    if kinds := {kind: [p.name for p in constitutions.of(kind)] for kind in constitutions.kinds}:
+        for name, rows in principles_figures(metrics).items():
+            save(draw_principles(rows, kinds, title + (", with CoT" if rows[0]["cot"] else "")), out / name)
     for judge in language_models(metrics):
-        save_figure(draw_win_rate(metrics, judge, title), out, f"win_rate-{judge}")
+        save(draw_win_rate(metrics, judge, title), out / f"win_rate-{judge}")
 
 
 def write_report(folder: Path) -> None:
@@ -59,7 +57,7 @@ def _standing_alone(folders: list[Path]) -> list[Path]:
     same results again."""
     def fell_back(folder: Path) -> bool:
         writer = read_json(folder / "run.json")["config"].get("writer")
-        return bool(writer) and _constitutions(folder).writer != writer["label"]
+        return bool(writer) and constitutions_in(folder).writer != writer["label"]
 
     by_hand = any(not read_json(folder / "run.json")["config"].get("writer") for folder in folders)
     return [folder for folder in folders if not (by_hand and fell_back(folder))]
@@ -78,9 +76,8 @@ def gather(folders: list[Path]) -> Path:
         for name, folder in zip(names, folders):
             for path in sorted((folder / "responses").glob("*.jsonl")):
                 write_bytes(make_folder(out / "responses") / f"{name}-{path.name}", path.read_bytes())
-        write_jsonl(out / "judgments.jsonl", [
-            row | {"variant": name} for name, folder in zip(names, folders)
-            for _, row in read_jsonl(folder / "judgments.jsonl") if row.get("record") not in ("attempt", "outcome")])
+        write_jsonl(out / JUDGMENTS, [row | {"variant": name} for name, folder in zip(names, folders)
+                                      for row in read_judgments(folder)])
         write_json(out / "metrics.json", metrics)
         write_json(out / "constitutions.json", {"variants": {
             name: read_json(folder / "constitutions.json") for name, folder in zip(names, folders)}})

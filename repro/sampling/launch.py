@@ -6,7 +6,7 @@ stands between a run and the server that it starts. It holds the run's end of a 
 whatever way the run did, it ends the server and all that this one has started.
 """
 
-import http.client
+import functools
 import os
 import shutil
 import signal
@@ -15,9 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ from pathlib import Path
 from repro.base.records import UserError, dumps, first_line, loads, open_log
 from repro.models import decoding
 from repro.sampling.server import CONCURRENCY
+from repro.servers.client import MAX_ERROR, http_client
 from repro.servers.endpoint import Endpoint, shown, wrong_shape
 from repro.servers.words import reason, redact
 
@@ -205,11 +205,11 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
     """The server at `endpoint`, which lists `place` as a model or answers as it; else UserError says what to serve."""
     try:
         rows = (_get(f"{endpoint.url}/models", endpoint.key()) or {}).get("data") or []
-    except urllib.error.HTTPError as e:
+    except _Refused as e:
         rows = []
-        if e.code in (401, 403):
-            raise UserError(f"the sampling server {endpoint.url} refused the key in ${KEY} ({_why(e, endpoint)})") from None
-    except (OSError, ValueError, AttributeError, http.client.HTTPException) as e:
+        if e.status in (401, 403):
+            raise UserError(f"the sampling server {endpoint.url} refused the key in ${KEY} ({e})") from None
+    except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"no sampling server answers at {endpoint.url} ({first_line(e)})") from None
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     named = {row["id"]: row.get("root") or row["id"] for row in rows if row.get("id") and isinstance(row["id"], str)}
@@ -220,9 +220,7 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
         answer = _get(f"{endpoint.url}/completions", endpoint.key(), body | (
             {"return_token_ids": True} if engine == "vllm" else {}), timeout=DEADLINE_S)
         wrong = wrong_shape(answer, chat=False) or server.wrong(answer, body)
-    except urllib.error.HTTPError as e:
-        wrong = _why(e, endpoint)
-    except (OSError, ValueError, http.client.HTTPException) as e:
+    except (OSError, ValueError) as e:
         wrong = first_line(e)
     if wrong is None:
         return server
@@ -233,40 +231,52 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
                     "the same command to go on")
 
 
-def _why(e: urllib.error.HTTPError, endpoint: Endpoint) -> str:
-    """An HTTP error with the server's own reason."""
-    to = e.headers.get("Location") if 300 <= e.code < 400 else None
-    said = f"it sends on to {to}, where none goes unless --sampler-url names it" if to else reason(e.body)
-    return redact(f"HTTP {e.code}: {shown(said)}", endpoint.key())
-
-
 def _real(name) -> str:
     if not isinstance(name, str) or "\0" in name:
         return ""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-class _Here(urllib.request.HTTPRedirectHandler):
-    """urllib would follow a redirect, of a POST with a GET: here it is the error that it is."""
+class _Refused(OSError):
+    """An HTTP status that is no success, with the server's own reason."""
 
-    def redirect_request(self, *args):
-        return None
+    def __init__(self, status: int, said: str):
+        super().__init__(f"HTTP {status}: {said}")
+        self.status = status
+
+
+@functools.cache
+def _http():
+    """No proxy stands between (a transport of our own takes none from the environment), no redirect is followed, and no
+    connection is kept."""
+    import httpx2
+
+    transport = http_client(httpx2.HTTPTransport, limits=httpx2.Limits(max_keepalive_connections=0))
+    return http_client(httpx2.Client, transport=transport)
 
 
 def _get(url: str, key: str = "", body: dict | None = None, timeout: float = 10.0):
-    """The JSON that a GET, or a POST of `body`, is answered with ({} where there is none). No proxy stands between, and
-    no redirect is followed."""
+    """The JSON that a GET, or a POST of `body`, is answered with ({} where there is none). Raises OSError where no answer
+    comes within `timeout` seconds of silence or it is no success (_Refused), ValueError where it is no JSON."""
+    import httpx2
+
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    data = None if body is None else dumps(body).encode()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Here)
+    method, data, text = ("GET", None, bytearray()) if body is None else ("POST", dumps(body).encode(), bytearray())
     try:
-        with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
-            text = answer.read().decode("utf-8", "replace")
-    except urllib.error.HTTPError as e:  # it holds the connection until its body is read
-        with e, suppress(OSError, http.client.HTTPException):
-            e.body = ""
-            e.body = e.read(10**5).decode("utf-8", "replace")
-        raise
+        with _http().stream(method, url, content=data, headers=headers, timeout=timeout) as answer:
+            good = answer.is_success
+            with nullcontext() if good else suppress(httpx2.HTTPError):  # of an error, what came of its body
+                for chunk in answer.iter_bytes():
+                    text += chunk
+                    if len(text) > MAX_ERROR and not good:
+                        break
+    except (httpx2.HTTPError, httpx2.InvalidURL) as e:
+        raise ConnectionError(first_line(e)) from None
+    text = text.decode("utf-8", "replace")
+    if not good:
+        to = answer.headers.get("location") if answer.status_code < 400 else None
+        said = f"it sends on to {to}, where none goes unless --sampler-url names it" if to else reason(text)
+        raise _Refused(answer.status_code, redact(shown(said), key))
     return loads(text) if text.strip() else {}
 
 

@@ -135,7 +135,7 @@ def write_principles(writer, task: str, record: Path, *, seed: int = 0, attempts
         raise UserError(f"task: {task!r}; one line that says what the model is to do, without braces")
     if task != marks.defuse(task) or any(c in task for c in controls):
         raise UserError(f"task: {task!r} holds a control token")
-    kept = {row["key"]: row for _, row in (read_jsonl(record, torn_tail=True) if Path(record).exists() else ())
+    kept = {row["key"]: row for row in (read_jsonl(record, torn_tail=True) if Path(record).exists() else ())
             if row.get("record") == "written"}
 
     def ask(messages: list[dict], opening: str, parse, first: int) -> tuple:

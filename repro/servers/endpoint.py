@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
+from repro.base.checks import setting
 from repro.base.records import UserError, dumps
 
 HOSTED = "https://api.openai.com/v1"
@@ -22,21 +23,28 @@ LEAVABLE = ("seed", "temperature", "max_tokens")  # the last is sent as max_comp
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A server and the limits of its use. `key_env` names the environment variable that holds the key; `price` is
-    USD per million prompt and completion tokens; `deadline_s` bounds one whole request, to its last byte. `leave_out`:
-    the fields of `LEAVABLE` that this server is not sent ("nothing": none); None: found out (offers.py). `flag` gives
-    its address, in messages."""
+    """An OpenAI-compatible server and the limits of its use. `flag` gives its address, in messages; what
+    it is not sent, where nothing is said, offers.py finds out."""
 
     model: str
-    base_url: str | None = None
-    key_env: str = "OPENAI_API_KEY"
-    price: tuple[float, float] | None = None
-    max_usd: float = 10.0
-    concurrency: int = 8
-    deadline_s: float = 120.0
-    attempts: int = 5
+    base_url: str | None = setting(None, "base_url")
+    """Any OpenAI-compatible server, such as http://127.0.0.1:8000/v1; by default the hosted one."""
+    key_env: str = setting("OPENAI_API_KEY", "key_env")
+    """The environment variable that holds the key."""
+    leave_out: tuple[str, ...] | None = setting(None, "leave_out")
+    """What the server is not sent: any of seed, temperature, max_tokens (max_completion_tokens goes in its place), or
+    nothing. By default found out by a small request."""
+    price: tuple[float, float] | None = setting(None, "price")
+    """USD per million prompt and completion tokens; by default a dated table, and 0 for a server on this machine."""
+    max_usd: float = setting(10.0, "max_usd")
+    """What the server may cost in a run's folder, earlier runs included; never exceeded."""
+    concurrency: int = setting(8, "concurrency")
+    """Requests in flight, at most."""
+    deadline_s: float = setting(120.0, "deadline")
+    """Seconds for one whole request, to its last byte."""
+    attempts: int = setting(5, "attempts")
+    """Tries of one request whose server fails, per run of the command."""
     backoff_s: float = 1.0
-    leave_out: tuple[str, ...] | None = None
     flag: str = "--base-url"
 
     def __post_init__(self):
@@ -94,7 +102,7 @@ class Endpoint:
         for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):  # the client sends them as headers
             _in_header(name, os.environ.get(name, ""))
         if not self.local:  # else no proxy stands between
-            _check_proxies()
+            check_proxies()
 
     def rates(self) -> tuple[int, int]:
         """Picodollars per prompt and per completion token. A server on this machine is free unless a price is given."""
@@ -120,7 +128,7 @@ def _in_header(name: str, value: str) -> None:
                             "as plain text")
 
 
-def _check_proxies() -> None:
+def check_proxies() -> None:
     """Raise UserError, naming the variable, for a proxy that httpx2 cannot take. Its address is not shown: it may hold a
     password."""
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):

@@ -6,12 +6,23 @@ for an attempt without an outcome (a kill) the most that it can have cost.
 from collections import Counter
 from pathlib import Path
 
-from repro.base.records import UserError, append_jsonl, read_jsonl
+from repro.base.records import UserError, append_jsonl, numbered_jsonl
 from repro.servers.endpoint import PICO, Call, wrong_shape
 
 
+def is_line(row: dict) -> bool:
+    """Whether a row of a file is a ledger's."""
+    return row.get("record") in ("attempt", "outcome")
+
+
+def lines_of(path: Path) -> list[tuple[str, dict]]:
+    """("file:line", row) of a file's attempt and outcome lines, oldest first; none where there is no file."""
+    rows = numbered_jsonl(path, torn_tail=True) if path.exists() else ()
+    return [(f"{path}:{number}", row) for number, row in rows if is_line(row)]
+
+
 class Ledger:
-    """The attempt and outcome lines of one owner (say {"judge": name}) in a JSONL file that may hold other lines.
+    """The attempt and outcome lines of one owner (say {"judge": name}; {}: of all) in a JSONL file that may hold others.
 
     `answers`: key -> the server's answers, oldest first. `errors`: key -> why its last attempt failed, if it did;
     `failures`: how often each. `spent`: picodollars billed, and at most billed where no
@@ -27,8 +38,8 @@ class Ledger:
         self.numbers: dict[str, int] = {}
         self.spent = 0
         waiting: dict[tuple[str, int], int] = {}
-        for line, row in read_jsonl(self.path, torn_tail=True) if self.path.exists() else ():
-            if row.get("record") not in ("attempt", "outcome") or any(row.get(k) != v for k, v in owner.items()):
+        for where, row in self.lines():
+            if any(row.get(k) != v for k, v in owner.items()):
                 continue
             try:
                 if row["record"] == "attempt":
@@ -38,9 +49,13 @@ class Ledger:
                     del waiting[row["key"], row["attempt"]]
                     self._settle(row)
             except (KeyError, TypeError) as e:
-                raise UserError(f"{self.path}:{line}: not a line of a ledger ({type(e).__name__}: {e})") from None
+                raise UserError(f"{where}: not a line of a ledger ({type(e).__name__}: {e})") from None
         self.open = len(waiting)
         self.spent += sum(waiting.values())
+
+    def lines(self) -> list[tuple[str, dict]]:
+        """("file:line", row) of what was written before, of every owner."""
+        return lines_of(self.path)
 
     def _settle(self, row: dict) -> None:
         self.spent += round(row["usd"] * PICO)

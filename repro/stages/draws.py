@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from repro.base.identity import rng
 from repro.base.records import UserError
 from repro.base.settings import Experiment
 from repro.core.tree import Sampled
-from repro.text.principles import Constitution, ConstitutionSet, Pool
+from repro.text.principles import Constitution, Constitutions
 from repro.text.queries import Query
 
 EVALUATION_ORDER = "evaluation"  # the principles' order at evaluation: the same for every iteration and seed
@@ -23,7 +24,7 @@ class Item:
     constitutions: tuple[Constitution, ...]
 
 
-def training_plan(spec: Experiment, constitutions: ConstitutionSet | Pool, training: Sequence[Query],
+def training_plan(spec: Experiment, constitutions: Constitutions, training: Sequence[Query],
                   subsets: Sequence[str], iteration: int) -> list[tuple[Query, tuple[Constitution, Constitution]]]:
     """Which queries an iteration samples, each with two constitutions.
 
@@ -40,23 +41,14 @@ def training_plan(spec: Experiment, constitutions: ConstitutionSet | Pool, train
         rng(spec.seed, iteration, "order", subset).shuffle(half)
         halves.append(half)
     turns = [q for k in range(max(map(len, halves))) for half in halves for q in half[k: k + 1]][:want]
-    if isinstance(constitutions, Pool):
-        return list(zip(turns, constitutions.deal("learned", len(turns), rng(spec.seed, iteration, "deal"))))
-    return [(q, (constitutions.positive, rng(spec.seed, iteration, "negative", q.id).choice(
-        constitutions.negatives(q.subset)))) for q in turns]
+    return list(zip(turns, constitutions.training_pairs(turns, partial(rng, spec.seed, iteration))))
 
 
-def items(spec: Experiment, constitutions: ConstitutionSet | Pool, held_out: Sequence[Query]) -> list[Item]:
+def items(spec: Experiment, constitutions: Constitutions, held_out: Sequence[Query]) -> list[Item]:
     """Of a set: every held-out query under all its constitutions. Of a pool: every held-out query under constitutions
     drawn from the learned, then from the held-out principles, each with its opposite. The same for every iteration
     and seed."""
-    if not isinstance(constitutions, Pool):
-        return [Item(q, q.subset, constitutions.constitutions) for q in held_out]
-    found = []
-    for kind, times in zip(constitutions.kinds, spec.data.draws):
-        hands = constitutions.deal(kind, times * len(held_out), rng("evaluation", kind))
-        found += [Item(held_out[k % len(held_out)], kind, hand) for k, hand in enumerate(hands)]
-    return found
+    return [Item(*item) for item in constitutions.evaluated(held_out, spec.data.draws, partial(rng, "evaluation"))]
 
 
 def prompt(voice, constitution: Constitution, query: Query | None, *keys, sample: bool, reason: bool = False) -> str:

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from repro.base.records import UserError, checked, read_jsonl, write_jsonl
+from repro.base.records import UserError, read_jsonl, write_jsonl
 from repro.base.settings import JudgeSpec
 from repro.core import lora
 from repro.judges import likelihood, rule
 from repro.judges.llm import Pair, ask_judge, probe_judge
-from repro.servers.ledger import Ledger
+from repro.judges.record import JUDGMENTS, REQUESTS, JudgeLedger, read_judgments, write_judgments
 from repro.stages import draws, jobs
 from repro.stages.draws import EVALUATION_ORDER, Item, held_out_pairs
 from repro.stages.folder import checkpoint, evaluation_file, logprob_file
@@ -19,7 +19,6 @@ from repro.stages.run import Run
 from repro.stages.sample import sample_to_file
 
 SCORED_AT_ONCE = 8  # queries handed over together, for full packs
-JUDGMENTS = "judgments.jsonl"
 BASELINE = "responses/baseline.jsonl"
 
 
@@ -113,14 +112,14 @@ def greet_judge(run: Run) -> None:
     would be sampled and trained first. Raises UserError; a folder that holds nothing else is left as it was found."""
     if "openai" not in run.experiment.judge.judges or "judge" in run.record["stages"]:
         return
-    path, spec = run.folder / JUDGMENTS, run.experiment.judge
+    path, spec = run.folder / REQUESTS, run.experiment.judge
     try:
         probe_judge(spec, run.endpoint, path, run.say, seed=run.experiment.seed)
     except UserError as e:
         if run.record["stages"]:
             raise
-        if not Ledger(path, {"judge": spec.label}).spent:
-            for name in (JUDGMENTS, "queries.jsonl", "run.json"):
+        if not JudgeLedger(path, {}).spent:  # nor by another judge
+            for name in (REQUESTS, JUDGMENTS, "queries.jsonl", "run.json"):
                 (run.folder / name).unlink(missing_ok=True)
         raise UserError(f"{e} (nothing was sampled or trained yet)") from None
 
@@ -128,7 +127,7 @@ def greet_judge(run: Run) -> None:
 def judge(run: Run) -> None:
     """Each item's response under its first constitution, by every iteration, against the initial model's, and against
     the baseline's where there is one -> judgments.jsonl."""
-    if not run.stage("judge", [JUDGMENTS], _judge_inputs(run)):
+    if not run.stage("judge", [JUDGMENTS], judge_inputs(run)):
         return
     rows = []
     for name in run.record.get("judges", {}):
@@ -148,8 +147,7 @@ def judge(run: Run) -> None:
 def judged_here(run: Run, judge: str) -> list[dict]:
     """The judgments of the judge "rule" or "likelihood", which the files of the run alone decide."""
     items, rows = run.items(), []
-    logprobs = {i: [row for _, row in read_jsonl(run.folder / logprob_file(i))]
-                for i in range(run.experiment.iterations + 1)}
+    logprobs = {i: read_jsonl(run.folder / logprob_file(i)) for i in range(run.experiment.iterations + 1)}
     for i, label, ours, theirs in _comparisons(run):
         for k, item in enumerate(items):
             a, b = ours[k], theirs[k]
@@ -171,7 +169,7 @@ def judged_here(run: Run, judge: str) -> list[dict]:
 
 def judged_responses(run: Run, path: str, per_item: int) -> list[dict]:
     """Of a file with `per_item` responses an item, the one under the item's first constitution."""
-    return [row for _, row in read_jsonl(run.folder / path)][::per_item]
+    return read_jsonl(run.folder / path)[::per_item]
 
 
 def _comparisons(run: Run) -> Iterator[tuple[int, str, list[dict], list[dict]]]:
@@ -187,7 +185,7 @@ def _comparisons(run: Run) -> Iterator[tuple[int, str, list[dict], list[dict]]]:
             yield i, run.experiment.baseline.label, ours[i], theirs
 
 
-def _judge_inputs(run: Run) -> list[str]:
+def judge_inputs(run: Run) -> list[str]:
     return [f"evaluate-{i}" for i in range(run.experiment.iterations + 1)] + (
         ["baseline"] if run.experiment.baseline else [])
 
@@ -199,29 +197,25 @@ def _judgment(judge: str, item: Item, baseline: str, ours: dict, theirs: dict) -
 
 
 def _write_judgments(run: Run, rows: list[dict]) -> None:
-    """The stage's output: the judgments in item order, then every ledger line of an LLM judge as it was appended."""
-    path = run.folder / JUDGMENTS
-    ledger = [row for _, row in read_jsonl(path, torn_tail=True) if row.get("record") in ("attempt", "outcome")] \
-        if path.exists() else []
-    write_jsonl(path, [*rows, *map(checked, ledger)])
-    run.finish("judge", [JUDGMENTS], _judge_inputs(run))
+    """The stage's output: the judgments, each judge's in item order."""
+    write_judgments(run.folder, rows)
+    run.finish("judge", [JUDGMENTS], judge_inputs(run))
 
 
 def add_judgments(run: Run, judge: str, rows: list[dict]) -> None:
     """Put one judge's judgments beside those of the other judges of a finished run, in place of its earlier ones."""
-    others = [row for _, row in read_jsonl(run.folder / JUDGMENTS, torn_tail=True) if row.get("record") not in (
-        "attempt", "outcome") and row["judge"] != judge]
+    others = [row for row in read_judgments(run.folder) if row["judge"] != judge]
     _write_judgments(run, others + rows)
 
 
 def llm_judgments(run: Run, spec: JudgeSpec, *, dry_run: bool = False, reparse: bool = False) -> list[dict]:
-    """As `judge`, by an LLM behind an endpoint, in both orders. Its answers are appended to judgments.jsonl as they
-    arrive; what lies there already is not asked again."""
+    """As `judge`, by an LLM behind an endpoint, in both orders. Its answers are appended to judge_requests.jsonl as
+    they arrive; what lies there already is not asked again."""
     compared = [(item, label, a, b) for _, label, ours, theirs in _comparisons(run)
             for item, a, b in zip(run.items(), ours, theirs)]
     pairs = [Pair(id=item.query.id, query=item.query.text, principles=tuple(item.constitutions[0].statements()),
                   ours=a["text"], theirs=b["text"]) for item, _, a, b in compared]
-    verdicts, facts = ask_judge(spec, pairs, run.endpoint, run.folder / JUDGMENTS, run.say, seed=run.experiment.seed,
+    verdicts, facts = ask_judge(spec, pairs, run.endpoint, run.folder / REQUESTS, run.say, seed=run.experiment.seed,
                                 dry_run=dry_run, reparse=reparse)
     if not dry_run:
         run.record.setdefault("judges", {})[spec.label] = facts

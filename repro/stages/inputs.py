@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from repro.base.checks import check_control_tokens
 from repro.base.records import UserError, digest
 from repro.base.settings import Experiment, ModelSpec, TrainSpec
 from repro.core import lora
@@ -16,13 +17,7 @@ from repro.sampling import launch, server
 from repro.sampling.writers import speaker_of_writer
 from repro.servers.endpoint import Endpoint
 from repro.stages import draws
-from repro.text.principles import (
-    Constitution,
-    ConstitutionSet,
-    Pool,
-    check_control_tokens,
-    load_constitutions,
-)
+from repro.text.principles import Constitutions, load_constitutions
 from repro.text.prompts import Form
 from repro.text.queries import Query, check_queries, disjoint, load_queries
 
@@ -74,20 +69,14 @@ class Voice:
         """Rows of the model that its tokenizer has no token for."""
         return len(unsaid(self.tokenizer, load.rows_of(load_config(self.place)) or 0))
 
-    def frame(self, experiment: Experiment, constitutions: ConstitutionSet | Pool, query: int) -> int:
+    def frame(self, experiment: Experiment, constitutions: Constitutions, query: int) -> int:
         """The tokens of the longest prompt without its query, which has up to `query`. Raises UserError for control
         tokens and for principles that are rendered otherwise than they are."""
         check_control_tokens(((f"{experiment.constitutions}: principle {p.name}", s)
                               for p in constitutions.principles for s in (p.text, p.antithesis)), self.controls())
-        if isinstance(constitutions, Pool):  # one that holds the longest sentences
-            longest = sorted(constitutions.principles, key=lambda p: -max(len(p.text), len(p.antithesis)))
-            longest = tuple(longest[:constitutions.size])
-            every = [Constitution(principles=longest, sides=tuple(len(p.text) >= len(p.antithesis) for p in longest))]
-        else:
-            every = constitutions.constitutions
         self.says((f"{experiment.constitutions}: principle {p.name}", s)
                    for p in constitutions.principles for s in (p.text, p.antithesis))
-        frames = [draws.prompt(self, c, None, sample=True, reason=self.form.cot) for c in every]
+        frames = [draws.prompt(self, c, None, sample=True, reason=self.form.cot) for c in constitutions.longest()]
         frame = max(len(ids) for ids in self.tokenizer(frames, add_special_tokens=False).input_ids)
         context = load.context_of(load_config(self.place))
         most = self.response_tokens(experiment.sampling)
@@ -104,7 +93,7 @@ class Inputs:
     log-probs. `longest`: tokens of the longest query. `spare`: pairs beyond those that train, by iteration. `unsaid`: rows
     without a token, by part."""
 
-    constitutions: ConstitutionSet | Pool
+    constitutions: Constitutions
     training: list[Query]
     held_out: list[Query]
     subsets: tuple[str, ...]
@@ -138,7 +127,7 @@ def read_inputs(spec: Experiment, *, date: str, say: Callable[[str], None], rank
     for endpoint in servers:
         endpoint.check()
     constitutions = load_constitutions(spec.constitutions)
-    if spec.writer and isinstance(constitutions, Pool):
+    if spec.writer and constitutions.kinds:
         raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so "
                         "what stands in for it must be a set too")
     queries, dropped = load_queries(spec.data.source, spec=spec.data)
@@ -190,7 +179,7 @@ def as_baseline(spec: Experiment) -> Experiment:
     return replace(spec, model=spec.baseline, baseline=None, cot=None, sampling=replace(spec.sampling, reasoning=False))
 
 
-def _fit(spec: Experiment, voice: Voice, constitutions: ConstitutionSet | Pool, queries: list[Query], dropped: dict,
+def _fit(spec: Experiment, voice: Voice, constitutions: Constitutions, queries: list[Query], dropped: dict,
          ranks: int, say: Callable[[str], None]) -> tuple[list[Query], str, int]:
     """(the queries as the model can take them: no control tokens, within the context; the backend of log-probs; tokens of
     the longest query)."""
@@ -221,7 +210,7 @@ def _fit(spec: Experiment, voice: Voice, constitutions: ConstitutionSet | Pool, 
     return queries, backend, longest
 
 
-def _enough(spec: Experiment, constitutions: ConstitutionSet | Pool, training: list[Query], held_out: list[Query],
+def _enough(spec: Experiment, constitutions: Constitutions, training: list[Query], held_out: list[Query],
             subsets: tuple[str, ...]) -> list[str]:
     """Every subset needs training and held-out queries, every iteration the queries of its steps. Returns the spare pairs
     of each iteration, in words."""

@@ -7,16 +7,16 @@ from repro.base import metrics
 from repro.base.records import read_jsonl, write_json
 from repro.judges import likelihood, rule
 from repro.judges.llm import judge_shares
+from repro.judges.record import read_judgments
 from repro.stages.draws import Item
-from repro.stages.evaluate import BASELINE, JUDGMENTS, _judge_inputs, judged_responses
+from repro.stages.evaluate import BASELINE, judge_inputs, judged_responses
 from repro.stages.folder import evaluation_file, logprob_file
 from repro.stages.run import Run
-from repro.text.principles import Pool
 
 
 def measure(run: Run) -> None:
     """metrics.json from the files of the stages before it (design: one flat list of records)."""
-    inputs = ["judge", *_judge_inputs(run)]
+    inputs = ["judge", *judge_inputs(run)]
     if not run.stage("metrics", ["metrics.json"], inputs):
         return
     write_json(run.folder / "metrics.json", list(records(run)))
@@ -30,11 +30,11 @@ def records(run: Run) -> Iterator[dict]:
 
     spec, items = run.experiment, run.items()
     constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
-    judgments = [row for _, row in read_jsonl(run.folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
+    judgments = read_judgments(run.folder)
     C = len(items[0].constitutions)
     for iteration in range(spec.iterations + 1):
-        responses = [row for _, row in read_jsonl(run.folder / evaluation_file(iteration))]
-        scored = [row for _, row in read_jsonl(run.folder / logprob_file(iteration))]
+        responses = read_jsonl(run.folder / evaluation_file(iteration))
+        scored = read_jsonl(run.folder / logprob_file(iteration))
         for subset in dict.fromkeys(item.subset for item in items):
             at = [k for k, item in enumerate(items) if item.subset == subset]
             here, groups = [items[k] for k in at], [responses[k * C: (k + 1) * C] for k in at]
@@ -63,7 +63,7 @@ def records(run: Run) -> Iterator[dict]:
                 sides = by_query([f and sum(f.values()) / len(f) for f in followed])
                 yield _record("following", metrics.share(sides), fixed)
             yield from _following(run, here, groups, fixed)
-            if isinstance(run.constitutions, Pool):
+            if run.constitutions.kinds:
                 yield from _by_principle(here, metrics.infonce(means), fixed)
             watch = [[likelihood.hack_watch(r["text"], " ".join(c.statements()), item.query.text)
                       for r, c in zip(g, item.constitutions)] for g, item in zip(groups, here)]

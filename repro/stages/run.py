@@ -17,7 +17,7 @@ from repro.stages import draws
 from repro.stages.draws import Item
 from repro.stages.folder import BY_HAND, Folder, checkpoint
 from repro.stages.inputs import Inputs, Voice, as_baseline, large_step, read_inputs
-from repro.text.principles import Constitution, ConstitutionSet, Pool, constitutions_of
+from repro.text.principles import Constitution, Constitutions, constitutions_of
 from repro.text.queries import Query
 
 
@@ -34,8 +34,8 @@ class Run(Folder):
     tensor_parallel: int | None = None  # GPUs that hold a copy of the model together there; by default all
     inputs: Inputs | None = None
     voice: Voice | None = None
-    constitutions: ConstitutionSet | Pool | None = None
-    by_hand: ConstitutionSet | Pool | None = None  # whose rules measure following: of the file, where a model writes
+    constitutions: Constitutions | None = None
+    by_hand: Constitutions | None = None  # whose rules measure following: of the file, where a model writes
     held_out: list[Query] = field(default_factory=list)
 
     def check(self) -> None:
@@ -78,7 +78,7 @@ class Run(Folder):
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}
                                                     for q in (*found.training, *found.held_out)])
 
-    def adopt(self, constitutions: ConstitutionSet | Pool) -> None:
+    def adopt(self, constitutions: Constitutions) -> None:
         """Go on with these constitutions: those of the file, or what a writer wrote."""
         self.constitutions = constitutions
         self.voice.frame(self.experiment, constitutions, self.inputs.longest)
@@ -157,5 +157,5 @@ def open_run(folder: Path, say: Callable[[str], None]) -> Run:
     by_hand = folder / BY_HAND
     run.by_hand = constitutions_of(read_json(by_hand), f"{by_hand}") if run.experiment.writer else run.constitutions
     split = run.experiment.data.evaluation_split
-    run.held_out = [Query(**row) for _, row in read_jsonl(folder / "queries.jsonl") if row["split"] == split]
+    run.held_out = [Query(**row) for row in read_jsonl(folder / "queries.jsonl") if row["split"] == split]
     return run

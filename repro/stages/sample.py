@@ -40,7 +40,7 @@ def sample_to_file(run: Run, wanted, texts: list[str], iteration: int, path: Pat
     key = digest([texts, run.key([f"train-{iteration}"] if iteration else [])])
     rows: dict[int, dict] = {}
     if partial.exists():
-        for _, row in read_jsonl(partial, torn_tail=True, all_checked=True):
+        for row in read_jsonl(partial, torn_tail=True, all_checked=True):
             if row.pop("key") == key:
                 rows[row.pop("job")] = row
     if len(rows) < len(wanted):
@@ -116,7 +116,7 @@ def sample(run: Run, iteration: int) -> None:
 def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, tuple[Constitution, ...], list[dict]]], Counter]:
     """The sampled pairs that may train, in order, each with its two rows, and the dropped ones counted by the first reason
     that holds."""
-    rows = [row for _, row in read_jsonl(run.folder / training_file(iteration))]
+    rows = read_jsonl(run.folder / training_file(iteration))
     plan = run.training_plan(iteration)
     kept, dropped = [], Counter()
     for k, (query, pair) in enumerate(plan):
@@ -177,7 +177,7 @@ def train_iteration(run: Run, iteration: int) -> None:
 
 def check_merged(run: Run, iteration: int) -> dict:
     """`lora.merged_difference` on the initial model's responses to some held-out queries, two constitutions each."""
-    every = list(held_out_pairs(run, [row for _, row in read_jsonl(run.folder / evaluation_file(0))]))
+    every = list(held_out_pairs(run, read_jsonl(run.folder / evaluation_file(0))))
     some = every[:: math.ceil(len(every) / MERGE_CHECKED)]
     facts = lora.merged_difference(
         run.folder / checkpoint(iteration), run.voice.place, run.voice.tokenizer, run.experiment.train,

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 from repro.base.identity import config_hash
 from repro.base.records import MARKER, UserError, digest, file_sha256, read_json, read_jsonl, sealed
 from repro.base.settings import Experiment, JudgeSpec
+from repro.judges.record import read_judgments
 from repro.report.publish import leaves
 from repro.servers.endpoint import HOSTED, Endpoint
-from repro.stages.evaluate import JUDGMENTS, judged_here, llm_judgments
+from repro.stages.evaluate import judged_here, llm_judgments
 from repro.stages.folder import BY_HAND
 from repro.stages.measure import records
 from repro.stages.run import open_run
@@ -94,7 +95,7 @@ def _inputs(folder: Path, experiment: Experiment, inputs: dict) -> tuple[str, in
     wrong = []
     if digest(constitutions_of(read_json(path), str(path)).to_json()) != inputs["constitutions"]:
         wrong.append(f"{path.name}: not the constitutions that the run began with")
-    queries = [row | {"where": ""} for _, row in read_jsonl(folder / "queries.jsonl")]
+    queries = [row | {"where": ""} for row in read_jsonl(folder / "queries.jsonl")]
     if digest(queries) != inputs["data.source"]:
         wrong.append("queries.jsonl: not the queries that the run began with")
     return _verdict(wrong, 1 + len(queries))
@@ -127,7 +128,7 @@ def _address(host: str) -> str:
 def _judgments(folder: Path) -> tuple[str, int, str]:
     """Each judge's stored judgments against those that the responses, log-probs and raw answers give now."""
     run = open_run(folder, lambda line: None)
-    kept = [row for _, row in read_jsonl(folder / JUDGMENTS) if row.get("record") not in ("attempt", "outcome")]
+    kept = read_judgments(folder)
     wrong = []
     for name in dict.fromkeys(row["judge"] for row in kept):
         facts = run.record.get("judges", {}).get(name)
@@ -161,11 +162,11 @@ def _lengths(folder: Path) -> list[str]:
     ids were kept have none.)"""
     wrong, eos = [], Experiment.from_json(read_json(folder / "run.json")["config"]).train.score_eos
     for path in sorted((folder / "responses").glob("*.jsonl")):
-        rows = [row for _, row in read_jsonl(path)]
+        rows = read_jsonl(path)
         wrong += [f"responses/{path.name}: {row['query']}: {len(row['ids'])} token ids, not {row['tokens']}"
                   for row in rows if row.get("ids") is not None and len(row["ids"]) != row["tokens"]]
         scored = folder / "logprobs" / path.name
-        counts = [n for _, row in read_jsonl(scored) for n in row["tokens"]] if scored.is_file() else []
+        counts = [n for row in read_jsonl(scored) for n in row["tokens"]] if scored.is_file() else []
         wrong += [f"logprobs/{path.name}: {n} tokens of the response to {row['query']}, which has {len(row['ids'])}"
                   for row, n in zip(rows, counts) if row.get("ids") and n != len(row["ids"]) + eos]
     return wrong

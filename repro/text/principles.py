@@ -13,6 +13,8 @@ import itertools
 import random
 import re
 import tomllib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from repro.base.records import UserError, loads, read_text
 from repro.text.rules import RULES
 
 MOST = 6  # principles of a constitution: each doubles the number of constitutions
+Rng = Callable[..., random.Random]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,51 @@ class Constitution:
         return [self.principles[k].text if self.sides[k] else self.principles[k].antithesis for k in order]
 
 
+class Constitutions(ABC):
+    """What a constitution file holds: a set, under all of which every query is evaluated, or a pool, from which they are
+    drawn. Its users need not know which. `count`: C, the constitutions of an evaluated item. `kinds`: the subsets of
+    principles that records are about, of a pool; a set has none, its records are about the queries' subsets. Queries are
+    those of repro/text/queries.py; `rng(*keys)` is randomness by position, `draws` items of a query by kind."""
+
+    principles: tuple[Principle, ...]
+    writer: str  # in records: the name of a model, or "hand"
+    count: int
+    kinds: tuple[str, ...] = ()
+
+    def of(self, kind: str) -> tuple[Principle, ...]:
+        """The principles of a kind."""
+        return getattr(self, choose("kind (of principles)", kind, self.kinds))
+
+    @property
+    def private_sides(self) -> set[str]:
+        """The sides, as they stand in a constitution's id, whose responses are not shown."""
+        return {f"not_{p.name}" for p in self.principles if p.private}
+
+    @abstractmethod
+    def training_pairs(self, queries: Sequence, rng: Rng) -> list[tuple[Constitution, Constitution]]:
+        """The two constitutions that each of an iteration's queries is sampled under."""
+
+    @abstractmethod
+    def evaluated(self, queries: Sequence, draws: Sequence[int], rng: Rng) -> list[tuple]:
+        """Held-out items: (query, subset of records, constitutions [C], the first of which is judged)."""
+
+    @abstractmethod
+    def items_per_query(self, draws: Sequence[int]) -> int:
+        """How many items `evaluated` makes of a query."""
+
+    @abstractmethod
+    def longest(self) -> tuple[Constitution, ...]:
+        """Constitutions among which is one with the longest sentences."""
+
+    @abstractmethod
+    def sample(self, generator: random.Random) -> tuple[Constitution, ...]:
+        """Constitutions that stand for all: every principle that is learned is in one of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ConstitutionSet:
+class ConstitutionSet(Constitutions):
     """All constitutions of a file, the all-positive first, and what stands against it in training. `written`: which
-    model wrote the principles, and when (repro/stages/write.py); None for a person."""
+    model wrote the principles, and when (repro/sampling/writers.py); None for a person."""
 
     constitutions: tuple[Constitution, ...]
     pairs: dict[str, tuple[str, ...]]
@@ -91,6 +135,27 @@ class ConstitutionSet:
         ids = self.pairs.get(subset) or [c.id for c in self.constitutions[1:]]
         return [self[id] for id in ids]
 
+    @property
+    def count(self) -> int:
+        return len(self.constitutions)
+
+    def training_pairs(self, queries, rng):
+        """The all-positive constitution against one of the negatives of the query's subset."""
+        return [(self.positive, rng("negative", q.id).choice(self.negatives(q.subset))) for q in queries]
+
+    def evaluated(self, queries, draws, rng):
+        """Every query under all constitutions."""
+        return [(q, q.subset, self.constitutions) for q in queries]
+
+    def items_per_query(self, draws):
+        return 1
+
+    def longest(self):
+        return self.constitutions
+
+    def sample(self, generator):
+        return self.constitutions
+
     def to_json(self) -> dict:
         return {"principles": [_row(p) for p in self.positive.principles],
                 "pairs": {k: list(v) for k, v in self.pairs.items()},
@@ -99,13 +164,14 @@ class ConstitutionSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool:
+class Pool(Constitutions):
     """Many principles to draw constitutions of `size` from: `learned` in training, `held_out` in evaluation alone."""
 
     learned: tuple[Principle, ...]
     held_out: tuple[Principle, ...] = ()
     size: int = 2
     writer = "hand"
+    count = 2  # each against its opposite
 
     @property
     def principles(self) -> tuple[Principle, ...]:
@@ -115,9 +181,6 @@ class Pool:
     def kinds(self) -> tuple[str, ...]:
         """The subsets of principles that it has."""
         return ("learned", "held_out") if self.held_out else ("learned",)
-
-    def of(self, kind: str) -> tuple[Principle, ...]:
-        return getattr(self, choose("kind (of principles)", kind, self.kinds))
 
     def deal(self, kind: str, count: int, generator: random.Random) -> list[tuple[Constitution, Constitution]]:
         """`count` constitutions of different principles, each on a side drawn evenly, with their opposites (all sides
@@ -134,6 +197,23 @@ class Pool:
             dealt.append((first, first.opposite()))
         return dealt
 
+    def training_pairs(self, queries, rng):
+        return self.deal("learned", len(queries), rng("deal"))
+
+    def evaluated(self, queries, draws, rng):
+        return [(queries[k % len(queries)], kind, hand) for kind, times in zip(self.kinds, draws)
+                for k, hand in enumerate(self.deal(kind, times * len(queries), rng(kind)))]
+
+    def items_per_query(self, draws):
+        return sum(times for _, times in zip(self.kinds, draws))
+
+    def longest(self):
+        longest = tuple(sorted(self.principles, key=lambda p: -max(len(p.text), len(p.antithesis)))[:self.size])
+        return (Constitution(principles=longest, sides=tuple(len(p.text) >= len(p.antithesis) for p in longest)),)
+
+    def sample(self, generator):
+        return tuple(c for hand in self.deal("learned", len(self.learned), generator) for c in hand)
+
     def to_json(self) -> dict:
         held_out = {"held_out": [_row(p) for p in self.held_out]} if self.held_out else {}
         return {"principles": [_row(p) for p in self.learned], **held_out, "draw": self.size}
@@ -143,7 +223,7 @@ def _row(principle: Principle) -> dict:
     return {k: getattr(principle, k) for k in ("name", "text", "antithesis", "rule", "private")}
 
 
-def load_constitutions(source: str) -> ConstitutionSet | Pool:
+def load_constitutions(source: str) -> Constitutions:
     """Read and check a constitution file: a name of repro/data/ or a path.
 
     Raises UserError (file and field) for a missing side, equal sides, braces, a repeated name, an unknown rule,
@@ -173,7 +253,7 @@ def _read(source: str) -> tuple[object, str]:
     return data, str(path)
 
 
-def constitutions_of(data, where: str) -> ConstitutionSet | Pool:
+def constitutions_of(data, where: str) -> Constitutions:
     """The set or pool of a file's content, or of what `to_json` wrote."""
     if isinstance(data, dict) and data.keys() & {"draw", "held_out"}:
         return _pool(data, where)
@@ -258,11 +338,3 @@ def _keys(row, allowed: set[str], where: str) -> None:
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
     for key in row:
         choose(f"{where}: key", key, sorted(allowed))
-
-
-def check_control_tokens(texts, controls: list[str]) -> None:
-    """texts: (where, text) pairs. No text of a user may become a control token of the model's template."""
-    for where, text in texts:
-        found = next((c for c in controls if c in text), None)
-        if found is not None:
-            raise UserError(f"{where}: holds the control token {found!r} of the model's chat template")

@@ -10,12 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from repro.base.checks import choose
+from repro.base.checks import check_control_tokens, choose
 from repro.base.places import DATA
-from repro.base.records import UserError, first_line, read_jsonl
+from repro.base.records import UserError, first_line, numbered_jsonl
 from repro.base.settings import DataSpec
 from repro.models.hub import missing_step
-from repro.text.principles import check_control_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def load_queries(source: str = "embedded", *, spec: DataSpec | None = None) -> t
 def _jsonl(path: Path) -> list[Query]:
     queries, lines = [], {}
     try:
-        rows = read_jsonl(path)
+        rows = numbered_jsonl(path)
     except UserError as e:
         if "byte order mark" in str(e):
             raise

@@ -88,12 +88,12 @@ DEFECTS = [
      "tests/test_judge_server.py::test_judge_key_is_in_no_file_and_no_output"),
     ("verdicts that disagree count as a win", "repro/judges/llm.py", 'outcome="win" if all(ours)', 'outcome="win" if any(ours)',
      "tests/test_judge_server.py::test_judge_a_against_b_and_b_against_a_add_up_to_one_hundred"),
-    ("a query may hold control tokens", "repro/text/principles.py",
+    ("a query may hold control tokens", "repro/base/checks.py",
      "found = next((c for c in controls if c in text), None)", "found = None", "tests/test_cli.py::test_query_files"),
     ("a principle may be a template", "repro/text/principles.py",
      r'if re.search(r"[{}\0\ud800-\udfff]|[^\S ]", row[key]):', 'if "\\0" in row[key]:', "tests/test_constitutions.py::test_a_mistake_names_file_and_field"),
     ("a page shows a response as HTML", "repro/report/page.py",
-     "html.escape(rows[a]['text'] + ('' if rows[a]['finished'] else ' […]'))", "(rows[a]['text'])",
+     "autoescape=True", "autoescape=False",
      "tests/test_experiments.py::test_the_report_shows_responses_escaped_and_never_the_private_ones"),
 ]
 

@@ -42,7 +42,7 @@ def _writers(root: Path):
     rows = root / "a.jsonl"
 
     def appended():
-        found = [row for _, row in read_jsonl(rows, torn_tail=True, all_checked=True)]
+        found = read_jsonl(rows, torn_tail=True, all_checked=True)
         return {1: "old", 2: "new"}[len(found)] if found in ([OLD], [OLD, NEW]) else None
 
     def begin():
@@ -216,7 +216,7 @@ def _durable(root: Path):
 
     def appended(base):
         def check(returned):
-            found = [row for _, row in read_jsonl(rows, torn_tail=True, all_checked=True)] if rows.exists() else []
+            found = read_jsonl(rows, torn_tail=True, all_checked=True) if rows.exists() else []
             return found in ([[*base, NEW]] if returned else [base, [*base, NEW]])
         return check
 
@@ -484,11 +484,7 @@ def corruptions(work: Path, quick: bool) -> dict:
         def short():
             return len(read_jsonl(partial, torn_tail=True, all_checked=True)) < 5
         trial("unfinished output (.partial.jsonl)", partial, short)
-    ledger = work / "ledger.jsonl"
-    before = [row for _, row in read_jsonl(folder / "judgments.jsonl") if row.get("record") in ("attempt", "outcome")]
-    for row in before:
-        row.pop(records.CHECK, None)
-    append_jsonl(ledger, before)
+    ledger = shutil.copy(folder / "judge_requests.jsonl", work / "ledger.jsonl")
     whole = Ledger(ledger, {"judge": "judge-1"})
     for _ in range(each):
         def other():

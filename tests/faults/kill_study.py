@@ -15,6 +15,7 @@ Children are forked from a process that has imported torch and never used it, so
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -235,19 +236,18 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
-        if name in ("run.json", "writing.jsonl", "judgments.jsonl"):
-            rows = [read_json(path)] if path.suffix == ".json" else [row for _, row in read_jsonl(path)]
+        if name in ("run.json", "writing.jsonl", "judge_requests.jsonl"):
+            rows = [read_json(path)] if path.suffix == ".json" else read_jsonl(path)
             rows = [row for row in rows if row.get("record") not in ("attempt", "outcome")]
-            found[name] = digest(json.loads(dumps(rows), object_hook=lambda o: {
-                k: v for k, v in o.items() if k not in CLOCKS and not (k == "judgments.jsonl" and "judge" in o)}))
+            found[name] = digest(json.loads(dumps(rows), object_hook=lambda o: {k: v for k, v in o.items() if k not in CLOCKS}))
         elif name == "report.html":
             found[name] = re.sub(r"seed \d+: [\d.]+ min", "", path.read_text())
         else:
             found[name] = records.file_sha256(path)
-    if "run.json" in found:  # the ledger is in judgments.jsonl, whose sha256 is therefore a run's own
+    if "run.json" in found:  # dates and minutes are in these two, whose sha256 is therefore a run's own
         record = read_json(folder / "run.json")
         for facts in record["stages"].values():
-            facts["outputs"] = {k: v for k, v in facts["outputs"].items() if k not in ("judgments.jsonl", "writing.jsonl", "report.html")}
+            facts["outputs"] = {k: v for k, v in facts["outputs"].items() if k not in ("writing.jsonl", "report.html")}
             facts.pop("key")  # it depends on those
         found["run.json"] = digest(json.loads(dumps(record), object_hook=lambda o: {k: v for k, v in o.items() if k not in CLOCKS}))
     return found
@@ -267,7 +267,7 @@ def torn(folder: Path, final: dict[str, str]) -> list[str]:
             if home is not None:
                 if (home / MARKER).exists() and path.name == MARKER and not sealed(home):
                     bad.append(name)
-            elif name.endswith(".partial.jsonl") or name in ("writing.jsonl", "judgments.jsonl"):
+            elif name.endswith(".partial.jsonl") or name in ("writing.jsonl", "judge_requests.jsonl"):
                 for line in path.read_bytes().split(b"\n")[:-1]:
                     loads(line.decode())
             elif path.suffix == ".json" and (name == "run.json" or name.endswith(".job.json")):
@@ -434,6 +434,7 @@ def imports() -> None:
     )
 
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"
+    gc.collect(), gc.freeze()  # a run collects garbage each time that it lets a model go: the imports stay
 
 
 def save_tiny(folder: Path) -> None:

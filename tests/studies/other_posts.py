@@ -1,6 +1,6 @@
 """The models of a finished run of exp2, evaluated on other posts: what was learned on ours, on real ones.
 
-Run: .venv/bin/python results/exp2_tldr_real/evaluate.py RUN POSTS.jsonl OUT
+Run: .venv/bin/python tests/studies/other_posts.py RUN POSTS.jsonl OUT
 RUN is runs/exp2_tldr/mini/<variant>; POSTS holds the run's training posts and other held-out ones, all with subset "tldr".
 The result lies in OUT/exp2_tldr_real/mini/<variant>, like a run's, but nothing was trained for it.
 """

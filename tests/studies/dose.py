@@ -1,9 +1,9 @@
-"""The dose of `mini`: what learning rate and steps do to the bound, and to the text. -> dose.json, dose.png, dose.pdf
+"""The dose of `mini`: what learning rate and steps do to the bound, and to the text. -> results/dose/
 
 One SAMI iteration of experiment 2 with the hand-written principles, from the initial weights, on the same pairs, for each
 learning rate and number of steps; evaluated on the development split, which no committed result uses.
 
-Run: .venv/bin/python results/dose/sweep.py [OUT]    (about 15 minutes on 2 CPU cores; goes on where it stopped)
+Run: .venv/bin/python tests/studies/dose.py [OUT]    (about 15 minutes on 2 CPU cores; goes on where it stopped)
 """
 
 import itertools
@@ -16,7 +16,8 @@ from repro.config import JudgeSpec
 from repro.core import engines, loop
 from repro.experiment import load_experiment
 from repro.models import load
-from repro.report.figures import COLOURS, pyplot, save_figure, select
+from repro.report.figures import select
+from repro.report.look import AXES, COLOURS, save, style, subplots
 from repro.stages import draws
 from repro.stages.evaluate import evaluate
 from repro.stages.folder import checkpoint
@@ -28,7 +29,7 @@ from repro.stages.sample import sample, usable_pairs
 RATES = (5e-7, 2e-6, 5e-6, 1e-6)  # in the order in which they were run
 STEPS = (2, 4, 6)  # those of iterations 1, 2 and 3
 GRID = list(itertools.product(RATES, STEPS))
-RESULTS = Path(__file__).parent
+RESULTS = Path(__file__).parents[2] / "results" / "dose"
 
 
 def train(run: Run, number: int, rate: float, steps: int) -> None:
@@ -50,8 +51,9 @@ def train(run: Run, number: int, rate: float, steps: int) -> None:
     run.finish(f"train-{number}", outputs, ["sample-1"], trace=trace)
 
 
+@style()
 def draw(rows: list[dict]):
-    figure, axes = pyplot().subplots(1, 4, figsize=(13, 3.7), layout="constrained")
+    figure, axes = subplots(1, 4, (13, 3.7))
     panels = (("following", "following, all-positive constitution (%)", 100),
               ("hack_constitution_overlap", "words taken from the constitution (%)", 100),
               ("hack_query_overlap", "words taken from the post (%)", 100),
@@ -71,7 +73,7 @@ def draw(rows: list[dict]):
                 axis.plot(a["value"], scale * b["value"], "o", color=COLOURS[k], ms=2 + row["steps"])
         axis.plot(at(rows[0], "mi")["value"], scale * at(rows[0], metric)["value"], "k*", ms=9, zorder=5,
                   label="initial model")
-        axis.set(xlabel="InfoNCE lower bound (nats)", ylabel=label)
+        axis.set(xlabel=AXES["infonce"], ylabel=label)
         axis.set_ylim(bottom=0)
     axes[0].legend(title="learning rate", fontsize=7, title_fontsize=7)
     n = rows[0]["metrics"][0]["n"]
@@ -104,7 +106,7 @@ def main(out: Path) -> None:
         for number, (rate, steps) in enumerate([(0.0, 0), *GRID])]
     write_json(RESULTS / "dose.json", {"config": experiment.to_json(), "points": rows, **{
         k: run.record[k] for k in ("commit", "packages", "device", "threads")}})
-    save_figure(draw(rows), RESULTS, "dose")
+    save(draw(rows), RESULTS / "dose")
     print(f"{len(GRID)} points: {RESULTS / 'dose.png'}")
 
 

@@ -1,0 +1,59 @@
+"""One look for every figure, of our runs, of the paper and of results/: style, palette, words, and how a file is written.
+
+No torch; matplotlib is loaded when something is drawn. Drawings are `Figure`s, not pyplot's: nothing is to be closed.
+"""
+
+import io
+from contextlib import contextmanager
+from pathlib import Path
+
+from repro.base.records import write_bytes
+
+# Okabe and Ito: told apart by colour-blind readers. Blue is what stands first (helpful, learned), orange what stands
+# beside it (harmless, held out).
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+GREY = "0.4"  # what is no series: limits, chance, models to compare with
+COLOURS, MARKERS = (BLUE, ORANGE, GREEN, PURPLE), ("o", "s", "^", "D")
+STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "lines.markersize": 4, "errorbar.capsize": 2, "savefig.dpi": 150,
+}
+
+LABELS = {  # metric -> its name in tables, in their order
+    "mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
+    "length_tokens": "length (tokens)", "following": "following", "win_rate": "win rate (%)",
+    "hack_constitution_overlap": "words taken from the constitution", "hack_query_overlap": "words taken from the query",
+    "hack_repetition": "repeated trigrams", "position_rate": "answers that prefer the first response",
+    "flip_rate": "verdicts that flip with the order", "parsed_share": "items with a verdict"}
+AXES = {  # what is drawn -> its axis
+    "infonce": "InfoNCE lower bound (nats)", "mean_of_logs": "plotted MI, mean of logs (nats)",
+    "length_tokens": "response length (tokens)", "iteration": "iteration (0 = initial model)"}
+
+
+@contextmanager
+def style():
+    """Draw inside this context, or decorate what draws with it."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float], **more):
+    """(figure, axes) of a drawing of that width and height in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **more)
+
+
+@style()
+def save(figure, stem: Path) -> list[Path]:
+    """`stem`.png and .pdf, each whole or not at all; the same bytes for the same numbers and matplotlib."""
+    paths = []
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata=metadata)
+        paths.append(stem.parent / f"{stem.name}.{kind}")  # a judge's name may hold a dot
+        write_bytes(paths[-1], buffer.getvalue())
+    return paths
