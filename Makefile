@@ -49,8 +49,8 @@ verify: $(STAMP)  ## The paper's tables recomputed from the authors' record -> r
 figures: $(STAMP)  ## The paper's figures redrawn from it -> results/figures
 	@exec $(BIN)/repro figures $(ARGS)
 
-test: $(STAMP)  ## The test suite, two files at a time, a core each
-	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
+test: $(STAMP)  ## The test suite, three files at a time: one of them mostly waits for a child or a server
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
 
 families: $(STAMP)  ## Every causal LM class of transformers: which way of computing log-probs is right -> results/families.md
 	@exec $(BIN)/python tests/families.py $(ARGS)

@@ -60,10 +60,10 @@ def summary(folder: Path) -> list[str]:
 
 
 def run_command(args: Run) -> None:
+    runs = configure(args)  # before the imports: a mistake is told at once
     from repro.report.publish import gather
     from repro.stages.pipeline import check_together, run
 
-    runs = configure(args)
     servers = [{"endpoint": endpoint(args, e.judge.model) if "openai" in e.judge.judges else None,
                 "writer_endpoint": endpoint(args, e.writer.model, base_url=args.writer_url, flag="--writer-url")
                 if e.writer and e.writer.kind == "openai" else None,
@@ -84,20 +84,20 @@ PLANNED = ((8, "a100"), (1, "h200"), (1, "rtx4090"))  # what `repro plan all` is
 
 
 def plan_command(args: Plan) -> None:
+    if args.usd_per_gpu_hour is not None and not 0 <= args.usd_per_gpu_hour < math.inf:
+        raise UserError(f"--usd-per-gpu-hour {args.usd_per_gpu_hour:g}: must be a number of 0 or more")
+    names = list(shipped()) if args.experiment == "all" else [args.experiment]
+    runs = [e for name in names for e in only_variant(load_experiment(name, args.profile, "paper"), args.variant, name)]
+    if args.model is not None:
+        runs = [dataclasses.replace(e, model=dataclasses.replace(e.model, name=args.model, label=args.model)) for e in runs]
     from repro.base.records import write_text
     from repro.plan import page
     from repro.plan.estimate import plan
     from repro.plan.gpus import gpu_of
 
-    if args.usd_per_gpu_hour is not None and not 0 <= args.usd_per_gpu_hour < math.inf:
-        raise UserError(f"--usd-per-gpu-hour {args.usd_per_gpu_hour:g}: must be a number of 0 or more")
-    names = list(shipped()) if args.experiment == "all" else [args.experiment]
     settings = [(8 if args.gpus is None else args.gpus, gpu_of(args.gpu, args.gpu_memory))]
     if args.experiment == "all" and (args.gpus, args.gpu, args.gpu_memory) == (None, None, None):
         settings = [(count, gpu_of(kind, None)) for count, kind in PLANNED]
-    runs = [e for name in names for e in only_variant(load_experiment(name, args.profile, "paper"), args.variant, name)]
-    if args.model is not None:
-        runs = [dataclasses.replace(e, model=dataclasses.replace(e.model, name=args.model, label=args.model)) for e in runs]
     plans = [plan(e, gpu, count, fraction=args.fraction, config=args.config, lora=args.lora, price=args.price,
                   judge_model=args.judge_model, response_tokens=args.response_tokens)
              for count, gpu in settings for e in runs]
@@ -108,11 +108,6 @@ def plan_command(args: Plan) -> None:
 
 
 def judge_command(args: Judge) -> int:
-    from repro.judges import standing
-    from repro.paper import admission
-    from repro.report.publish import gather
-    from repro.stages import pipeline
-
     if args.admit == (args.run is not None):
         raise UserError("judge: give the folder of a finished run, or --admit")
     if not args.model:
@@ -120,6 +115,11 @@ def judge_command(args: Judge) -> int:
     with told_of(args):
         spec = JudgeSpec(judges=("openai",), **held(args, JudgeSpec))
     server = endpoint(args, args.model)
+    from repro.judges import standing
+    from repro.paper import admission
+    from repro.report.publish import gather
+    from repro.stages import pipeline
+
     how = {"dry_run": args.dry_run, "reparse": args.reparse}
     if args.admit:
         record = admission.admit(spec, server, archive=args.archive, wanted=args.files, count=args.items, work=args.work,

@@ -4,7 +4,10 @@ import contextlib
 import gc
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
+import time
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: a second thread only waits; children inherit it
@@ -89,11 +92,50 @@ def no_wait_for_the_disk():
 @pytest.fixture
 def forked_ranks(monkeypatch):
     """The ranks of a run are forked after one import of torch (ranks_forked.py), for runs whose torchrun others test."""
+    _ranks_by(monkeypatch, "ranks_forked", lambda job: True)
+
+
+@pytest.fixture(scope="session")
+def ranks_server(tmp_path_factory):
+    folder = Path(tempfile.mkdtemp())  # a socket's path is short
+    here = Path(__file__).resolve().parent
+    server = subprocess.Popen([sys.executable, here / "ranks_served.py", folder / "s"],
+                              env=os.environ | {"PYTHONPATH": f"{here}:{here.parent}"})
+    yield folder / "s"
+    server.kill()
+    server.wait()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def served_ranks(monkeypatch, ranks_server):
+    """As `forked_ranks`, from a process that has imported torch once for all (ranks_served.py)."""
+    monkeypatch.setenv("RANKS_SERVER", str(_there(ranks_server)))
+    _ranks_by(monkeypatch, "ranks_served", lambda job: True)
+
+
+@pytest.fixture
+def served_scoring(monkeypatch, ranks_server):
+    """Scoring by `served_ranks`; training by torchrun."""
+    monkeypatch.setenv("RANKS_SERVER", str(_there(ranks_server)))
+    _ranks_by(monkeypatch, "ranks_served", lambda job: job.startswith("logprobs/"))
+
+
+def _there(path: Path) -> Path:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return path
+
+
+def _ranks_by(monkeypatch, module: str, which) -> None:
     from repro.stages import jobs
 
-    here = Path(__file__).resolve().parent
+    here, torchrun = Path(__file__).resolve().parent, jobs.torchrun
     monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent}")
-    monkeypatch.setattr(jobs, "torchrun", lambda folder, job, ranks, nodes, node: ["ranks_forked", str(ranks), str(folder), job])
+    monkeypatch.setattr(jobs, "torchrun", lambda folder, job, ranks, nodes, node: [module, str(ranks), str(folder), job] if which(job)
+                        else torchrun(folder, job, ranks, nodes, node))
 
 
 @contextlib.contextmanager

@@ -6,11 +6,22 @@ import socket
 import sys
 
 
-def main(ranks: int, *argv: str) -> int:
+def imports() -> None:
     import torch.distributed.fsdp  # noqa: F401
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        MixtralForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     from repro.core import engines, loop  # noqa: F401
+    from repro.stages import rank  # noqa: F401
+
+
+def main(ranks: int, *argv: str) -> int:
+    imports()
     from repro.stages import rank
 
     with socket.socket() as s:

@@ -157,7 +157,7 @@ def test_fsdp_workers_tell_a_loss_that_is_not_finite_in_one_line(tiny, tmp_path)
     assert facts == {"iteration": 1, "step": 1, "ranks": [0, 1], "loss": "nan", "grad_norm": "nan", "queries": ["q0", "q1"]}
 
 
-def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path, unrendered, forked_ranks):
+def test_a_whole_run_whose_iteration_is_trained_by_fsdp_ranks(tiny, tmp_path, unrendered, served_ranks):
     """Another number of ranks is no other config: what is finished counts, and the training is the same to rounding."""
     experiment = dataclasses.replace(small(load_experiment("exp1", "mini")[0], tiny), iterations=1)
     records, said = [], []

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from imports import ROOMS, arrows, circles, modules, room
 
+from repro import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 # Files that import torch when they are imported; the others do where they need it.
 TORCH = {"core/losses.py", "core/tree.py", "core/logprobs.py", "core/probe.py", "core/memory.py", "core/engines.py", "core/loop.py",
@@ -150,16 +152,18 @@ def test_the_wheel_holds_the_code_and_what_it_reads_and_nothing_else(wheel):
     assert (record / "top_level.txt").read_text().split() == ["kernels", "repro"]  # who owns `kernels`: the test above
 
 
-def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
+def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path, capsys):
     code = "import repro, kernels; print(repro.__file__, kernels.__file__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(wheel)})
     assert found.stdout.count(str(wheel)) == 2, found.stdout + found.stderr
     assert in_empty_folder(wheel, tmp_path, "--version").stdout == f"sami-repro {version('sami-repro')}\n"
     planned = in_empty_folder(wheel, tmp_path, "plan", "exp1", "--profile", "mini")
-    here = subprocess.run([sys.executable, "-m", "repro.cli", "plan", "exp1", "--profile", "mini"], cwd=ROOT, capture_output=True, text=True)
-    assert planned.stdout == here.stdout != "" and planned.returncode == 0, planned.stderr
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "exp1", "--profile", "mini"])
+    here = capsys.readouterr().out
+    assert planned.stdout == here != "" and planned.returncode == 0, planned.stderr
     (tmp_path / "mine.py").write_text((ROOT / "experiments/exp1_dialogue.py").read_text())
-    assert in_empty_folder(wheel, tmp_path, "plan", "mine.py", "--profile", "mini").stdout == here.stdout
+    assert in_empty_folder(wheel, tmp_path, "plan", "mine.py", "--profile", "mini").stdout == here
 
 
 def test_the_wheel_reads_inside_and_writes_below_the_current_folder(wheel, tmp_path):

@@ -1,10 +1,8 @@
-"""PROFILE=paper of all three experiments, end to end and from the command line, with tiny Mistral, Mixtral and Llama models in
+"""PROFILE=paper of all three experiments, end to end and by their commands, with tiny Mistral, Mixtral and Llama models in
 the place of the real ones: one override (--models). Two gloo ranks train (of exp1 under torchrun), a real OpenAI-compatible server
 samples (`transformers serve`; the run starts and stops it, or it is already there), a judge endpoint judges, the run is
 verified. What is checked is the machinery; these models' numbers mean nothing."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,14 +54,7 @@ def server(tmp_path_factory):
         yield url
 
 
-def repro(*argv) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "repro.cli", *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-def repro_here(capsys, *argv) -> tuple[str, str]:
+def repro(capsys, *argv) -> tuple[str, str]:
     """What the command says in this process, which has imported all that it needs: (stdout, stderr)."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
@@ -112,13 +103,13 @@ def said_by(place: str, run: Run, texts: list[str]) -> list[str]:
             for text in texts]
 
 
-def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path, capsys):
+def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path, capsys, served_scoring):
     argv = ("exp1", *SMALL, "--models", toys, "--queries", "embedded", "--train-queries", 20, "--evaluation-queries", 2,
             "--iterations", 2, "--base-url", judge, "--out", tmp_path)
-    done = repro("run", *argv)
+    said = repro(capsys, "run", *argv).err
     folder = tmp_path / "exp1_dialogue/paper"
     check(folder, 2, "Mistral-7B-v0.1", started_here=True)
-    started = [line for line in done.stderr.splitlines() if line.startswith("starting transformers serve with")]
+    started = [line for line in said.splitlines() if line.startswith("starting transformers serve with")]
     places = [line.split(" with ")[1].split(";")[0] for line in started]
     base, tuned = read_json(toys), [str(folder / f"checkpoints/iteration-{k}") for k in (1, 2)]
     base = [base["mistralai/Mistral-7B-v0.1"], base["mistralai/Mistral-7B-Instruct-v0.1"]]
@@ -129,8 +120,8 @@ def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path, caps
     assert len(rows) == len(texts) >= 20
     assert rows == said_by(tuned[0], run, texts)
     assert sum(a != b for a, b in zip(rows, said_by(base[0], run, texts))) > len(rows) / 2
-    verified(folder, 1, repro_here(capsys, "verify", folder).out)
-    again = repro_here(capsys, "run", *argv).err
+    verified(folder, 1, repro(capsys, "verify", folder).out)
+    again = repro(capsys, "run", *argv).err
     assert "starting" not in again and again.count("done before, skipped") == 11
 
 
@@ -138,12 +129,12 @@ def test_exp1_paper_with_servers_that_the_run_starts(toys, judge, tmp_path, caps
     ("exp2", "exp2_tldr", {"mistral-7b": "Mistral-7B-v0.1", "mixtral-8x7b": "Mixtral-8x7B-v0.1"}, 1),
     ("exp3", "exp3_diverse", {"direct": "Meta-Llama-3-70B", "cot": "Meta-Llama-3-70B"}, 1)])
 def test_exp2_and_exp3_paper_with_a_server_that_is_there(name, folder, variants, iterations, toys, judge, server, tmp_path, capsys, unrendered,
-                                                        forked_ranks):
+                                                        served_ranks):
     argv = (name, *SMALL, "--models", toys, "--queries", "embedded-tldr", "--train-queries", 40, "--evaluation-queries", 2,
             "--iterations", iterations, "--base-url", judge, "--sampler-url", server, "--out", tmp_path)
-    assert "starting" not in repro_here(capsys, "run", *argv).err
+    assert "starting" not in repro(capsys, "run", *argv).err
     together = tmp_path / folder / "paper"
     for variant, model in variants.items():
         check(together / variant, iterations, model, started_here=False)
     assert (together / "report.html").is_file()
-    verified(together, len(variants), repro_here(capsys, "verify", together).out)
+    verified(together, len(variants), repro(capsys, "verify", together).out)

@@ -51,6 +51,7 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **more):
 def save(figure, stem: Path) -> list[Path]:
     """`stem`.png and .pdf, each whole or not at all; the same bytes for the same numbers and matplotlib."""
     paths = []
+    # PNG first: constrained layout (matplotlib 3.11) goes on at every save from where the one before it left the axes.
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)

@@ -203,6 +203,7 @@ def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figure
                 for name in figure_names(groups[0][0], metrics)]
     head, body = (Path(__file__).parent / "page.html").read_text().split("<h1>")
     body = "".join(map(str.strip, body.splitlines()))  # its lines are for those who read the template
+    # The standard library escapes, as it did before there was a template; what it has not seen jinja2 would.
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
                                   finalize=lambda value: Markup(html.escape(str(value)))).from_string(f"{head}<h1>{body}\n")
     write_text(path, template.render(

@@ -93,7 +93,7 @@ DEFECTS = [
     ("a principle may be a template", "repro/text/principles.py",
      r'if re.search(r"[{}\0\ud800-\udfff]|[^\S ]", row[key]):', 'if "\\0" in row[key]:', "tests/test_constitutions.py::test_a_mistake_names_file_and_field"),
     ("a page shows a response as HTML", "repro/report/page.py",
-     "autoescape=True", "autoescape=False",
+     "Markup(html.escape(str(value)))", "Markup(str(value))",
      "tests/test_experiments.py::test_the_report_shows_responses_escaped_and_never_the_private_ones"),
 ]
 
