@@ -22,7 +22,7 @@ MINI = Experiment(
     constitutions="dialogue_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
     data=DataSpec(source="embedded", subsets=("helpful", "harmless"), train=112, evaluation=32),
-    sampling=SamplingSpec(drop_phrases=DROPPED),
+    sampling=SamplingSpec(batch_size=128, drop_phrases=DROPPED),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired"),
 )
 

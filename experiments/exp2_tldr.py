@@ -25,7 +25,7 @@ HAND = Experiment(
     constitutions="tldr_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
     data=DataSpec(source="embedded-tldr", train=112, evaluation=32),
-    sampling=SamplingSpec(drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
+    sampling=SamplingSpec(batch_size=128, drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
     judge=JudgeSpec(judges=("rule",)),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired",
              "writer claude-3-opus: retired"),

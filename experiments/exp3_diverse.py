@@ -24,7 +24,7 @@ MINI = Experiment(
     constitutions="diverse",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
     data=DataSpec(source="embedded-tldr", train=112, evaluation=24, draws=(2, 1)),
-    sampling=SamplingSpec(drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
+    sampling=SamplingSpec(batch_size=128, drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
     judge=JudgeSpec(judges=("rule",)),
     not_run=("judge gpt-4-0613: retired",),
 )

@@ -159,36 +159,58 @@ def pads(config) -> bool:
     """Whether a tiny model of this class continues a prompt that is padded on the left beside a longer one as it does
     alone. Recurrent layers (RWKV), positions counted from the row's start (BART's decoder) and sparse attention that
     chooses among pads do not. False where that cannot be tried."""
-    known = str(config.to_dict())
-    if known not in _PADS:
+    return _tried(config, "pads", _padded_alike)
+
+
+def prefills(config, greedy: Callable) -> bool:
+    """Whether a tiny model of this class continues prompts that are computed as one tree (sampling/greedy.py) as it does
+    each alone. Caches of another kind (latent, recurrent, several of them) do not. False where that cannot be tried."""
+    return _tried(config, "prefills", lambda model: _prefilled_alike(model, greedy))
+
+
+_TRIED: dict[tuple[str, str], bool] = {}
+
+
+def _tried(config, what: str, alike: Callable[[object], bool]) -> bool:
+    known = what, str(config.to_dict())
+    if known not in _TRIED:
         try:
             model = tiny(config)
             with _at_rest(model):
-                _PADS[known] = _continued_alike(model)
+                _TRIED[known] = alike(model)
         except Exception:  # whatever a class makes of sizes that it was not meant for
-            _PADS[known] = False
-    return _PADS[known]
+            _TRIED[known] = False
+    return _TRIED[known]
 
 
-_PADS: dict[str, bool] = {}
+CONTINUED = 6  # tokens
 
 
-def _continued_alike(model) -> bool:
+def _continued(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits [rows, CONTINUED, V] of the likeliest continuations, by `generate`."""
     from transformers import GenerationConfig
 
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, max_new_tokens=CONTINUED, do_sample=False,
+                                               output_logits=True, return_dict_in_generate=True)
+    return torch.stack(model.generate(input_ids=ids, attention_mask=mask).logits, 1)
+
+
+def _padded_alike(model) -> bool:
     (first, *_), _, _ = _texts(model.config, model.get_input_embeddings().num_embeddings, 0)
     long, short = torch.tensor([first[0].ids]), torch.tensor([first[1].ids[5:]])
     pad = torch.zeros(1, long.shape[1] - short.shape[1], dtype=torch.long)
-    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, max_new_tokens=6, do_sample=False,
-                                               output_logits=True, return_dict_in_generate=True)
-
-    def continued(ids, mask):
-        return torch.stack(model.generate(input_ids=ids, attention_mask=mask).logits, 1)  # [rows, 6, vocabulary]
-
-    alone = continued(short, torch.ones_like(short))
-    both = continued(torch.cat([long, torch.cat([pad, short], 1)]),
-                     torch.cat([torch.ones_like(long), torch.cat([pad, torch.ones_like(short)], 1)]))
+    alone = _continued(model, short, torch.ones_like(short))
+    both = _continued(model, torch.cat([long, torch.cat([pad, short], 1)]),
+                      torch.cat([torch.ones_like(long), torch.cat([pad, torch.ones_like(short)], 1)]))
     return bool((both[1:] - alone).abs().max() <= 1e-3 * alone.abs().max())
+
+
+def _prefilled_alike(model, greedy: Callable) -> bool:
+    groups, _, _ = _texts(model.config, model.get_input_embeddings().num_embeddings, 0)
+    rows, found = [pair.ids for group in groups for pair in group], []
+    alone = torch.cat([_continued(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)) for row in rows])
+    greedy(model, rows, CONTINUED, seen=lambda logits: found.append(logits.clone()))
+    return bool((torch.stack(found, 1) - alone).abs().max() <= 1e-3 * alone.abs().max())
 
 
 # ---- a tiny model

@@ -20,20 +20,29 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def sample_batch(model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0,
-                 seed: int = 0, stop: str | None = None, ends: Collection[int] = ()) -> list[dict]:
+                 seed: int = 0, stop: str | None = None, ends: Collection[int] = (),
+                 tree: bool = False) -> list[dict]:
     """Responses to one batch, greedy at temperature 0: [{text, ids, tokens, finished}], control tokens dropped from the
     text. Rows of the model that the tokenizer has no token for are never chosen: they would be tokens without a text.
     Above 0 they are drawn from the whole distribution, the same ones for the same `seed`. `stop`: a text that ends a
-    response, of which it is a part; `ends`: tokens that end one, beside the tokenizer's and the model's own."""
+    response, of which it is a part; `ends`: tokens that end one, beside the tokenizer's and the model's own. `tree`:
+    greedily, with what the prompts share computed once (sampling/greedy.py), for models that this is right for."""
     import torch
 
     ends = end_tokens(tokenizer, model) | set(ends)
+    never = unsaid(tokenizer, rows_of(model.config) or 0)
+    if tree:
+        from repro.sampling.greedy import greedy
+
+        ids = tokenizer(list(prompts), add_special_tokens=False).input_ids
+        with torch.inference_mode():
+            rows = greedy(model, ids, max_new_tokens, ends=ends, never=set(never) - ends)
+        return [answer_of(tokenizer, row, ends) for row in rows]
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     if stop:
         how |= {"stop_strings": [stop], "tokenizer": tokenizer}
-    never = unsaid(tokenizer, rows_of(model.config) or 0)
     with torch.inference_mode(), torch.random.fork_rng(), _plainly(model, ends, never):
         torch.manual_seed(seed)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, **how, pad_token_id=tokenizer.pad_token_id)
@@ -66,11 +75,14 @@ def sample_responses(model, tokenizer, prompts: Sequence[str], *, max_new_tokens
     """Greedy responses batch by batch: yields (indices into `prompts`, their answers as of `sample_batch`). A batch
     whose indices are all in `done` is passed over. Models that continue a padded prompt otherwise than alone get one prompt
     at a time (repro/core/probe.py). `ends`: as of `sample_batch`."""
-    from repro.core.probe import pads
+    from repro.core.probe import pads, prefills
+    from repro.sampling.greedy import greedy
 
     batch_size = batch_size if pads(model.config) else 1
+    tree = batch_size > 1 and prefills(model.config, greedy)
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
     for batch in batches(lengths, batch_size):
         if all(i in done for i in batch):
             continue
-        yield batch, sample_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens=max_new_tokens, ends=ends)
+        yield batch, sample_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens=max_new_tokens, ends=ends,
+                                  tree=tree)
