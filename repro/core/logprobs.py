@@ -101,15 +101,30 @@ def _parts(queries: Sequence[Pairs], budget: int) -> list[Pairs]:
 
 
 def slices(lengths: list[int], budget: int) -> list[slice]:
-    """Consecutive items in parts whose lengths sum to at most `budget`, one item at least: a caller with a backward after
+    """Consecutive items in parts whose lengths sum to at most `budget`, one item at least: as few parts as that takes, and
+    the largest of them as small as it can then be, which is what decides a pass's memory. A caller with a backward after
     each part gives `logprob_matrix` one part at once."""
+    few = _cuts(lengths, budget)
+    low, high = 0, budget  # the smallest budget that makes no more parts
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cuts(lengths, middle)) > len(few):
+            low = middle + 1
+        else:
+            high = middle
+    few = _cuts(lengths, high)
+    return [slice(a, b) for a, b in zip(few, [*few[1:], len(lengths)])]
+
+
+def _cuts(lengths: list[int], budget: int) -> list[int]:
+    """Where parts begin that each take as much as `budget` lets them."""
     cuts, total = [0], 0
     for k, length in enumerate(lengths):
         if total and total + length > budget:
             cuts.append(k)
             total = 0
         total += length
-    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(lengths)])]
+    return cuts
 
 
 def attach(model) -> None:

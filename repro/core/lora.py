@@ -6,7 +6,6 @@ layers replaced. An iteration leaves the adapter in peft's format and the merged
 float32: in bf16, which frozen weights have on a GPU, most of a merge would round away.
 """
 
-import gc
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -135,7 +134,7 @@ def merged_difference(folder: Path, base: str, tokenizer, spec: TrainSpec, promp
     model = trained(folder, base, spec, device="cpu").float()
     beside = matrix(model)
     del model
-    gc.collect()
+    load.release()
     merged = matrix(load.load_model(str(folder), device="cpu"))
     return {"max_abs_difference_nats": (merged - beside).abs().max().item(), "queries": len(prompts),
             "pairs": merged.numel()}

@@ -47,8 +47,8 @@ class Rows(DynamicLayer):
 
 def greedy(model, prompts: Sequence[Sequence[int]], most: int, *, ends: Collection[int] = (),
            never: Collection[int] = (), seen: Callable[[Tensor], None] = lambda logits: None) -> list[list[int]]:
-    """The likeliest token after each prompt (ids, not empty), and so on: `most` of them, or up to the first of `ends`, which
-    is the last. Tokens of `never` are not chosen. `seen` is shown the logits [n, V] of each step's rows."""
+    """The likeliest token after each prompt (ids, not empty), and so on: `most` of them, or up to the first of `ends`,
+    which is the last. Tokens of `never` are not chosen. `seen` is shown the logits [n, V] of each step's rows."""
     cache, logits = _prefilled(model, prompts, most)
     answers: list[list[int]] = [[] for _ in prompts]
     device, longest = model.device, max(map(len, prompts))

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from repro.base.records import UserError, dumps, first_line, loads, open_log
-from repro.models import decoding
+from repro.models import decoding, load
 from repro.sampling.server import CONCURRENCY
 from repro.servers.client import MAX_ERROR, http_client
 from repro.servers.endpoint import Endpoint, shown, wrong_shape
@@ -167,14 +167,11 @@ def _limits(engine: str) -> dict:
 
 def _free_gpus() -> int:
     """How many GPUs there are; what this process holds of their memory is given back."""
-    import gc
-
     import torch
 
     if not torch.cuda.is_available():
         return 0
-    gc.collect()
-    torch.cuda.empty_cache()
+    load.release()
     return torch.cuda.device_count()
 
 

@@ -1,6 +1,5 @@
 """The held-out side of a run: responses under every constitution, their log-probs, judgments."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from repro.core import lora
 from repro.judges import likelihood, rule
 from repro.judges.llm import Pair, ask_judge, probe_judge
 from repro.judges.record import JUDGMENTS, REQUESTS, JudgeLedger, read_judgments, write_judgments
+from repro.models import load
 from repro.stages import draws, jobs
 from repro.stages.draws import EVALUATION_ORDER, Item, held_out_pairs
 from repro.stages.folder import checkpoint, evaluation_file, logprob_file
@@ -62,7 +62,7 @@ def _as_trained(run: Run, iteration: int, dtype: str):
         yield model
     finally:
         del model
-        gc.collect()
+        load.release()
 
 
 def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> list[dict]:

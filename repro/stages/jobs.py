@@ -5,7 +5,6 @@ gone, and they end at once, so that none writes into a folder that another run m
 one JSON object a line.
 """
 
-import gc
 import os
 import re
 import signal
@@ -107,10 +106,7 @@ def launch(folder: Path, job: str, ranks: int, *, on_query: Callable[[int], None
     Raises UserError with the workers' reason, or with the rank that was lost. SystemExit and KeyboardInterrupt (a signal)
     are raised on once the workers have saved their step; a second one ends them at once.
     """
-    import torch
-
-    gc.collect()  # the sampling model's memory is the workers' now
-    torch.cuda.empty_cache()
+    load.release()  # the sampling model's memory is the workers' now
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     folder = folder.absolute()
     for node in range(1, nodes):

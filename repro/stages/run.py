@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +139,7 @@ class Run(Folder):
             yield model
         finally:
             del model
-            gc.collect()
+            load.release()
 
 
 def open_run(folder: Path, say: Callable[[str], None]) -> Run:

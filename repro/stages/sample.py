@@ -3,7 +3,6 @@
 A server gets one prompt a request, and what it answered is not asked again.
 """
 
-import gc
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from repro.base.records import UserError, append_jsonl, digest, read_jsonl, seal, write_jsonl
 from repro.core import lora
+from repro.models import load
 from repro.models.decoding import end_tokens
 from repro.sampling import launch
 from repro.sampling.local import sample_responses
@@ -168,7 +168,7 @@ def train_iteration(run: Run, iteration: int) -> None:
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:
         trace = jobs.train(run.folder, iteration, run.ranks, on_query=bar.update, nodes=run.nodes)
-    gc.collect()
+    load.release()
     merged = {"merged": check_merged(run, iteration)} if spec.train.lora else {}
     seal(folder, digest([run.record["config_hash"], iteration]))
     run.finish(name, outputs, inputs, trace=trace, dropped_pairs=dict(dropped), ranks=run.ranks * run.nodes, **merged)
