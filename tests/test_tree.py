@@ -35,6 +35,7 @@ def test_each_beginning_is_one_token_and_sees_its_own(pairs):
     seen = [tuple(packed.ids[sees[t]].tolist()) for t in range(len(packed.ids))]  # a text's tokens stand in their order
     assert set(seen) == beginnings and len(seen) == len(beginnings) == packed.layout.tokens == packed_tokens([pairs])
     assert packed.positions.tolist() == [len(path) - 1 for path in seen]
+    assert all(tokens > 0 for tokens, _, _ in packed.layout.branches)
     offsets = packed.offsets.tolist()
     for pair, a, b in zip(pairs, offsets, offsets[1:]):
         assert [seen[t] for t in packed.source[a:b].tolist()] == [tuple(pair.ids[:k]) for k in range(pair.start, len(pair.ids))]
@@ -109,3 +110,91 @@ def test_gradients_of_every_family_are_those_of_one_text_at_a_time(family, shape
     assert (ours - truth).abs().max() <= 1e-6 * truth.abs().max()
     for name, grad in theirs.items():
         assert (own[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-12, name
+
+
+# ---- what is easily got wrong about trees, beside the above (tests/test_attention.py: masks, windows, copies; test_logprobs.py:
+# texts that are alike and not as ids, dropout, recurrent layers, the replay of a checkpointed layer; test_plan.py: bytes)
+
+
+def test_copies_of_keys_are_one_path_a_branch_and_never_more_than_texts_in_full():
+    """8 x 8, the most there is to copy: each of 64 branches ends a text and has that text's path. The copies live for one
+    layer's attention."""
+    header, constitutions, responses = [1] * 20, [[2, k] * 4 for k in range(8)], [[3, k, k, 7] for k in range(8)]
+    pairs = [Scored(header + c + r, 28) for c in constitutions for r in responses]
+    packed = pack(pairs)
+    copied = packed.layout.varlen(torch.device("cpu")).gather
+    assert packed.layout.tokens == 20 + 1 + 8 * 7 + 8 * 1 + 64 * 3 and len(packed.layout.branches) == 64
+    assert len(copied) == 32 + 7 * (21 + 11) + 8 * 7 * (29 + 3) == whole_tokens([pairs])
+
+
+def test_a_router_that_looks_at_the_whole_pack_is_found():
+    """A statistic over a packed row (balanced experts, say) is none of a text's own; routers that look at their own token
+    alone, as mixtral's, are right (above)."""
+    from repro.core import probe
+
+    model = tiny_family("mixtral").double()
+    assert logprobs.settled(model, "shared") in logprobs.WAYS[:2]
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_pre_hook(lambda _, inputs: (inputs[0] - inputs[0].mean(0), *inputs[1:]))
+    found = probe.of_model(model, logprobs.score)
+    assert found.way != "shared" and ("have other log-probs than each alone" in found.refusal or "not a causal" in found.refusal)
+
+
+def test_sharing_ends_where_a_pass_and_a_rank_end():
+    """What a pass computes is its own tree, and that is what its bytes are counted for; the parts take more than the whole."""
+    from repro.core.engines import deal
+    from repro.core.loop import OneProcess
+
+    parts = queries(259, "forks everywhere") + queries(259, "forks everywhere", seed=1)
+    lengths = [packed_tokens(pairs) for pairs in parts]
+    model, computed = tiny_family("llama"), []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].numel()))
+    logprobs.settled(model, "shared")
+    for ranks in (1, 2):
+        passes = deal(lengths, ranks, max(lengths) * 2) if ranks > 1 else [OneProcess().passes(lengths, max(lengths) * 2)]
+        for chosen, counted in itertools.chain(*passes):
+            computed.clear()
+            logprobs.matrix_of("shared", model, [parts[q] for q in chosen], length_normalize=True)
+            assert computed == [packed_tokens(*(parts[q] for q in chosen))] and counted in (0, len(chosen))
+    assert packed_tokens(*parts[:3]) + packed_tokens(*parts[3:]) > packed_tokens(*parts)  # the header, twice
+
+
+def test_few_tokens_may_be_scored_often_and_both_are_counted():
+    """The tree's tokens bound a pass, the scored ones the head's part of its bytes."""
+    from repro.core.memory import Step, training_bytes
+    from repro.core.shapes import counted
+
+    shape = counted(tiny_family("llama"))
+    few, many = (training_bytes(shape, Step(ranks=1, precision="bf16", optimizer="adamw", pack_tokens=1000, scored=scored,
+                                            longest=1000))["head"] for scored in (100, 10_000))
+    assert sum(many.values()) > sum(few.values()) and many["activations"] > few["activations"]
+
+
+def test_parts_are_cut_by_the_order_alone_as_few_and_as_even_as_can_be():
+    """A number's last bits depend on what is computed beside it: which queries that are must be the same in a run that was
+    interrupted. By trying every cut."""
+    for seed in range(40):
+        draw = random.Random(seed)
+        lengths, budget = [draw.randint(1, 9) for _ in range(draw.randint(1, 8))], draw.randint(6, 20)
+        cuts = [c for n in range(len(lengths)) for c in itertools.combinations(range(1, len(lengths)), n)]
+        parted = [[lengths[a:b] for a, b in zip((0, *cut), (*cut, len(lengths)))] for cut in cuts]
+        allowed = [parts for parts in parted if all(sum(part) <= budget or len(part) == 1 for part in parts)]
+        fewest = [parts for parts in allowed if len(parts) == min(map(len, allowed))]
+        found = [lengths[cut] for cut in logprobs.slices(lengths, budget)]
+        assert sum(found, []) == lengths and len(found) == len(fewest[0])
+        assert max(map(sum, found)) == min(max(map(sum, parts)) for parts in fewest)
+
+
+def test_the_same_packs_give_the_same_bits_whatever_came_before():
+    """Of 12 queries by position, as a stage hands them over: again, and after other packs."""
+    model = tiny_family("llama")
+    first, other = (queries(259, "forks everywhere", seed) + queries(259, "nothing shared", seed) for seed in (0, 5))
+    logprobs.settled(model, "shared")
+
+    def bits(parts):
+        with torch.no_grad():
+            return logprobs.matrix_of("shared", model, parts, length_normalize=False, budget=40).numpy().tobytes()
+
+    before = bits(first)
+    bits(other)
+    assert bits(first) == before and bits(first[:3]) == before[: len(before) // 2]

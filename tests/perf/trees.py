@@ -1,0 +1,236 @@
+"""The experiments' own prompts through the core: this checkout, an older one beside it, and the reference path, interleaved.
+
+    .venv/bin/python tests/perf/trees.py --before ../older_checkout [--pairs 5] [--cases exp1-2 exp2-4 ...] > trees.json
+
+One process a way, each with SmolLM2-135M and the same token ids; each round runs all of them once, in an order that turns.
+A line a case: the median of the rounds' ratios with their range, beside the ratio of counted FLOPs (linear layers,
+attention and head apart) and of tokens. "score" is without a backward. --curve C...: cost against C = R instead, one query
+of chat form and TL;DR length, scored. A benchmark, not a test.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[2]
+BATCH = 1024
+
+
+# ---- the worker: imports the checkout that it is started for
+
+
+def work(way: str) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from repro.base.settings import EMBEDDED
+    from repro.core import logprobs
+    from repro.core.engines import matmul_precision
+    from repro.core.losses import symmetric_infonce
+    from repro.core.tree import Scored
+    from repro.models import load
+
+    model = load.load_model(EMBEDDED, dtype="float32")
+    logprobs.settled(model, way)
+    queries, tokens = [], []
+    model.get_input_embeddings().register_forward_hook(lambda _, x, __: tokens.append(x[0].numel()))
+
+    def step():
+        model.zero_grad(set_to_none=False)
+        symmetric_infonce(logprobs.matrix_of(way, model, queries, length_normalize=True)).backward()
+
+    def score():
+        with torch.inference_mode():
+            logprobs.matrix_of(way, model, queries, length_normalize=False, budget=BATCH)
+
+    print(json.dumps("ready"), flush=True)
+    with matmul_precision(model, "fp32_master"):
+        for line in sys.stdin:
+            what, given = json.loads(line)
+            if what == "queries":
+                queries = [[[Scored(ids, start) for ids, start in group] for group in query] for query in given]
+                answer = sum(len(ids) - start for query in given for group in query for ids, start in group)
+            elif what == "count":
+                tokens.clear()
+                with FlopCounterMode(display=False) as counter:
+                    {"step": step, "score": score}[given]()
+                found = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+                attention = sum(n for op, n in found.items() if "mm" not in op or "bmm" in op)
+                answer = {"tokens": sum(tokens), "attention": attention, "products": sum(found.values()) - attention}
+            else:
+                start = time.perf_counter()
+                {"step": step, "score": score}[what]()
+                answer = time.perf_counter() - start
+            print(json.dumps(answer), flush=True)
+
+
+class Worker:
+    def __init__(self, checkout: Path, way: str):
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker", way], text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(checkout)}, cwd=checkout)
+        self._read()
+
+    def _read(self):
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self, what: str, given=None):
+        print(json.dumps([what, given]), file=self.process.stdin, flush=True)
+        return self._read()
+
+
+# ---- cases: token ids of queries, [query][C][R] of (ids, where scoring starts)
+
+
+class Texts:
+    """Prompts as an experiment's mini renders them; responses as the embedded model samples them, or cut from posts."""
+
+    def __init__(self, name: str, constitutions: str | None = None, form: str = "chat"):
+        from repro.experiment import load_experiment
+        from repro.models import load
+        from repro.stages.run import Run
+
+        spec = load_experiment(name, "mini")[-1]
+        if constitutions:
+            spec = dataclasses.replace(spec, constitutions=constitutions)
+        spec = dataclasses.replace(spec, cot=spec.cot and form == "chat",
+                                   model=dataclasses.replace(spec.model, prompt=form))
+        self.run = Run(spec, Path(tempfile.mkdtemp()), lambda text: None)
+        self.run.check()
+        self.run.constitutions = self.run.inputs.constitutions
+        self.voice = self.run.voice
+        self.voice.frame(spec, self.run.constitutions, self.run.inputs.longest)
+        self.items, self.tokenizer = self.run.items(), self.voice.tokenizer
+        self.model = load.load_model(self.voice.place, dtype="float32")
+        self.posts = [self.ids(item.query.text) for item in self.items]
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def prompts(self, item, C: int) -> list[list[int]]:
+        from repro.stages import draws
+
+        return [self.ids(draws.prompt(self.voice, c, item.query, "evaluation", sample=False)) for c in item.constitutions[:C]]
+
+    def sampled(self, prompts: list[list[int]]) -> list[list[int]]:
+        import torch
+
+        from repro.sampling.greedy import greedy
+        with torch.inference_mode():
+            return greedy(self.model, prompts, self.run.response_tokens(), ends=[self.tokenizer.eos_token_id])
+
+    def cut(self, length: int, rng: random.Random) -> list[int]:
+        """A response of about `length` tokens out of other posts."""
+        ids = sum(rng.sample(self.posts, 16), [])
+        return ids[: round(length * rng.uniform(0.6, 1.4))]
+
+    def longer(self, item, tokens: int, rng: random.Random):
+        text = item.query.text
+        while len(self.ids(text)) < tokens:
+            text += " " + rng.choice(self.items).query.text
+        return dataclasses.replace(item, query=dataclasses.replace(item.query, text=text))
+
+
+def made(name: str) -> tuple[list, str]:
+    """The queries of a case, and what is timed of them."""
+    rng, kind, C = random.Random(0), *name.rsplit("-", 1)
+    C = int(C)
+    if kind in ("exp1", "exp2"):
+        texts = Texts(kind)
+        chosen = texts.items[:: len(texts.items) // 8][: {("exp1", 2): 4, ("exp1", 4): 2, ("exp2", 2): 4, ("exp2", 4): 1}[kind, C]]
+        prompts = [texts.prompts(item, C) for item in chosen]
+        responses = texts.sampled(sum(prompts, []))
+        responses = [responses[k * C: (k + 1) * C] for k in range(len(chosen))]
+    elif kind == "long":
+        texts = Texts("exp2")
+        prompts = [texts.prompts(texts.longer(texts.items[0], 300, rng), min(C, 4))]
+        while len(prompts[0]) < C:  # more constitutions than the experiment has: others in the place of its last 25 tokens
+            prompts[0].append(prompts[0][0][:-25] + texts.cut(25, rng)[:15] + prompts[0][0][-10:])
+        responses = [[texts.cut(85, rng) for _ in range(C)]]
+    elif kind == "plain":
+        texts = Texts("exp1", "dialogue", "plain")
+        prompts = [texts.prompts(item, C) for item in texts.items[:8]]
+        responses = [[texts.cut(155, rng) for _ in range(C)] for _ in prompts]
+    elif kind == "two_level":  # no constitution shares anything
+        texts = Texts("exp1")
+        prompts = [[[100 + 8 * q + c, *prompt] for c, prompt in enumerate(texts.prompts(item, C))]
+                   for q, item in enumerate(texts.items[:4])]
+        responses = [[[200 + r, *texts.cut(21, rng)] for r in range(C)] for _ in prompts]
+    return [[[(p + r, len(p)) for r in own] for p in query] for query, own in zip(prompts, responses)], (
+        "score" if kind == "plain" or C > 4 else "step")
+
+
+CASES = ("exp1-2", "exp1-4", "exp2-2", "exp2-4", "long-2", "long-4", "plain-2", "two_level-2")
+
+
+def compared(name: str, workers: dict, pairs: int, what: str = "") -> dict:
+    queries, usual = made(name)
+    what = what or usual
+    scored = [worker("queries", queries) for worker in workers.values()][0]
+    counts = {way: worker("count", what) for way, worker in workers.items()}  # and every way is warm
+    V, D = 49152, 576
+    for count in counts.values():
+        count["head"] = 2 * scored * V * D * (3 if what == "step" else 1)
+        count["linear"] = count.pop("products") - count["head"]
+    seconds = {way: [] for way in workers}
+    for k in range(pairs):
+        order = list(workers)
+        for way in order[k % len(order):] + order[: k % len(order)]:
+            seconds[way].append(workers[way](what))
+    row = {"case": name, "what": what, "queries": len(queries), "scored": scored, "counts": counts,
+           "seconds": {way: statistics.median(s) for way, s in seconds.items()}, "pairs": pairs, "against": {}}
+    own = counts["tree"]
+    for way in workers:
+        if way != "tree":
+            ratios = [a / b for a, b in zip(seconds[way], seconds["tree"])]
+            flops = [sum(c[k] for k in ("linear", "attention", "head")) for c in (counts[way], own)]
+            row["against"][way] = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)],
+                                   "flops": flops[0] / flops[1], "tokens": counts[way]["tokens"] / own["tokens"]}
+            share = statistics.median(ratios) / (flops[0] / flops[1])
+            print(f"{name:12s} {what:5s} {len(queries)} queries, against {way:9s}: {statistics.median(ratios):.2f} "
+                  f"[{min(ratios):.2f}, {max(ratios):.2f}], FLOPs {flops[0] / flops[1]:.2f} ({share:.0%} of it), tokens "
+                  f"{counts[way]['tokens'] / own['tokens']:.2f}", file=sys.stderr, flush=True)
+    parts = {k: own[k] / sum(own[j] for j in ("linear", "attention", "head")) for k in ("linear", "attention", "head")}
+    print(f"{'':12s} of the tree's FLOPs: linear layers {parts['linear']:.0%}, attention {parts['attention']:.0%}, head "
+          f"{parts['head']:.0%}; {own['tokens']} tokens, {scored} scored, {row['seconds']['tree']:.2f} s", file=sys.stderr,
+          flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--before", type=Path, help="an older checkout")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--curve", nargs="+", type=int, default=[], metavar="C")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker)
+    import torch
+
+    from repro.base.identity import commit
+    workers = {"tree": Worker(HERE, "shared")}
+    if args.before:
+        workers["before"] = Worker(args.before.resolve(), "shared")
+    workers["reference"] = Worker(HERE, "reference")
+    rows = []
+    if args.curve:
+        rows = [compared(f"long-{C}", workers, args.pairs, "score") for C in args.curve]
+    for name in () if args.curve else args.cases:
+        some = {k: v for k, v in workers.items() if k != "reference" or not name.startswith(("plain", "two_level"))}
+        rows.append(compared(name, some, args.pairs))
+    print(json.dumps({"benchmark": "trees", "model": "smollm2-135m", "precision": "fp32_master", "machine": platform.machine(),
+                      "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
