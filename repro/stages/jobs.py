@@ -58,6 +58,7 @@ def train(folder: Path, iteration: int, ranks: int, *, on_query: Callable[[int],
         return launch(folder, job_file(iteration), ranks, on_query=on_query, nodes=nodes)
     from repro.core.engines import OneProcess
 
+    load.release()  # before there are weights to train
     return work(folder, iteration, OneProcess(), on_query)
 
 

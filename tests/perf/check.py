@@ -1,8 +1,9 @@
 """Fails when a change makes the suite slower: exact costs, compiled kernels, and the wall time's ratio to the reference.
 
-    .venv/bin/python tests/perf/check.py [--rebaseline [costs]] [--plant recompute-prompt|full-logits|registers]
+    .venv/bin/python tests/perf/check.py [--rebaseline [costs]] [--plant recompute-prompt|recompute-query|full-logits|
+                                   registers]
 
-First the shared path must equal the reference. Then, against results/bench/check.json: FLOPs, bytes held for the
+First the shared path must equal the reference. Then, against results/bench/check.json: tokens, FLOPs, bytes held for the
 backward, peak bytes and operations of a step may not grow by one, and no logits are made but for scored tokens; the
 Triton kernels as in aot.py; and reference / shared wall time, interleaved, may not fall below the baseline by more than
 noise. The noise is measured: the spread of the baseline's own repetitions (LEAST at least), and the error of this run's
@@ -31,7 +32,7 @@ from repro.core.logprobs import logprob_matrix
 from repro.core.losses import symmetric_infonce
 
 BASELINE = Path(__file__).resolve().parents[2] / "results" / "bench" / "check.json"
-LAYERS, PROMPT, RESPONSE, PAIRS, REPETITIONS = 4, 72, 12, 7, 6
+LAYERS, PROMPT, COMMON, RESPONSE, PAIRS, REPETITIONS = 4, 72, 48, 12, 7, 6
 Z, MARGIN, LEAST, MOST, ATTEMPTS = 4.0, 0.15, 0.06, 0.40, 3
 
 
@@ -42,22 +43,36 @@ def processor() -> str:
 
 
 class Case:
-    """One query of C x C sequences at SmolLM2's widths, LAYERS layers."""
+    """One query of C x C sequences at SmolLM2's widths, LAYERS layers; of each prompt, COMMON tokens are the query's."""
 
     def __init__(self, model, C: int, plant: str | None):
         rng = random.Random(C)
         self.model, self.C, self.plant = model, C, plant
-        self.prompts, self.responses = texts(rng, C, PROMPT, True), texts(rng, C, RESPONSE, True)
+        (query,) = texts(rng, 1, COMMON, False)
+        self.prompts = [query + own for own in texts(rng, C, PROMPT - COMMON, True)]
+        self.responses = texts(rng, C, RESPONSE, True)
         self.scored = C * sum(len(r.split()) for r in self.responses)
 
     def step(self, backend: str) -> float:
-        split = backend == "shared" and self.plant == "recompute-prompt"
-        parts = [[r] for r in self.responses] if split else [self.responses]
-        matrix = torch.cat([logprob_matrix(self.model, Ids(), [self.prompts], [part], length_normalize=True,
-                                           score_eos=False, backend=backend) for part in parts], 2)
+        parts = [(self.prompts, self.responses)]
+        plant = self.plant if backend == "shared" else None
+        if plant == "recompute-prompt":
+            parts = [(self.prompts, [response]) for response in self.responses]
+        elif plant == "recompute-query":
+            parts = [([prompt], self.responses) for prompt in self.prompts]
+        matrix = torch.cat([logprob_matrix(self.model, Ids(), [prompts], [responses], length_normalize=True, score_eos=False,
+                                           backend=backend) for prompts, responses in parts],
+                           1 if plant == "recompute-query" else 2)
         loss = symmetric_infonce(matrix)
         loss.backward()
         return loss.item()
+
+    def costs(self, backend: str) -> dict[str, int]:
+        tokens = []
+        hook = self.model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))
+        found = costs(lambda: self.step(backend), list(self.model.parameters()))
+        hook.remove()
+        return found | {"tokens": sum(tokens)}
 
     def gradient(self, backend: str) -> tuple[float, torch.Tensor]:
         self.model.zero_grad()
@@ -96,7 +111,7 @@ def band(known: list[float], logs: list[float], same_processor: bool) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rebaseline", nargs="?", const="all", choices=("all", "costs"))
-    parser.add_argument("--plant", choices=("recompute-prompt", "full-logits", "registers"))
+    parser.add_argument("--plant", choices=("recompute-prompt", "recompute-query", "full-logits", "registers"))
     args = parser.parse_args()
     if args.plant and args.rebaseline:
         parser.error("a planted fault is no baseline")
@@ -122,15 +137,14 @@ def main() -> int:
                 fault(f"{C} x {C}: shared differs from the reference: loss {a} and {b}, gradient by {apart:.1e}; no cost matters")
                 return 1
             model.zero_grad(set_to_none=True)
-            found = {backend: costs(lambda k=backend, c=case: c.step(k), list(model.parameters()))
-                     for backend in ("reference", "shared")}
+            found = {backend: case.costs(backend) for backend in ("reference", "shared")}
             shared = found["shared"]
             if shared["logit_rows"] > case.scored:
                 fault(f"{C} x {C}: logits [{shared['logit_rows']}, {VOCABULARY}] were made; {case.scored} tokens are scored")
             before = old.get("costs", {}).get(torch.__version__, {}).get(f"{C}x{C}")
             if before is None and not args.rebaseline:
                 fault(f"{C} x {C}: no baseline of the costs for torch {torch.__version__}: --rebaseline")
-            for name in ("flops", "saved_bytes", "peak_bytes", "operations"):
+            for name in ("tokens", "flops", "saved_bytes", "peak_bytes", "operations"):
                 if before and shared[name] > before["shared"][name]:
                     fault(f"{C} x {C}: {name} {before['shared'][name]} -> {shared[name]}")
                 elif before and shared[name] < before["shared"][name]:
@@ -176,7 +190,7 @@ def main() -> int:
             else:
                 fault(line)
     if args.rebaseline:
-        new = old | {"layers": LAYERS, "prompt": PROMPT, "response": RESPONSE,
+        new = old | {"layers": LAYERS, "prompt": PROMPT, "common": COMMON, "response": RESPONSE,
                      "costs": old.get("costs", {}) | {torch.__version__: record}}
         new |= {"processor": processor(), "ratio": ratio} if args.rebaseline == "all" else {}
         BASELINE.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
