@@ -52,7 +52,7 @@ def work(way: str) -> None:
         with torch.inference_mode():
             logprobs.matrix_of(way, model, queries, length_normalize=False, budget=BATCH)
 
-    print(json.dumps("ready"), flush=True)
+    print(json.dumps(logprobs.__file__), flush=True)
     with matmul_precision(model, "fp32_master"):
         for line in sys.stdin:
             what, given = json.loads(line)
@@ -77,7 +77,9 @@ class Worker:
     def __init__(self, checkout: Path, way: str):
         self.process = subprocess.Popen([sys.executable, __file__, "--worker", way], text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(checkout)}, cwd=checkout)
-        self._read()
+        loaded = Path(self._read())
+        if checkout not in loaded.parents:  # an installation may be found first
+            raise SystemExit(f"{loaded} was measured instead of {checkout}")
 
     def _read(self):
         return json.loads(self.process.stdout.readline())
@@ -215,6 +217,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args.worker)
+    sys.path.insert(0, str(HERE))
     import torch
 
     from repro.base.identity import commit
