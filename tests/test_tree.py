@@ -145,7 +145,8 @@ def test_sharing_ends_where_a_pass_and_a_rank_end():
     from repro.core.engines import deal
     from repro.core.loop import OneProcess
 
-    parts = queries(259, "forks everywhere") + queries(259, "forks everywhere", seed=1)
+    parts = [[[Scored([9, 9, 9, *pair.ids], 3 + pair.start) for pair in group] for group in pairs]
+             for seed in (0, 1) for pairs in queries(259, "forks everywhere", seed)]
     lengths = [packed_tokens(pairs) for pairs in parts]
     model, computed = tiny_family("llama"), []
     model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].numel()))
@@ -156,7 +157,7 @@ def test_sharing_ends_where_a_pass_and_a_rank_end():
             computed.clear()
             logprobs.matrix_of("shared", model, [parts[q] for q in chosen], length_normalize=True)
             assert computed == [packed_tokens(*(parts[q] for q in chosen))] and counted in (0, len(chosen))
-    assert packed_tokens(*parts[:3]) + packed_tokens(*parts[3:]) > packed_tokens(*parts)  # the header, twice
+    assert packed_tokens(*parts[:3]) + packed_tokens(*parts[3:]) > packed_tokens(*parts)
 
 
 def test_few_tokens_may_be_scored_often_and_both_are_counted():

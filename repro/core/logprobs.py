@@ -13,7 +13,8 @@ Axes: B queries, C constitutions, R responses, T tokens, V vocabulary.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from kernels.interfaces import attention_interface, mask_interface, packed
 from kernels.linear_nll import linear_nll
 from repro.base.records import first_line
 from repro.core import probe
-from repro.core.tree import Pairs, Scored, pack, packed_tokens, tokenised
+from repro.core.tree import Packed, Pairs, Scored, pack, packed_tokens, tokenised
 from repro.models.load import dropouts, steady_length
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
@@ -153,22 +154,27 @@ def score(way: str, model, groups: list[list[Scored]]) -> Tensor:
     """Sum of log-probs per pair [n], pairs counted group by group."""
     if way == "reference":
         return torch.stack([_score_alone(model, pair) for group in groups for pair in group])
-    attach(model)
-    pack_ = pack([pair for group in groups for pair in group])
-    ids, positions, source, target, offsets = (t.to(model.device) for t in (
-        pack_.ids, pack_.positions, pack_.source, pack_.target, pack_.offsets))
-    # transformers takes a batch of one without a mask for several texts, split where positions start again; a mask of ones
-    # leaves it to our own (kernels/attention.py), which knows that texts share their beginnings.
-    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": torch.ones_like(ids[None]),
-              "use_cache": False}
-    with packed(pack_.layout, pack_.positions):
+    tree = pack([pair for group in groups for pair in group])
+    source, target, offsets = (t.to(model.device) for t in (tree.source, tree.target, tree.offsets))
+    with laid_out(model, tree) as inputs:
         if way == "shared":
-            hidden, head = model.base_model(**inputs)[0], model.get_output_embeddings()
+            hidden, head = model.base_model(**inputs, use_cache=False)[0], model.get_output_embeddings()
             nll = linear_nll(hidden[0, source].to(head.weight.dtype), head.weight, target, bias=head.bias,
                              softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None))
         else:  # a head with more in it than its matrix
-            nll = -reference.token_logprobs(model(**inputs, logits_to_keep=source).logits[0], target)
+            nll = -reference.token_logprobs(model(**inputs, use_cache=False, logits_to_keep=source).logits[0], target)
     return torch.segment_reduce(-nll, "sum", offsets=offsets)  # in a fixed order, on a GPU too, where index_add has none
+
+
+@contextmanager
+def laid_out(model, tree: Packed) -> Iterator[dict[str, Tensor]]:
+    """What `model` is called with for a packed sequence, in the block alone."""
+    attach(model)
+    ids, positions = (t.to(model.device)[None] for t in (tree.ids, tree.positions))
+    with packed(tree.layout, tree.positions):
+        # transformers takes a batch of one without a mask for several texts, split where positions start again; a mask of
+        # ones leaves it to our own (kernels/attention.py), which knows that texts share their beginnings.
+        yield {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
 
 
 def _score_alone(model, pair: Scored) -> Tensor:

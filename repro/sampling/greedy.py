@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kernels.interfaces import packed
-from repro.core.logprobs import BATCH_TOKENS, attach, slices
+from repro.core.logprobs import BATCH_TOKENS, laid_out, slices
 from repro.core.tree import Scored, common_prefix, pack
 
 KEPT = 0.75  # rows that have ended are moved out where they are more than a quarter: each move copies the others
@@ -83,7 +82,6 @@ def greedy(model, prompts: Sequence[Sequence[int]], most: int, *, ends: Collecti
 
 def _prefilled(model, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, Tensor]:
     """A cache with the prompts as rows that end together, `room` more places each, and the logits [n, V] after each."""
-    attach(model)
     longest, layers, logits = max(map(len, prompts)), [], None
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # those that share stand together
     own = [len(b) - common_prefix((a, b)) for a, b in zip([[], *(prompts[i] for i in order)], (prompts[i] for i in order))]
@@ -91,10 +89,8 @@ def _prefilled(model, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cach
         chosen = order[part]
         tree, found = pack([Scored(list(prompts[i]), len(prompts[i])) for i in chosen]), DynamicCache()
         last = torch.tensor([place[-1] for place in tree.places], device=model.device)
-        ids, positions = (t.to(model.device)[None] for t in (tree.ids, tree.positions))
-        with packed(tree.layout, tree.positions):
-            part_logits = model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=True,
-                                past_key_values=found, logits_to_keep=last).logits[0].float()
+        with laid_out(model, tree) as inputs:
+            part_logits = model(**inputs, use_cache=True, past_key_values=found, logits_to_keep=last).logits[0].float()
         if logits is None:
             logits = part_logits.new_empty(len(prompts), part_logits.shape[1])
             layers = [[x.new_zeros(len(prompts), x.shape[1], longest + room, x.shape[3])
