@@ -57,6 +57,8 @@ def variants(tiny, tmp_path_factory):
     """exp2 mini on the tiny model, whose writer is made to write."""
     out = tmp_path_factory.mktemp("tldr")
     experiments = [small(e, tiny) for e in cli.load_experiment("exp2", "mini")]
+    # a rate at which the responses change: a judge is asked of those that differ
+    experiments = [dataclasses.replace(e, train=dataclasses.replace(e.train, learning_rate=1e-2)) for e in experiments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("repro.sampling.writers.LocalWriter.answer", answer)
         folders = [run(e, out, say=quiet) for e in experiments]
