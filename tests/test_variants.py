@@ -315,6 +315,7 @@ def test_a_plain_response_is_finished_where_the_format_ended_it(tiny, tmp_path, 
         {"text": sampled.removeprefix(shared.voice.form.opening), "tokens": 9, "finished": False}] * len(prompts))
     monkeypatch.setattr(shared, "model", lambda *args: contextlib.nullcontext(SimpleNamespace(config=None)))
     monkeypatch.setattr("repro.core.probe.pads", lambda config: True)
+    monkeypatch.setattr("repro.core.probe.prefills", lambda config, greedy: False)
     (row,) = run_sample.sample_to_file(shared, [(shared.held_out[0], shared.items()[0].constitutions[0])], ["x"], 0, tmp_path / "r.jsonl", "r")
     assert (row["text"], row["finished"]) == (text, finished)
 

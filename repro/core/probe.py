@@ -172,7 +172,7 @@ _TRIED: dict[tuple[str, str], bool] = {}
 
 
 def _tried(config, what: str, alike: Callable[[object], bool]) -> bool:
-    known = what, str(config and config.to_dict())
+    known = what, str(config.to_dict())
     if known not in _TRIED:
         try:
             model = tiny(config)

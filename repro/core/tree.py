@@ -112,8 +112,12 @@ def scored_tokens(pairs: Pairs) -> int:
 
 def packed_tokens(*queries: Pairs) -> int:
     """Tokens that queries take in one packed sequence: those of the tree."""
-    texts = sorted(pair.ids for pairs in queries for group in pairs for pair in group)
-    return len(texts[0]) + sum(len(b) - common_prefix((a, b)) for a, b in zip(texts, texts[1:]))
+    return sum(own_tokens(sorted(pair.ids for pairs in queries for group in pairs for pair in group)))
+
+
+def own_tokens(texts: Sequence[Sequence[int]]) -> list[int]:
+    """Of each of sorted texts the tokens that it does not share with those before it."""
+    return [len(text) - common_prefix((before, text)) for before, text in zip([[], *texts], texts)]
 
 
 def whole_tokens(*queries: Pairs) -> int:

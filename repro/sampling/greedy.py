@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from repro.core.logprobs import BATCH_TOKENS, laid_out, slices
-from repro.core.tree import Scored, common_prefix, pack
+from repro.core.tree import Scored, own_tokens, pack
 
 KEPT = 0.75  # rows that have ended are moved out where they are more than a quarter: each move copies the others
 
@@ -84,8 +84,7 @@ def _prefilled(model, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cach
     """A cache with the prompts as rows that end together, `room` more places each, and the logits [n, V] after each."""
     longest, layers, logits = max(map(len, prompts)), [], None
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # those that share stand together
-    own = [len(b) - common_prefix((a, b)) for a, b in zip([[], *(prompts[i] for i in order)], (prompts[i] for i in order))]
-    for part in slices(own, BATCH_TOKENS):
+    for part in slices(own_tokens([prompts[i] for i in order]), BATCH_TOKENS):
         chosen = order[part]
         tree, found = pack([Scored(list(prompts[i]), len(prompts[i])) for i in chosen]), DynamicCache()
         last = torch.tensor([place[-1] for place in tree.places], device=model.device)
