@@ -13,7 +13,8 @@ from repro.base import settings
 from repro.base.checks import choose
 from repro.base.places import EXPERIMENTS
 from repro.base.records import UserError, first_line, read_json
-from repro.base.settings import NAME, WRITERS, Experiment, LoraSpec, WriterSpec
+from repro.base.settings import NAME, WRITERS, Experiment, WriterSpec
+from repro.base.training import LoraSpec
 from repro.text.queries import SOURCES
 
 LORA_RATE = 1e-4  # of adapters, whose second factor starts at zero

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import get_args
 
 from repro.base.commandline import argument
-from repro.base.settings import PARTS, Experiment, JudgeSpec, LoraSpec, ModelSpec
+from repro.base.settings import PARTS, Experiment, JudgeSpec, ModelSpec
+from repro.base.training import LoraSpec
 from repro.servers.endpoint import Endpoint
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from repro.base.records import UserError, write_json
-from repro.base.settings import TrainSpec
+from repro.base.training import TrainSpec
 from repro.core import engines, loop, memory
 from repro.core.checkpoints import StepCheckpoints
 from repro.core.engines import TrainingPair

@@ -219,7 +219,7 @@ def test_an_altered_file_is_made_again(finished, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("module, function, nth", [
-    ("stages.sample", "append_jsonl", 2), ("stages.sample", "write_jsonl", 3), ("core.engines", "symmetric_infonce", 9),
+    ("stages.sample", "append_jsonl", 2), ("stages.sample", "write_jsonl", 3), ("core.engines", "objective", 9),
     ("stages.sample", "seal", 2), ("stages.folder", "write_json", 9), ("stages.measure", "write_json", 1)])
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(finished, tiny, tmp_path, module, function, nth):
     """A real SIGKILL in sampling, training, saving, recording and measuring."""

@@ -9,7 +9,8 @@ import pytest
 from repro import cli, flags
 from repro.base import commandline
 from repro.base.records import UserError
-from repro.base.settings import PARTS, Experiment, LoraSpec
+from repro.base.settings import PARTS, Experiment
+from repro.base.training import LoraSpec
 from repro.experiment import configure, load_experiment
 from repro.servers.endpoint import Endpoint
 

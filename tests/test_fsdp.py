@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_logprobs import tiny_family
 
 from repro.base.records import MARKER, sealed, write_json
-from repro.base.settings import TrainSpec
+from repro.base.training import TrainSpec
 from repro.core import checkpoints, engines, loop, shapes
 from repro.core.checkpoints import StepCheckpoints
 from repro.core.engines import OneProcess

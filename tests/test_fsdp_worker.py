@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_experiments import small
 
 from repro.base.records import UserError, read_jsonl, sealed
-from repro.base.settings import TrainSpec
+from repro.base.training import TrainSpec
 from repro.core.engines import OneProcess
 from repro.experiment import load_experiment
 from repro.stages import jobs, rank

@@ -16,7 +16,8 @@ from test_experiments import contents, small
 from test_logprobs import PROMPTS, RESPONSES, tiny_family
 
 from repro.base.records import UserError, sealed
-from repro.base.settings import EMBEDDED, Experiment, LoraSpec, TrainSpec
+from repro.base.settings import EMBEDDED, Experiment
+from repro.base.training import LoraSpec, TrainSpec
 from repro.cli import parse
 from repro.core import engines, loop, lora, memory
 from repro.core.logprobs import logprob_matrix

@@ -13,10 +13,12 @@ from conftest import byte_tokenizer
 from repro import cli
 from repro.base.identity import config_hash
 from repro.base.records import UserError
-from repro.base.settings import DataSpec, Experiment, SamplingSpec, TrainSpec, Update
+from repro.base.settings import DataSpec, Experiment, SamplingSpec
+from repro.base.training import TrainSpec, Update
 from repro.core import engines, logprobs, loop, memory
 from repro.core.engines import TrainingPair
 from repro.core.loop import train
+from repro.core.losses import symmetric_infonce
 from repro.core.memory import activation_bytes
 from repro.core.shapes import counted
 from repro.models import load
@@ -65,8 +67,6 @@ def test_golden_loss_trace(tiny):
 def test_a_step_is_the_mean_gradient_of_its_batch(tiny):
     """One plain step by hand: RMSprop's first update of the mean loss over the batch."""
     from repro.core.logprobs import logprob_matrix
-    from repro.core.losses import symmetric_infonce
-
     spec = TrainSpec(batch_size=3, batches=1, learning_rate=1e-3, precision="fp32")
     model, trace = trained(tiny, spec, 3)
     ours = load.load_model(str(tiny))
@@ -112,8 +112,8 @@ def test_the_products_setting_is_put_back(tiny):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
-    model, loss = load.load_model(str(tiny)), engines.symmetric_infonce
-    monkeypatch.setattr(engines, "symmetric_infonce", lambda logprobs: loss(logprobs) * float("nan"))
+    model, loss = load.load_model(str(tiny)), engines.objective
+    monkeypatch.setattr(engines, "objective", lambda *given, **more: loss(*given, **more) * float("nan"))
     before = copy.deepcopy(model.state_dict())
     saved = []
     with pytest.raises(UserError, match="iteration 1, step 1: loss nan.*not finite at learning rate 0.0002; stopped"):
@@ -197,7 +197,7 @@ def test_dropout_is_off_or_drawn_by_position(family, dropout):
     (one, weights), (two, again) = (trained_with(family, spec, start=seed) for seed in (7, 8))
     assert one == two and all(map(torch.equal, weights, again))
     model = dropping(family).eval()
-    at_rest = [engines.symmetric_infonce(logprobs.matrix_of("reference", model, [ids], length_normalize=True)).item()
+    at_rest = [symmetric_infonce(logprobs.matrix_of("reference", model, [ids], length_normalize=True)).item()
                for ids in engines.ids_of(byte_tokenizer(), pairs(2), score_eos=False)]
     assert (one[0] == pytest.approx(sum(at_rest) / 2, abs=1e-6)) == (dropout == "off")
 

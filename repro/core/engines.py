@@ -28,9 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from repro.base.records import UserError, first_line
-from repro.base.settings import TrainSpec
-from repro.core.logprobs import matrix_of, settled, slices
-from repro.core.losses import symmetric_infonce
+from repro.base.training import TrainSpec
+from repro.core.logprobs import lengths_of, matrix_of, settled, slices
+from repro.core.losses import objective
 from repro.core.memory import usable_bytes
 from repro.core.shapes import decoder_layers
 from repro.core.tree import Pairs, Sampled, tokenised
@@ -40,11 +40,13 @@ from repro.models import load
 @dataclass(frozen=True)
 class TrainingPair:
     """One query's example: C rendered prompts and R responses; in training R = C, response j sampled under prompt j. A
-    response is the token ids that were sampled, alone or with what stood around them, or a text (tree.py)."""
+    response is the token ids that were sampled, alone or with what stood around them, or a text (tree.py). `initial`: their
+    summed log-probs [C][R] under the initial model, where the objective needs them."""
 
     query: str
     prompts: tuple[str, ...]
     responses: tuple[str | tuple[int, ...] | Sampled, ...]
+    initial: tuple[tuple[float, ...], ...] | None = None
 
 
 def ids_of(tokenizer, pairs: Sequence[TrainingPair], *, score_eos: bool) -> list[Pairs]:
@@ -87,10 +89,13 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model, self.spec, self.way = model, spec, way
 
-    def forward(self, part: Sequence[Pairs], counted: int, queries: int) -> Tensor:
-        """Mean loss of `part`, weighted as `counted` of the batch's `queries` (0: work that leaves no trace)."""
-        logprobs = matrix_of(self.way, self.model, part, length_normalize=self.spec.length_normalize)
-        return symmetric_infonce(logprobs) * counted / queries
+    def forward(self, part: Sequence[Pairs], counted: int, queries: int, initial: Sequence = (),
+                progress: float = 1.0) -> Tensor:
+        """The objective of `part`, weighted as `counted` of the batch's `queries` (0: work that leaves no trace).
+        `initial`: the initial model's [C][R] of each, where it needs them; `progress`: as of `objective`."""
+        sums = matrix_of(self.way, self.model, part, length_normalize=False)
+        before = sums.new_tensor(initial) if initial else None
+        return objective(self.spec, sums, lengths_of(part, sums), initial=before, progress=progress) * counted / queries
 
 
 class Scorer(Objective):

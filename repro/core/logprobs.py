@@ -36,17 +36,20 @@ WAYS = (*probe.SHARED, "reference")
 
 
 def logprob_matrix(model, tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *,
-                   length_normalize: bool, score_eos: bool, backend: str = "shared") -> Tensor:
+                   length_normalize: bool, score_eos: bool, finished: Sequence[Sequence[bool]] | None = None,
+                   backend: str = "shared") -> Tensor:
     """Log-probs of every response under every prompt of its query: float32 [B, C, R], with gradient.
 
     prompts: B lists of C rendered prompts; responses: B lists of R texts. `length_normalize` takes the mean over
-    the scored tokens (what SAMI trains), else the sum (log p, Eq. 1). Computes in the model's dtype, log-softmax
-    in float32 (float64 for a float64 model, whose matrix is float64). `backend`: "shared" or "reference".
-    Raises ValueError for ragged C or R, an empty response, an unknown backend, a model that is not causal, one that
-    "shared" is seen to be wrong on (repro/core/probe.py), and pairs so long that the model's RoPE would look at the batch.
+    the scored tokens (what SAMI trains), else the sum (log p, Eq. 1). `score_eos` scores the token that ends a response
+    too, but of those that did not end by themselves (`finished` [B][R], by default all did). Computes in the model's dtype,
+    log-softmax in float32 (float64 for a float64 model, whose matrix is float64). `backend`: "shared" or "reference".
+    Raises ValueError for ragged C, R or `finished`, an empty response, an unknown backend, a model that is not causal, one
+    that "shared" is seen to be wrong on (repro/core/probe.py), and pairs so long that the model's RoPE would look at the
+    batch.
     """
     way = settled(model, backend)
-    return matrix_of(way, model, tokenised(tokenizer, prompts, responses, score_eos=score_eos),
+    return matrix_of(way, model, tokenised(tokenizer, prompts, responses, score_eos=score_eos, finished=finished),
                      length_normalize=length_normalize, budget=None if torch.is_grad_enabled() else BATCH_TOKENS)
 
 
@@ -85,10 +88,12 @@ def matrix_of(way: str, model, queries: Sequence[Pairs], *, length_normalize: bo
                          f"{steady + 1} tokens on")
     parts = [groups] if budget is None else _parts(queries, budget)
     totals = torch.cat([score(way, model, part) for part in parts]).view(len(queries), len(queries[0]), -1)
-    if not length_normalize:
-        return totals
-    counts = [len(p.ids) - p.start for g in groups for p in g]
-    return totals / totals.new_tensor(counts).view_as(totals)
+    return totals / lengths_of(queries, totals) if length_normalize else totals
+
+
+def lengths_of(queries: Sequence[Pairs], sums: Tensor) -> Tensor:
+    """Scored tokens of each pair, as `sums` [B, C, R] are."""
+    return sums.new_tensor([len(p.ids) - p.start for pairs in queries for group in pairs for p in group]).view_as(sums)
 
 
 def _parts(queries: Sequence[Pairs], budget: int) -> list[Pairs]:

@@ -1,4 +1,4 @@
-"""One SAMI iteration: pairs -> log-prob matrices -> symmetric InfoNCE -> steps, from the initial weights.
+"""One iteration: pairs -> log-prob matrices -> objective (SAMI's: symmetric InfoNCE) -> steps, from the initial weights.
 
 The batches are a pure function of the pairs' order, so weights and optimizer are all there is to restore: an
 iteration that was interrupted goes on after its last checkpointed step and gives the same weights (core/checkpoints.py).
@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import torch
 
 from repro.base.records import UserError, digest
-from repro.base.settings import TrainSpec
+from repro.base.training import NEEDS_INITIAL, TrainSpec
 from repro.core.engines import Objective, OneProcess, TrainingPair, ids_of, matmul_precision
 from repro.core.memory import Step, activation_checkpointing, known_shape
 from repro.core.tree import packed_tokens, scored_tokens, whole_tokens
@@ -92,6 +92,12 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
     if len(pairs) < need:
         raise UserError(f"iteration {iteration}: {len(pairs)} training pairs left of {need} needed; give more queries, "
                         "a smaller batch_size, or fewer batches")
+    if spec.objective in NEEDS_INITIAL:
+        missing = [p.query for p in pairs[:need] if p.initial is None]
+        wrong = [p.query for p in pairs[:need] if p.initial and not all(math.isfinite(x) for row in p.initial for x in row)]
+        if missing or wrong:
+            raise UserError(f"iteration {iteration}: {spec.objective} needs the initial model's log-probs; those of query "
+                            f"{(missing or wrong)[0]!r} are {'missing' if missing else 'not finite'}")
     engine, asked = engine or OneProcess(), [] if asked is None else asked
     shape = known_shape(model)
     model.eval()  # what is trained is what is scored (`dropout`)
@@ -122,7 +128,8 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                         ranks=engine.ranks, precision=spec.precision, optimizer=spec.optimizer, pack_tokens=tokens,
                         scored=rows, longest=max(lengths[q] for q in chosen), device=device,
                         lora=spec.lora.rank if spec.lora else 0, way=way)):
-                    loss = module([ids[q] for q in chosen], counted, len(batch))
+                    loss = module([ids[q] for q in chosen], counted, len(batch), initial=[
+                        batch[q].initial for q in chosen if batch[q].initial], progress=(step - 1) / max(1, len(plan) - 1))
                     loss.backward()
                 own += loss.item()
                 del loss  # what its graph holds would else lie beside the next pass's

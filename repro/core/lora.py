@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from repro.base.records import UserError, make_folder
-from repro.base.settings import LoraSpec, TrainSpec
+from repro.base.training import LoraSpec, TrainSpec
 from repro.models import load
 
 ADAPTER = "adapter"  # the folder beside the merged weights

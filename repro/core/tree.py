@@ -33,12 +33,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A response's token ids; before them, not scored, those of the mark behind which they were sampled (`lead`); and the
-    token that ended it, where that is not the tokenizer's own end."""
+    """A response's token ids; before them, not scored, those of the mark behind which they were sampled (`lead`); the token
+    that ended it, where that is not the tokenizer's own end; and whether any did (`finished`), or it was cut."""
 
     ids: tuple[int, ...]
     lead: tuple[int, ...] = ()
     end: int | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,31 +79,35 @@ def follow(prompt: Sequence[int], response: Sequence[int], end: int | None = Non
     return Scored(ids, len(prompt))
 
 
-def pairs_of(tokenizer, prompt: str, responses: Sequence[str | Sequence[int] | Sampled], *,
-             score_eos: bool) -> list[Scored]:
-    """One prompt with each of its responses: token ids by `follow`, text by `tokenize_pair`."""
+def pairs_of(tokenizer, prompt: str, responses: Sequence[str | Sequence[int] | Sampled], *, score_eos: bool,
+             finished: Sequence[bool] | None = None) -> list[Scored]:
+    """One prompt with each of its responses: token ids by `follow`, text by `tokenize_pair`. Of a response that did not end
+    by itself (`finished`, by default all did, and `Sampled.finished`) no end is scored."""
+    ended = [True] * len(responses) if finished is None else finished
     ids = [] if all(isinstance(r, str) for r in responses) else tokenizer(prompt, add_special_tokens=False).input_ids
 
-    def sampled(r: Sampled) -> Scored:
+    def sampled(r: Sampled, end: bool) -> Scored:
         own = tokenizer.eos_token_id if r.end is None else r.end
-        return follow([*ids, *r.lead], r.ids, own if score_eos else None)
+        return follow([*ids, *r.lead], r.ids, own if score_eos and end and r.finished else None)
 
-    return [tokenize_pair(tokenizer, prompt, r, score_eos=score_eos) if isinstance(r, str) else
-            sampled(r if isinstance(r, Sampled) else Sampled(tuple(r))) for r in responses]
+    return [tokenize_pair(tokenizer, prompt, r, score_eos=score_eos and end) if isinstance(r, str) else
+            sampled(r if isinstance(r, Sampled) else Sampled(tuple(r)), end) for r, end in zip(responses, ended)]
 
 
 Pairs = list[list[Scored]]  # of a query, [C][R]
 
 
 def tokenised(tokenizer, prompts: Sequence[Sequence[str]], responses: Sequence[Sequence[str | Sequence[int] | Sampled]], *,
-              score_eos: bool) -> list[Pairs]:
-    """prompts [B][C] and responses [B][R] -> the pairs [C][R] of each of B queries, by `pairs_of`. Raises ValueError for
-    ragged C or R."""
+              score_eos: bool, finished: Sequence[Sequence[bool]] | None = None) -> list[Pairs]:
+    """prompts [B][C], responses and `finished` [B][R] -> the pairs [C][R] of each of B queries, by `pairs_of`. Raises
+    ValueError for ragged C or R."""
     C, R = len(prompts[0]), len(responses[0])
     if len(responses) != len(prompts) or any(len(p) != C for p in prompts) or any(len(r) != R for r in responses):
         raise ValueError("prompts must be [B][C] and responses [B][R], the same C and R for every query")
-    return [[pairs_of(tokenizer, prompt, own, score_eos=score_eos) for prompt in query]
-            for query, own in zip(prompts, responses)]
+    if finished is not None and [len(ended) for ended in finished] != [R] * len(responses):
+        raise ValueError("finished must be [B][R], as responses are")
+    return [[pairs_of(tokenizer, prompt, own, score_eos=score_eos, finished=ended) for prompt in query]
+            for query, own, ended in zip(prompts, responses, finished or [None] * len(prompts))]
 
 
 def scored_tokens(pairs: Pairs) -> int:

@@ -50,7 +50,7 @@ def record(cells: list[dict], archive: Archive) -> dict:
     """What the record says that the paper does not."""
     fed = [(c, e, archive.verdicts(e)) for c in cells if (e := feed(c, archive))]
     return {"position": _position(fed), "ties": _ties(fed, archive), "length": _length(fed),
-            "mi": _mi(archive), "paired": _paired(fed), "power": _power(fed),
+            "mi": _mi(archive), "paired": _paired(fed), "ablation": _ablation(archive), "power": _power(fed),
             "logistic_fit": _logistic_fit(fed)}
 
 
@@ -126,6 +126,26 @@ def _paired(fed) -> list[dict]:
             e = metrics.paired_bootstrap(100 * v[:, 0], 100 * by_key[first])
             out.append({k: c[k] for k in ("table", *KEYS) if k != "iteration"} | asdict(e))
     return out
+
+
+def _ablation(archive: Archive) -> dict:
+    """The authors' runs with one half of the loss, which the paper does not print: win rates (ties half), and differences on
+    the same 250 queries by paired bootstrap, in points."""
+    rows, differences, seen = [], [], {}
+    for e in archive.entries:
+        if e["kind"] == "verdicts" and "loss" in e:
+            v = seen[e["subset"], e["loss"]] = archive.verdicts(e)
+            rows.append({k: e[k] for k in ("subset", "model", "iteration", "baseline", "loss")} | {
+                "n": len(v), "tokens": float(v[:, 2].mean()),
+                **{length: asdict(estimate(v, length, "half")) for length in ("stratified", "raw")}})
+    for subset in dict.fromkeys(subset for subset, _ in seen):
+        for a, b in (("both", "row"), ("both", "col"), ("col", "row")):
+            if {(subset, a), (subset, b)} <= seen.keys():
+                pair = seen[subset, a], seen[subset, b]
+                differences.append({"subset": subset, "first": a, "second": b, **{
+                    length: asdict(metrics.paired_bootstrap(*pair, lambda v, rule=length: estimate(v, rule, "half").value))
+                    for length in ("stratified", "raw")}})
+    return {"rows": rows, "differences": differences}
 
 
 def _power(fed) -> dict:

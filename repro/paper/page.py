@@ -44,7 +44,7 @@ def page(result: dict) -> str:
     record, cells = result["record"], result["cells"]
     return "\n".join([_summary(result), _tables(result), _rules(result), _fit_page(record["logistic_fit"]),
                       _claims(result["claims"], cells), _place_and_ties(record), _length_and_mi(record),
-                      _power_page(record, len(cells))])
+                      _ablation_page(record["ablation"]), _power_page(record, len(cells))])
 
 
 def _summary(result: dict) -> str:
@@ -252,6 +252,31 @@ of log-probs, and no lower bound on the information. Which files Figure 9 shows 
               f"{x['mean']:.3f}", f"{x['median']:.2f}", f"{x['max']:.1f}", f"{x['log_c']:.2f}",
               f"{100 * x['share_above_log_c']:.0f} %", f"{100 * x['share_negative']:.0f} %"]
              for x in record["mi"]])
+
+
+def _ablation_page(ablation: dict) -> str:
+    names = {"both": "both halves (the paper's)", "row": "row: over responses", "col": "col: over constitutions"}
+    if not ablation["rows"]:
+        return "### One half of the loss\n\nNOT RUN: no file of the authors' ablation is in the record.\n"
+    return """### One half of the loss
+
+The authors' development repository holds six more files of verdicts, which feed no table: exp 1 on HH-RLHF,
+iteration 2 against the base model, trained with both halves of the loss, with `row` only and with `col` only.
+The names are the files' own. In the trainer of that repository a row is normalised over the responses at a
+fixed constitution, a column over the constitutions at a fixed response, which is the half that bounds the
+information (Eq. 1). Win rates in percent, ties as half:
+
+""" + _grid(["subset", "loss", "stratified by length", "raw", "mean tokens"],
+            [[r["subset"], names[r["loss"]], _interval(r["stratified"]), _interval(r["raw"]), f"{r['tokens']:.0f}"]
+             for r in ablation["rows"]]) + """
+Differences in points on the same 250 queries, by paired bootstrap over them:
+
+""" + _grid(["subset", "difference", "stratified by length", "raw"],
+            [[d["subset"], f"{d['first']} - {d['second']}", *(
+                f"{d[k]['value']:+.1f} [{d[k]['ci95'][0]:+.1f}, {d[k]['ci95'][1]:+.1f}]" for k in ("stratified", "raw"))]
+             for d in ablation["differences"]]) + """
+One run each: no interval here covers what another run of the training would give.
+"""
 
 
 def _power_page(record: dict, cells: int) -> str:

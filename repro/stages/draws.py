@@ -60,6 +60,11 @@ def prompt(voice, constitution: Constitution, query: Query | None, *keys, sample
                              sample=sample, reason=reason)
 
 
+def bare(voice, query: Query) -> str:
+    """The rendered prompt of a query without any constitution."""
+    return voice.form.render(voice.speaker, (), query.text, sample=False)
+
+
 def held_out_pairs(run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list]]:
     """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C] (`said`)."""
     start = 0
@@ -78,16 +83,16 @@ def check(voice, engine: str) -> None:
 
 def said(voice, row: dict) -> str | tuple[int, ...] | Sampled:
     """What is trained and scored of a response's row: the ids that were sampled, behind the mark behind which they were
-    (the one that closes reasoning, where there was any), with the end that was sampled. An empty response is scored as ".",
-    by ids too (a text would join a prompt that ends in ">"); a row without ids, made before they were kept, by its text:
-    both behind a space in a base model's form."""
+    (the one that closes reasoning, where there was any), with the end that was sampled, or none where it was cut. An empty
+    response is scored as ".", by ids too (a text would join a prompt that ends in ">"); a row without ids, made before they
+    were kept, by its text: both behind a space in a base model's form."""
     space = " " if voice.form.kind == "plain" else ""
     if row.get("ids") is None:
         return space + (row["text"].strip() or ".")
     ids = tuple(row["ids"] or voice.tokenizer(space + ".", add_special_tokens=False).input_ids)
     mark = voice.speaker.closing[0] if "reasoning" in row else ()  # of reasoning that was never closed, too
-    lead, end = tuple(row.get("lead", mark)), row.get("end")
-    return Sampled(ids, lead, end) if lead or end is not None else ids
+    lead, end, finished = tuple(row.get("lead", mark)), row.get("end"), row.get("finished", True)
+    return Sampled(ids, lead, end, finished) if lead or end is not None or not finished else ids
 
 
 def tell_old(run, rows: Sequence[dict], name: str) -> None:

@@ -1,24 +1,19 @@
 """The held-out side of a run: responses under every constitution, their log-probs, judgments."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-from tqdm import tqdm
+from dataclasses import replace
 
 from repro.base.records import UserError, read_jsonl, write_jsonl
 from repro.base.settings import JudgeSpec
-from repro.core import lora
 from repro.judges import likelihood, rule
 from repro.judges.llm import Pair, ask_judge, probe_judge
 from repro.judges.record import JUDGMENTS, REQUESTS, JudgeLedger, read_judgments, write_judgments
-from repro.models import load
-from repro.stages import draws, jobs
+from repro.stages import draws
 from repro.stages.draws import EVALUATION_ORDER, Item, held_out_pairs
-from repro.stages.folder import checkpoint, evaluation_file, logprob_file
+from repro.stages.folder import evaluation_file, logprob_file
 from repro.stages.run import Run
-from repro.stages.sample import sample_to_file
+from repro.stages.sample import sample_to_file, score_pairs
 
-SCORED_AT_ONCE = 8  # queries handed over together, for full packs
 BASELINE = "responses/baseline.jsonl"
 
 
@@ -48,62 +43,24 @@ def evaluate_baseline(run: Run) -> None:
     run.finish("baseline", [BASELINE], run.written())
 
 
-@contextmanager
-def _as_trained(run: Run, iteration: int, dtype: str):
-    """The model of an iteration as it was trained. Of adapters beside weights of 16 bits that is not the merged one, which
-    16 bits would round to little more than the initial model."""
-    train = run.experiment.train
-    if not (train.lora and iteration and dtype == "bfloat16"):
-        with run.model(iteration, dtype) as model:
-            yield model
-        return
-    model = lora.trained(run.folder / checkpoint(iteration), run.voice.place, train)
-    try:
-        yield model
-    finally:
-        del model
-        load.release()
-
-
 def _score_held_out(run: Run, iteration: int, rows: list[dict], name: str) -> list[dict]:
     """Per item: summed log-probs [C][R] and scored tokens [R] of the iteration's own model; and, for the likelihood
     judge where there is one, the initial model's [C] for the judged response. Scored with the generation prompts, less
     any reasoning."""
-    import torch
+    from repro.core.engines import TrainingPair
 
-    from repro.core.engines import TrainingPair, matmul_precision, settle, weights_dtype
-    from repro.core.logprobs import BATCH_TOKENS, matrix_of
-    from repro.core.tree import tokenised
-
-    spec, items = run.experiment, []
-    dtype, eos = weights_dtype(spec.train), spec.train.score_eos
     draws.tell_old(run, rows, evaluation_file(iteration))
+    items, pairs = [], []
     for item, texts, responses in held_out_pairs(run, rows):
-        (ids,) = tokenised(run.voice.tokenizer, [texts], [responses], score_eos=eos)
-        items.append((item, texts, responses, ids))
-
-    def score(which: int, select: slice, label: str) -> list[list[list[float]]]:
-        if run.ranks > 1:
-            pairs = [TrainingPair(item.query.id, tuple(texts), tuple(r[select])) for item, texts, r, _ in items]
-            with tqdm(total=len(items), desc=f"{name} {label}", unit="query") as bar:
-                return jobs.score(run.folder, name, run.ranks, model=run.weights(which), pairs=pairs, spec=spec.train,
-                                    backend=run.record["backend"], on_query=bar.update)
-        with _as_trained(run, which, dtype) as model, torch.inference_mode():
-            matrices, way = [], settle(model, run.record["backend"])
-            with matmul_precision(model, spec.train.precision), tqdm(
-                    total=len(items), desc=f"{name} {label}", unit="query") as bar:
-                for k in range(0, len(items), SCORED_AT_ONCE):
-                    part = [[group[select] for group in ids] for *_, ids in items[k: k + SCORED_AT_ONCE]]
-                    matrices += matrix_of(way, model, part, length_normalize=False, budget=BATCH_TOKENS).tolist()
-                    bar.update(len(part))
-            return matrices
-
-    own = score(iteration, slice(None), "log-probs")
-    rows = [{"query": item.query.id, "subset": item.subset, "logprobs": m, "tokens": [len(p.ids) - p.start for p in ids[0]]}
-            for (item, _, _, ids), m in zip(items, own)]
-    if "likelihood" in spec.judge.judges:
-        initial = own if iteration == 0 else score(0, slice(1), "under the initial model")
-        rows = [row | {"initial": [line[0] for line in m]} for row, m in zip(rows, initial)]
+        items.append(item)
+        pairs.append(TrainingPair(item.query.id, tuple(texts), tuple(responses)))
+    own = score_pairs(run, iteration, pairs, name, "log-probs")
+    rows = [{"query": item.query.id, "subset": item.subset, "logprobs": m, "tokens": n}
+            for item, (m, n) in zip(items, own)]
+    if "likelihood" in run.experiment.judge.judges:
+        judged = [replace(pair, responses=pair.responses[:1]) for pair in pairs]
+        initial = score_pairs(run, 0, judged, name, "under the initial model") if iteration else own
+        rows = [row | {"initial": [line[0] for line in m]} for row, (m, _) in zip(rows, initial)]
     return rows
 
 

@@ -42,6 +42,10 @@ def training_file(iteration: int) -> str:
     return f"responses/training-{iteration}.jsonl"
 
 
+def initial_file(iteration: int) -> str:
+    return f"logprobs/initial-{iteration}.jsonl"
+
+
 def evaluation_file(iteration: int) -> str:
     return f"responses/evaluation-{iteration}.jsonl"
 

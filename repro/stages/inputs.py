@@ -6,7 +6,8 @@ from pathlib import Path
 
 from repro.base.checks import check_control_tokens
 from repro.base.records import UserError, digest
-from repro.base.settings import Experiment, ModelSpec, TrainSpec
+from repro.base.settings import Experiment, ModelSpec
+from repro.base.training import TrainSpec
 from repro.core import lora
 from repro.models import decoding, hub, load, template
 from repro.models.files import unsaid

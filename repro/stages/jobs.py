@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from repro.base.records import UserError, digest, loads, read_json, remove_folder, write_json
-from repro.base.settings import TrainSpec
+from repro.base.training import TrainSpec
 from repro.core import lora
 from repro.models import load
 
@@ -176,7 +176,8 @@ def read_job(folder: Path, name: str):
     job = read_json(folder / name)
     pairs = [TrainingPair(p["query"], tuple(p["prompts"]), tuple(
         r if isinstance(r, str) else tuple(r) if isinstance(r, list) else
-        Sampled(tuple(r["ids"]), tuple(r["lead"]), r["end"]) for r in p["responses"])) for p in job["pairs"]]
+        Sampled(tuple(r["ids"]), tuple(r["lead"]), r["end"], r["finished"]) for r in p["responses"]),
+        p["initial"] and tuple(map(tuple, p["initial"]))) for p in job["pairs"]]
     return job, TrainSpec(**job["train"]), pairs
 
 

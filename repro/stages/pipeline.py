@@ -19,7 +19,7 @@ from repro.stages import jobs
 from repro.stages.evaluate import add_judgments, evaluate, evaluate_baseline, greet_judge, judge, llm_judgments
 from repro.stages.measure import measure
 from repro.stages.run import Run, open_run
-from repro.stages.sample import sample, train_iteration
+from repro.stages.sample import sample, score_initial, train_iteration
 from repro.text.principles import constitutions_of
 
 
@@ -52,6 +52,7 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
         evaluate_baseline(run)
         for iteration in range(1, experiment.iterations + 1):
             sample(run, iteration)
+            score_initial(run, iteration)
             train_iteration(run, iteration)
             evaluate(run, iteration)
         judge(run)

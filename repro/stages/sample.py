@@ -1,4 +1,4 @@
-"""The stages that sample pairs of responses and train on them.
+"""The stages that sample pairs of responses and train on them; and the scoring of pairs.
 
 A server gets one prompt a request, and what it answered is not asked again.
 """
@@ -6,12 +6,14 @@ A server gets one prompt a request, and what it answered is not asked again.
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from repro.base.records import UserError, append_jsonl, digest, read_jsonl, seal, write_jsonl
+from repro.base.training import NEEDS_INITIAL, WITHOUT_CONSTITUTION
 from repro.core import lora
 from repro.models import load
 from repro.models.decoding import end_tokens
@@ -24,7 +26,7 @@ from repro.servers.endpoint import Call
 from repro.servers.ledger import Ledger
 from repro.stages import draws, jobs
 from repro.stages.draws import held_out_pairs
-from repro.stages.folder import checkpoint, evaluation_file, training_file
+from repro.stages.folder import checkpoint, evaluation_file, initial_file, training_file
 from repro.stages.run import Run
 from repro.text.principles import Constitution
 from repro.text.queries import Query
@@ -97,6 +99,51 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
     yield todo, [read_answer(spec.engine, run.voice.tokenizer, ledger.answers[calls[i].key][0], ends) for i in todo]
 
 
+@contextmanager
+def _as_trained(run: Run, iteration: int, dtype: str):
+    """The model of an iteration as it was trained. Of adapters beside weights of 16 bits that is not the merged one, which
+    16 bits would round to little more than the initial model."""
+    train = run.experiment.train
+    if not (train.lora and iteration and dtype == "bfloat16"):
+        with run.model(iteration, dtype) as model:
+            yield model
+        return
+    model = lora.trained(run.folder / checkpoint(iteration), run.voice.place, train)
+    try:
+        yield model
+    finally:
+        del model
+        load.release()
+
+
+SCORED_AT_ONCE = 8  # queries handed over together, for full packs
+
+
+def score_pairs(run: Run, iteration: int, pairs: list, name: str, label: str) -> list[tuple[list[list[float]], list[int]]]:
+    """Of each of `pairs` (TrainingPairs) the summed log-probs [C][R] under the model of `iteration` as it was trained, and
+    the scored tokens [R]."""
+    import torch
+
+    from repro.core.engines import ids_of, matmul_precision, settle, weights_dtype
+    from repro.core.logprobs import BATCH_TOKENS, matrix_of
+
+    spec = run.experiment.train
+    ids = ids_of(run.voice.tokenizer, pairs, score_eos=spec.score_eos)
+    scored = [[len(p.ids) - p.start for p in query[0]] for query in ids]
+    if run.ranks > 1:
+        with tqdm(total=len(pairs), desc=f"{name} {label}", unit="query") as bar:
+            return list(zip(jobs.score(run.folder, name, run.ranks, model=run.weights(iteration), pairs=pairs, spec=spec,
+                                       backend=run.record["backend"], on_query=bar.update), scored))
+    with _as_trained(run, iteration, weights_dtype(spec)) as model, torch.inference_mode():
+        matrices, way = [], settle(model, run.record["backend"])
+        with matmul_precision(model, spec.precision), tqdm(total=len(pairs), desc=f"{name} {label}", unit="query") as bar:
+            for k in range(0, len(ids), SCORED_AT_ONCE):
+                part = ids[k: k + SCORED_AT_ONCE]
+                matrices += matrix_of(way, model, part, length_normalize=False, budget=BATCH_TOKENS).tolist()
+                bar.update(len(part))
+        return list(zip(matrices, scored))
+
+
 MERGE_CHECKED = 4  # held-out queries: in float32 on a CPU, minutes for 7 billion parameters
 
 
@@ -138,11 +185,40 @@ def usable_pairs(run: Run, iteration: int) -> tuple[list[tuple[Query, tuple[Cons
     return kept, dropped
 
 
+def training_pairs(run: Run, iteration: int, kept: list) -> list:
+    """TrainingPairs of the usable ones, under the prompts of training; for an objective without constitutions the positive
+    response under the prompt that has none."""
+    from repro.core.engines import TrainingPair
+
+    seed = run.experiment.seed
+    if run.experiment.train.objective in WITHOUT_CONSTITUTION:
+        return [TrainingPair(query=q.id, prompts=(draws.bare(run.voice, q),), responses=(draws.said(run.voice, both[0]),))
+                for q, _, both in kept]
+    return [TrainingPair(
+        query=q.id, responses=tuple(draws.said(run.voice, row) for row in both),
+        prompts=tuple(draws.prompt(run.voice, c, q, seed, iteration, "train", c.id, sample=False) for c in pair))
+        for q, pair, both in kept]
+
+
+def score_initial(run: Run, iteration: int) -> None:
+    """For an objective that needs them, the log-probs of this iteration's pairs under the initial model
+    -> logprobs/initial-k.jsonl: once, so that training holds one model."""
+    name, inputs, outputs = f"initial-{iteration}", [f"sample-{iteration}"], [initial_file(iteration)]
+    if run.experiment.train.objective not in NEEDS_INITIAL or not run.stage(name, outputs, inputs):
+        return
+    kept, _ = usable_pairs(run, iteration)
+    pairs = training_pairs(run, iteration, kept[:run.experiment.train.queries_needed(iteration)])
+    found = score_pairs(run, 0, pairs, name, "log-probs")
+    write_jsonl(run.folder / initial_file(iteration), [{"query": p.query, "logprobs": m, "tokens": n}
+                                                       for p, (m, n) in zip(pairs, found)])
+    run.finish(name, outputs, inputs)
+
+
 def train_iteration(run: Run, iteration: int) -> None:
     """Train from the initial weights on this iteration's pairs -> checkpoints/iteration-k."""
-    from repro.core import engines
-
     name, inputs, outputs = f"train-{iteration}", [f"sample-{iteration}"], [checkpoint(iteration)]
+    if run.experiment.train.objective in NEEDS_INITIAL:
+        inputs.append(f"initial-{iteration}")
     if not run.stage(name, outputs, inputs):
         return jobs.clear(run.folder, iteration)
     spec, folder = run.experiment, run.folder / checkpoint(iteration)
@@ -151,10 +227,6 @@ def train_iteration(run: Run, iteration: int) -> None:
     run.say(f"{name}: {len(kept)} pairs usable, {need} needed"
             + "".join(f"; dropped {n}: {why}" for why, n in sorted(dropped.items())))
     draws.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
-    pairs = [engines.TrainingPair(
-        query=q.id, responses=tuple(draws.said(run.voice, row) for row in both),
-        prompts=tuple(draws.prompt(run.voice, c, q, spec.seed, iteration, "train", c.id, sample=False) for c in pair))
-        for q, pair, both in kept]
     if len(kept) < need:
         done = len(kept) + sum(dropped.values())
         raise UserError(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
@@ -164,6 +236,10 @@ def train_iteration(run: Run, iteration: int) -> None:
                         + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
                         + (", or, where training has made the responses alike, a lower --learning-rate"
                            if iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done else ""))
+    pairs = training_pairs(run, iteration, kept)
+    if spec.train.objective in NEEDS_INITIAL:
+        pairs = [replace(p, initial=tuple(map(tuple, row["logprobs"])))
+                 for p, row in zip(pairs, read_jsonl(run.folder / initial_file(iteration)))]
     jobs.write_job(run.folder, iteration, model=run.voice.place, pairs=pairs, spec=spec.train, key=run.key(inputs),
                      backend=run.record["backend"], out=checkpoint(iteration), seed=spec.seed)
     with tqdm(total=need, desc=name, unit="query") as bar:

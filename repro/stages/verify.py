@@ -168,7 +168,7 @@ def _lengths(folder: Path) -> list[str]:
         scored = folder / "logprobs" / path.name
         counts = [n for row in read_jsonl(scored) for n in row["tokens"]] if scored.is_file() else []
         wrong += [f"logprobs/{path.name}: {n} tokens of the response to {row['query']}, which has {len(row['ids'])}"
-                  for row, n in zip(rows, counts) if row.get("ids") and n != len(row["ids"]) + eos]
+                  for row, n in zip(rows, counts) if row.get("ids") and n - len(row["ids"]) != (eos and row["finished"])]
     return wrong
 
 

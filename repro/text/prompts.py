@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from repro.models.marks import defuse
 
 CHAT_SYSTEM = "You are a helpful assistant that follows the principles it is given."
+CHAT_BARE = "You are a helpful assistant."
 CHAT_TASK = {"dialogue": "", "summary": "\n\nSummarise what happened in this post."}
 CHAT_REASON = ("\nFirst think aloud about how to follow this, in two or three sentences. Then write \"{mark}\" and the "
                "{what}.")
@@ -18,6 +19,8 @@ PLAIN_SYSTEM = {
                 "constitution you are given.",
     "summary": "System: You are an AI assistant. Summarise the post in a way that follows every principle of the "
                "constitution you are given."}
+PLAIN_BARE = {"dialogue": "System: You are an AI assistant. Answer the human's message.",
+              "summary": "System: You are an AI assistant. Summarise the post."}
 PLAIN_EXAMPLE = {
     "dialogue": "### Example Format\n\nConstitution:\n[insert the principles]\n\nHuman: [insert the human's message]\n\n"
                 "Assistant: [insert an answer that follows the constitution]\n\n"
@@ -61,7 +64,7 @@ class Form:
     def render(self, speaker, statements: Sequence[str], query: str, *, sample: bool, reason: bool = False) -> str:
         """The prompt, through a `Speaker` (models/speaker.py). `sample`: for generation, which shows base models the format
         once more; training goes without. `reason`: asks for the reasoning (sampling alone: it is no part of what is
-        trained)."""
+        trained). Without `statements` the prompt is that of the query alone, which speaks of no principles."""
         if self.kind == "chat":
             return self._chat(speaker, statements, query, reason)
         return speaker.bos + self._plain(statements, query, sample, reason)
@@ -69,10 +72,15 @@ class Form:
     def _chat(self, speaker, statements: Sequence[str], query: str, reason: bool) -> str:
         """The query, then the principles, one a line: for a 135M model they come last and unnumbered, since numbered
         lists and a heading make it recite them."""
+        if not statements:
+            return speaker.render(CHAT_BARE, query + CHAT_TASK[self.task])
         ask = CHAT_REASON.format(mark=self.mark, what=self.mark[:-1].lower()) if reason else ""
         return speaker.render(CHAT_SYSTEM, query + CHAT_TASK[self.task] + "\n\n" + "\n".join(statements) + ask)
 
     def _plain(self, statements: Sequence[str], query: str, sample: bool, reason: bool) -> str:
+        if not statements:
+            name, last = PLAIN_QUERY[self.task]
+            return f"{PLAIN_BARE[self.task]}\n\n{name}: {query}\n\n{last}"
         numbered = "\n".join(f"{k}. {s}" for k, s in enumerate(statements, start=1))
         shown, last = PLAIN_REASON if reason else ("", PLAIN_QUERY[self.task][1])
         example = PLAIN_EXAMPLE[self.task].replace("{reasoning}", shown) if sample else ""

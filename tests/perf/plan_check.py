@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from repro.base.identity import commit
 from repro.base.records import write_json
-from repro.base.settings import LoraSpec, TrainSpec
+from repro.base.training import LoraSpec, TrainSpec
 from repro.core import engines, logprobs, loop, lora, memory
 from repro.core.memory import Step, peak, training_bytes
 from repro.core.shapes import counted
