@@ -2,6 +2,7 @@
 PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
 PROFILE ?= mini
 OUT ?= runs
+EXPERIMENT ?= exp2
 TORCH := 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -17,7 +18,7 @@ CPU_PIP = $(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --index-url $(TORCH_I
 INSTALL_TORCH = $(if $(CPU_TORCH),$(CPU_PIP),$(PIP) torch==$(TORCH))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp1 exp2 exp3 verify figures test families faults bench bench-gpu bench-check imports lint clean
+.PHONY: help setup exp1 exp2 exp3 compare verify figures test families faults bench bench-gpu bench-check imports lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +43,9 @@ exp2: $(STAMP)  ## Experiment 2, summaries: weak writer and hand-written princip
 
 exp3: $(STAMP)  ## Experiment 3, diverse and held-out principles
 	@exec $(BIN)/repro run exp3 --profile $(PROFILE) --out $(OUT) $(ARGS)
+
+compare: $(STAMP)  ## SAMI's objective and its rivals on the same pairs: EXPERIMENT=exp2, ARGS='--objectives sami mipo --seeds 0 1'
+	@exec $(BIN)/repro compare $(EXPERIMENT) --out $(OUT) $(ARGS)
 
 verify: $(STAMP)  ## The paper's tables recomputed from the authors' record -> results/verify
 	@exec $(BIN)/repro verify $(ARGS)

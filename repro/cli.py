@@ -1,4 +1,4 @@
-"""The command line: `repro run | plan | judge | publish | verify | figures`. The Makefile calls it.
+"""The command line: `repro run | compare | plan | judge | publish | verify | figures`. The Makefile calls it.
 
 Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify, judge
 --strict); 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from repro.base import commandline
 from repro.base.records import UserError, read_json
-from repro.base.settings import JudgeSpec
+from repro.base.settings import JudgeSpec, safe_name
 from repro.experiment import configure, load_experiment, only_variant, paper_models, shipped, told_of
-from repro.flags import Figures, Judge, Plan, Publish, Run, Verify, endpoint, held
+from repro.flags import Compare, Figures, Judge, Plan, Publish, Run, Verify, endpoint, held
 from repro.report.figures import select, series, telling
 from repro.report.page import cut_answers, dropped_pairs, worsened
 from repro.report.publish import leaves
@@ -78,6 +78,31 @@ def run_command(args: Run) -> None:
                            **known))
     for line in summary(gather(folders)):
         print(line)
+
+
+def compare_command(args: Compare) -> None:
+    runs = load_experiment(args.experiment, args.profile)
+    by_hand = [e for e in runs if not e.writer] if args.variant is None else only_variant(
+        runs, args.variant, args.experiment)
+    if not by_hand:
+        raise UserError(f"compare: {args.experiment} has no run whose principles are a person's")
+    chosen = by_hand[0] if args.model is None else dataclasses.replace(
+        by_hand[0], model=dataclasses.replace(by_hand[0].model, name=args.model, label=safe_name(Path(args.model).name)))
+    seeds = args.seeds
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: one at least, each once")
+    experiments = [dataclasses.replace(chosen, seed=seed, iterations=args.iterations or 1) for seed in seeds]
+    from repro.compare import page
+    from repro.compare.trials import compare
+
+    folder = args.out / "objectives"
+    for experiment in experiments:
+        print(compare(experiment, folder, objectives=args.objectives, rates=args.rates,
+                      say=lambda text: print(text, file=sys.stderr, flush=True)))
+    stem = "-".join(filter(None, (chosen.name, chosen.variant)))
+    path = page.write(folder, stem)
+    print(page.in_words(page.read(folder, stem)))
+    print(f"page: {path}")
 
 
 PLANNED = ((8, "a100"), (1, "h200"), (1, "rtx4090"))  # what `repro plan all` is made for: GPUs and their kind
@@ -170,8 +195,8 @@ def figures_command(args: Figures) -> None:
     print(f"{len(written)} files in {args.out}")
 
 
-COMMANDS = {Run: run_command, Plan: plan_command, Judge: judge_command, Publish: publish_command, Verify: verify_command,
-            Figures: figures_command}
+COMMANDS = {Run: run_command, Compare: compare_command, Plan: plan_command, Judge: judge_command, Publish: publish_command,
+            Verify: verify_command, Figures: figures_command}
 
 
 def parse(argv: list[str]):

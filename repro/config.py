@@ -8,13 +8,11 @@ from repro.base.settings import (
     DataSpec,
     Experiment,
     JudgeSpec,
-    LoraSpec,
     ModelSpec,
     SamplingSpec,
-    TrainSpec,
-    Update,
     WriterSpec,
 )
+from repro.base.training import LoraSpec, TrainSpec, Update
 
 __all__ = ["EMBEDDED", "ENGINES", "JUDGES", "WRITERS", "DataSpec", "Experiment", "JudgeSpec", "LoraSpec", "ModelSpec",
            "SamplingSpec", "TrainSpec", "Update", "WriterSpec"]

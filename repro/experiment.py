@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from repro.base import settings
+from repro.base import settings, training
 from repro.base.checks import choose
 from repro.base.places import EXPERIMENTS
 from repro.base.records import UserError, first_line, read_json
@@ -77,7 +77,7 @@ def paper_models() -> dict[str, str]:
 def _unknown_field(error: Exception) -> str | None:
     """What is wrong with a field that a dataclass of repro/base/settings.py does not have; None for any other error."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    kind = found and getattr(settings, found[1], None)
+    kind = found and (getattr(settings, found[1], None) or getattr(training, found[1], None))
     if not dataclasses.is_dataclass(kind):
         return None
     try:

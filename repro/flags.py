@@ -80,6 +80,28 @@ class Run:
     hold further copies."""
 
 
+@_takes(_taken(Experiment, "iterations"), _taken(ModelSpec, "model", at="model"))
+@dataclass(frozen=True)
+class Compare:
+    """Train SAMI's objective and its rivals on the same sampled pairs, and say what each buys at which cost. A comparison
+    that is stopped goes on with the same command."""
+
+    experiment: str = argument()
+    """exp1, ..., or a Python file that holds EXPERIMENTS."""
+    objectives: tuple[str, ...] = ()
+    """Which: sami, sami_rows, sami_columns, sami_sum, mipo, nca, conspo_rows, sft, distil, sami+anchor; by default all."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that each is tried at; by default 0.3, 1 and 3 times the experiment's."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds, one after the other; the page is of all that lie in OUT/objectives."""
+    profile: str | None = None
+    """The setting: mini (by default) or paper."""
+    variant: str | None = None
+    """Of an experiment of several runs, only this one; by default the first whose principles are a person's."""
+    out: Path = Path("runs")
+    """Records, page and figures lie in OUT/objectives."""
+
+
 @_takes(_taken(ModelSpec, "model"), _taken(Endpoint, "price", own=True))
 @dataclass(frozen=True)
 class Plan:

@@ -100,6 +100,12 @@ def share(values) -> Estimate:
     return bounded(values)
 
 
+def change(values) -> Estimate:
+    """Mean of `[N]` differences of shares, each from -1 to 1, of the same items. See `bounded`."""
+    shifted = bounded(_vector(values, "values") + 1, 2)
+    return replace(shifted, value=shifted.value - 1, ci95=tuple(end - 1 for end in shifted.ci95))
+
+
 # ---- mutual information: logprobs [N, C, C] -> [N]
 
 def _matrices(logprobs) -> np.ndarray:

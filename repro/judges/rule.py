@@ -14,6 +14,12 @@ def follows(text: str, constitution: Constitution) -> dict[str, bool]:
             for p, side in zip(constitution.principles, constitution.sides) if p.rule}
 
 
+def sides_followed(text: str, constitution: Constitution) -> float | None:
+    """The share of the constitution's sides that the text follows; None where no principle has a rule."""
+    found = follows(text, constitution).values()
+    return sum(found) / len(found) if found else None
+
+
 def judge_pairwise(text: str, baseline: str, constitution: Constitution) -> float:
     """1 where `text` follows more of the constitution than `baseline`, 0 where fewer, 0.5 where as many: the
     rule judge. Principles without a rule do not count."""

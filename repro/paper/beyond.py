@@ -129,8 +129,8 @@ def _paired(fed) -> list[dict]:
 
 
 def _ablation(archive: Archive) -> dict:
-    """The authors' runs with one half of the loss, which the paper does not print: win rates (ties half), and differences on
-    the same 250 queries by paired bootstrap, in points."""
+    """The authors' runs with one half of the loss, which the paper does not print: win rates (ties half), and differences
+    on the same 250 queries by paired bootstrap, in points."""
     rows, differences, seen = [], [], {}
     for e in archive.entries:
         if e["kind"] == "verdicts" and "loss" in e:
@@ -143,8 +143,8 @@ def _ablation(archive: Archive) -> dict:
             if {(subset, a), (subset, b)} <= seen.keys():
                 pair = seen[subset, a], seen[subset, b]
                 differences.append({"subset": subset, "first": a, "second": b, **{
-                    length: asdict(metrics.paired_bootstrap(*pair, lambda v, rule=length: estimate(v, rule, "half").value))
-                    for length in ("stratified", "raw")}})
+                    how: asdict(metrics.paired_bootstrap(*pair, lambda v, h=how: estimate(v, h, "half").value))
+                    for how in ("stratified", "raw")}})
     return {"rows": rows, "differences": differences}
 
 

@@ -51,13 +51,17 @@ def items(spec: Experiment, constitutions: Constitutions, held_out: Sequence[Que
     return [Item(*item) for item in constitutions.evaluated(held_out, spec.data.draws, partial(rng, "evaluation"))]
 
 
-def prompt(voice, constitution: Constitution, query: Query | None, *keys, sample: bool, reason: bool = False) -> str:
-    """The rendered prompt; the principles' order is a function of `keys`, query and constitution."""
+def prompt(voice, constitution: Constitution, query: Query | None, *keys, sample: bool, reason: bool = False,
+           last: str = "") -> str:
+    """The rendered prompt; the principles' order is a function of `keys`, query and constitution. `last`: the user's last
+    sentence, where there is one more."""
     order = list(range(len(constitution.principles)))
     if query is not None:
         rng(*keys, query.id).shuffle(order)
-    return voice.form.render(voice.speaker, constitution.statements(tuple(order)), query.text if query else "",
-                             sample=sample, reason=reason)
+    statements, text = constitution.statements(tuple(order)), query.text if query else ""
+    if last:  # what the user says ends with the principles, or, in a base model's form, with the query
+        statements, text = ([*statements, last], text) if voice.form.kind == "chat" else (statements, f"{text} {last}")
+    return voice.form.render(voice.speaker, statements, text, sample=sample, reason=reason)
 
 
 def bare(voice, query: Query) -> str:

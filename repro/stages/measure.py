@@ -31,7 +31,7 @@ def records(run: Run) -> Iterator[dict]:
     spec, items = run.experiment, run.items()
     constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
     judgments = read_judgments(run.folder)
-    C = len(items[0].constitutions)
+    C, initial = len(items[0].constitutions), {}
     for iteration in range(spec.iterations + 1):
         responses = read_jsonl(run.folder / evaluation_file(iteration))
         scored = read_jsonl(run.folder / logprob_file(iteration))
@@ -57,11 +57,16 @@ def records(run: Run) -> Iterator[dict]:
             yield _record("accuracy_row", metrics.share(by_query(metrics.accuracy_row(means))), fixed)
             yield _record("accuracy_col", metrics.share(by_query(metrics.accuracy_col(means))), fixed)
             yield _length(run, by_query([g[0]["tokens"] for g in groups]), fixed)
-            followed = [c and rule.follows(g[0]["text"], c) for g, c in
-                        ((g, run.ruled(item.constitutions[0])) for g, item in zip(groups, here))]
-            if any(followed):
-                sides = by_query([f and sum(f.values()) / len(f) for f in followed])
+            sides = by_query([c and rule.sides_followed(g[0]["text"], c) for g, c in
+                              ((g, run.ruled(item.constitutions[0])) for g, item in zip(groups, here))])
+            if sides:
                 yield _record("following", metrics.share(sides), fixed)
+            steered = by_query([steerability(item, g) for item, g in zip(here, groups)]) if not spec.writer else []
+            if steered:
+                yield _record("steerability", metrics.share(steered), fixed)
+                before = initial.setdefault(subset, steered)
+                if iteration:
+                    yield _record("steerability_change", metrics.change([a - b for a, b in zip(steered, before)]), fixed)
             yield from _following(run, here, groups, fixed)
             if run.constitutions.kinds:
                 yield from _by_principle(here, metrics.infonce(means), fixed)
@@ -81,6 +86,14 @@ def records(run: Run) -> Iterator[dict]:
         for subset in dict.fromkeys(item.subset for item in items):
             lengths = [row["tokens"] for row, item in zip(rows, items) if item.subset == subset]
             yield _length(run, lengths, constants | {"model": spec.baseline.label, "subset": subset, "iteration": 0})
+
+
+def steerability(item: Item, responses: list[dict]) -> float | None:
+    """The share of sides followed, by rule, over all constitutions of the item, each in its own response; None where no
+    principle has a rule."""
+    shares = [rule.sides_followed(r["text"], c) for c, r in zip(item.constitutions, responses)]
+    known = [s for s in shares if s is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _length(run: Run, tokens: list[float], fixed: dict) -> dict:

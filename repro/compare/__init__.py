@@ -1,0 +1,1 @@
+"""SAMI's objective and its rivals on the same sampled pairs."""

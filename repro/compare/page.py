@@ -1,0 +1,161 @@
+"""Records of a comparison, one a seed -> its page (Markdown) and figures."""
+
+from pathlib import Path
+
+from repro.base.metrics import Estimate
+from repro.base.records import UserError, read_json, write_text
+from repro.compare.measures import MEASURES, difference, estimate
+from repro.report import look
+
+SHOWN = {"bound": "bound, nats", "steerability": "steerability", "following": "followed", "following_bare": "without it",
+         "following_contrary": "against the user", "initial_logprob": "log-prob, initial model", "length": "tokens",
+         "distinct_words": "distinct words", "repetition": "repetition", "query_words": "words of the query"}
+BASE = "sami"
+TOLD = {"steerability": "steerability", "following_bare": "following without a constitution",
+        "initial_logprob": "log-prob under the initial model"}
+
+
+def read(folder: Path, stem: str) -> list[dict]:
+    """The records of an experiment's seeds. Raises UserError where they are not of one configuration."""
+    found = [read_json(path) for path in sorted(folder.glob(f"{stem}-seed-*.json"))]
+    first = found[0]
+    for record in found:
+        for key in ("iterations", "rates", "queries", "constitutions"):
+            if record[key] != first[key]:
+                raise UserError(f"{folder}: seeds {first['seed']} and {record['seed']} differ in {key}; compare them in "
+                                "folders of their own (--out)")
+    return found
+
+
+def _values(records: list[dict], label: str, name: str) -> list[list[float]]:
+    """[seed][query]; `initial`: the initial model."""
+    return [(r["initial"] if label == "initial" else r["objectives"][label]["values"])[name] for r in records]
+
+
+def _difference(records: list[dict], label: str, name: str) -> Estimate:
+    """From SAMI's objective."""
+    return difference(_values(records, label, name), _values(records, BASE, name))
+
+
+def _labels(records: list[dict]) -> list[str]:
+    return [label for label in records[0]["objectives"] if all(label in r["objectives"] for r in records)]
+
+
+def _said(e, digits: int = 2, sign: str = "") -> str:
+    around = f" [{e.ci95[0]:{sign}.{digits}f}, {e.ci95[1]:{sign}.{digits}f}]" if e.ci95 else ""
+    return f"{e.value:{sign}.{digits}f}{around}"
+
+
+def _grid(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
+
+
+def in_words(records: list[dict]) -> str:
+    """What came out, in one paragraph: which objectives differ from SAMI's in following and at which cost."""
+    labels = [label for label in _labels(records) if label != BASE]
+    steer = {label: estimate("steerability", _values(records, label, "steerability")) for label in _labels(records)}
+    start = estimate("steerability", _values(records, "initial", "steerability"))
+    top = max(steer, key=lambda label: steer[label].value)
+    parts = [f"The initial model follows {start.value:.2f} of the sides; the highest is {steer[top].value:.2f} ({top})"
+             + (f", SAMI's objective has {steer[BASE].value:.2f}." if BASE in steer else ".")]
+    for name, words in TOLD.items() if BASE in steer else ():
+        apart = {label: _difference(records, label, name) for label in labels}
+        found = ", ".join(f"{label} {d.value:+.2f}" for label, d in apart.items() if not d.ci95[0] <= 0 <= d.ci95[1])
+        parts.append(f"In {words} " + (f"the 95 % interval of a difference from it leaves out 0 for {found}." if found else
+                                       "the 95 % interval of every difference from it holds 0."))
+    return " ".join(parts)
+
+
+def write(folder: Path, stem: str) -> Path:
+    """`folder`/<stem>.md and its figures, of all seeds there."""
+    records = read(folder, stem)
+    first, labels = records[0], _labels(records)
+    rows = [[label, *(_said(estimate(name, _values(records, label, name)), 1 if name == "length" else 2) for name in SHOWN)]
+            for label in ("initial", *labels)]
+    apart = [[label, *(_said(_difference(records, label, name), 1 if name == "length" else 2, "+") for name in SHOWN)]
+             for label in labels if label != BASE] if BASE in labels else []
+    tries = [[label, f"{rate:g}", *(", ".join(f"{t[name]:.2f}" for t in found) for name in TRIED),
+              f"{sum(r['objectives'][label]['learning_rate'] == rate for r in records)} of {len(records)}"]
+             for label in labels for rate in first["rates"] if (found := _tries(records, label, rate))]
+    seeds = ", ".join(str(r["seed"]) for r in records)
+    queries, grid, tuned = len(first["queries"]), ", ".join(f"{r:g}" for r in first["rates"]), first["tries"][0]["n"]
+    text = f"""# Objectives on the same pairs: {stem}
+
+{in_words(records)}
+
+![Steerability against the log-prob of the text under the initial model; following without a constitution, and against the
+user]({stem}.png)
+
+Seeds: {seeds}. Held-out queries: {queries}, under {first['constitutions']} constitutions. Iterations: {first['iterations']}.
+All objectives train on the same sampled pairs, from the same weights, for the same steps. The learning rate of each
+was chosen among {grid} by steerability on {tuned} development queries. In brackets 95 % intervals over queries,
+whose seeds are averaged first.
+
+""" + _grid(["objective", *SHOWN.values()], rows) + """
+""" + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + (f"""
+## Differences to {BASE}
+
+On the same queries and seeds, by paired bootstrap over queries.
+
+""" + _grid(["objective", *SHOWN.values()], apart) if apart else "") + f"""
+## Every try
+
+Development queries, one number a seed.
+
+![Bound, steerability and log-prob under the initial model against the learning rate]({stem}-dose.png)
+
+""" + _grid(["objective", "learning rate", "bound", "steerability", "log-prob, initial model", "chosen"], tries)
+    write_text(folder / f"{stem}.md", text)
+    look.save(_overview(records), folder / stem)
+    look.save(_dose(records), folder / f"{stem}-dose")
+    return folder / f"{stem}.md"
+
+
+TRIED = ("bound", "steerability", "initial_logprob")
+
+
+def _tries(records: list[dict], label: str, rate: float) -> list[dict]:
+    return [t for r in records for t in r["tries"] if (t["objective"], t["learning_rate"]) == (label, rate)]
+
+
+def _marks(labels: list[str]) -> dict[str, tuple]:
+    colours, markers = (*look.COLOURS, look.SKY, look.AMBER, "black"), (*look.MARKERS, "v", "P", "X", "*", "<", ">")
+    return {label: (colours[k % len(colours)], markers[k % len(markers)]) for k, label in enumerate(labels)}
+
+
+@look.style()
+def _overview(records: list[dict]):
+    labels = _labels(records)
+    figure, panels = look.subplots(1, 2, (7.6, 3.6))
+    axes_of = (("initial_logprob", "steerability"), ("following_bare", "following_contrary"))
+    names = {"initial_logprob": "log-prob a token, initial model (nats)", "steerability": "steerability",
+             "following_bare": "followed without a constitution", "following_contrary": "followed against the user"}
+    for axes, (x, y) in zip(panels, axes_of):
+        for label, (colour, marker) in ({"initial": (look.GREY, "o")} | _marks(labels)).items():
+            a, b = (estimate(name, _values(records, label, name)) for name in (x, y))
+            bars = [None if e.ci95 is None else [[e.value - e.ci95[0]], [e.ci95[1] - e.value]] for e in (a, b)]
+            axes.errorbar([a.value], [b.value], xerr=bars[0], yerr=bars[1], color=colour, marker=marker, linestyle="",
+                          label="initial model" if label == "initial" else label, elinewidth=0.6, capsize=0)
+        axes.set(xlabel=names[x], ylabel=names[y])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+@look.style()
+def _dose(records: list[dict]):
+    figure, panels = look.subplots(1, 4, (10.5, 3.4))
+    labels, rates = _labels(records), records[0]["rates"]
+    names = dict(zip(TRIED, ("bound (nats)", "steerability", "log-prob a token, initial model (nats)")))
+    start = {name: sum(r["initial_development"][name] for r in records) / len(records) for name in TRIED}
+    for label, (colour, marker) in _marks(labels).items():
+        at = {name: [sum(t[name] for t in _tries(records, label, rate)) / len(records) for rate in rates] for name in TRIED}
+        for axes, name in zip(panels, TRIED):
+            axes.plot(rates, at[name], color=colour, marker=marker, label=label, linewidth=1)
+        path = {name: [start[name], *at[name]] for name in TRIED}
+        panels[3].plot(path["initial_logprob"], path["steerability"], color=colour, marker=marker, linewidth=1)
+    for axes, name in zip(panels, TRIED):
+        axes.axhline(start[name], color=look.GREY, linestyle=":")
+        axes.set(xscale="log", xlabel="learning rate", ylabel=names[name])
+    panels[3].set(xlabel=names["initial_logprob"], ylabel="steerability")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    return figure

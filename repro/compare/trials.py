@@ -1,0 +1,219 @@
+"""compare(experiment, objectives): what a run samples once, each objective trained on it, its rate chosen, then held out.
+
+1. The initial model answers the training queries under two constitutions each, and the held-out queries of the development
+   and the evaluation split: once.
+2. Each objective is trained from the initial weights at each rate of the same grid. Every try answers the development
+   queries; kept is the rate with the highest steerability, of equals the lowest.
+3. The kept weights answer the evaluation queries under every constitution, without any, and under the all-positive one
+   where the user's last sentence asks for its opposite.
+
+Every step is a stage of a run folder (stages/folder.py): a comparison that is stopped goes on with the same command.
+Weights are kept while they may still be the best, and not after.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from repro.base.identity import commit
+from repro.base.records import (
+    UserError,
+    locked,
+    make_folder,
+    read_json,
+    read_jsonl,
+    remove_folder,
+    write_json,
+    write_jsonl,
+)
+from repro.base.settings import Experiment
+from repro.base.training import NEEDS_INITIAL, OBJECTIVES, WITHOUT_CONSTITUTION
+from repro.compare.measures import bare_file, development_values, held_out_values
+from repro.stages import draws
+from repro.stages.evaluate import evaluate
+from repro.stages.folder import checkpoint, evaluation_file, initial_file, training_file
+from repro.stages.pipeline import write
+from repro.stages.run import Run
+from repro.stages.sample import sample, sample_to_file, score_initial, score_pairs, train_iteration
+
+GRID = (0.3, 1.0, 3.0)  # of the experiment's own learning rate
+ANCHORED = ("sami", {"anchor": 0.3})  # one more row: the authors' `beta`, which was never wired, as an anchor
+DEVELOPMENT = 16  # queries by which a rate is chosen
+CONTRARY = "For this one answer, do the opposite of what these principles ask."
+
+
+def rows_of(names: Sequence[str], pool: bool) -> dict[str, dict]:
+    """What is compared: label -> settings of TrainSpec. By default all that the experiment's constitutions allow."""
+    known = {name: {"objective": name} for name in OBJECTIVES if not (pool and name in WITHOUT_CONSTITUTION)}
+    known["sami+anchor"] = {"objective": ANCHORED[0], **ANCHORED[1]}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        why = ": a pool has no positive constitution" if pool and unknown[0] in WITHOUT_CONSTITUTION else ""
+        raise UserError(f"--objectives: {unknown[0]!r}{why}; allowed: {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--objectives: {', '.join(names)}; each at most once")
+    return {name: known[name] for name in names or known}
+
+
+def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = (), rates: Sequence[float] = (),
+            say: Callable[[str], None]) -> Path:
+    """The comparison of one seed, worked out in `out`/work; returns its record, `out`/<experiment>-seed-<k>.json. Raises
+    UserError."""
+    if experiment.writer:
+        raise UserError("compare: principles by a writer have no rules to be held against; choose a run without one "
+                        "(--variant)")
+    grid = sorted(rates or (factor * experiment.train.learning_rate for factor in GRID))
+    if len(set(grid)) < len(grid) or not all(0 < rate <= 0.1 for rate in grid):
+        raise UserError(f"--rates {' '.join(f'{r:g}' for r in grid)}: each once, above 0 and at most 0.1")
+    name = "-".join(filter(None, (experiment.name, experiment.variant, f"seed-{experiment.seed}")))
+    folder, judge = make_folder(Path(out) / "work" / name), replace(experiment.judge, judges=("rule",))
+    with locked(folder):
+        base = replace(experiment, judge=judge, baseline=None)
+        dev = _begun(replace(base, data=replace(base.data, evaluation_split="development", evaluation=min(
+            DEVELOPMENT, base.data.evaluation))), folder / "development", say)
+        test = _begun(base, folder / "evaluation", say)
+        wanted = rows_of(objectives, bool(dev.constitutions.kinds))
+        evaluate(dev, 0)
+        evaluate(test, 0)
+        sample(dev, 1)
+        _score_bare(test, 0)
+        _ask_otherwise(test, 0)
+        result = {"experiment": experiment.name, "variant": experiment.variant, "seed": experiment.seed, "commit": commit(),
+                  **{k: test.record[k] for k in ("config_hash", "device", "threads", "packages")},
+                  "iterations": experiment.iterations, "rates": grid,
+                  "queries": list(dict.fromkeys(item.query.id for item in test.items())),
+                  "constitutions": test.constitutions.count, "tries": [],
+                  "initial": held_out_values(test, 0), "objectives": {}}
+        _score_bare(dev, 0)
+        result["initial_development"] = development_values(dev, 0)
+        for label, settings in wanted.items():
+            specs = {rate: replace(experiment.train, learning_rate=rate, **settings) for rate in grid}
+            best = _tuned(dev, folder, label, list(specs.values()), result["tries"])
+            result["objectives"][label] = settings | {
+                "learning_rate": best, "values": _held_out(test, folder, label, specs[best])}
+        path = Path(out) / f"{name}.json"
+        write_json(path, result)
+    return path
+
+
+def _begun(experiment: Experiment, folder: Path, say) -> Run:
+    run = Run(experiment, folder, say)
+    run.prepare()
+    write(run)
+    return run
+
+
+def _derived(run: Run, train, folder: Path) -> Run:
+    """A run like `run`, with its inputs, that trains otherwise, in a folder of its own."""
+    other = copy.copy(run)
+    other.experiment, other.folder, other.record = replace(run.experiment, train=train), folder, {}
+    make_folder(folder)
+    facts = ("backend", "spoken", "dropped_queries", "not_run")
+    other.bind(run.inputs.digests(run.date), **{k: run.record[k] for k in facts})
+    return other
+
+
+def _shared(source: Run, target: Run, stage: str, outputs: list[str], inputs: list[str]) -> None:
+    """Take a stage's files over from another run, unless they are there."""
+    if stage in target.record["stages"] and not target.stage(stage, outputs, inputs):
+        return
+    for output in outputs:
+        make_folder((target.folder / output).parent)
+        shutil.copyfile(source.folder / output, target.folder / output)
+    target.finish(stage, outputs, inputs, shared=source.folder.name)
+
+
+def _tuned(dev: Run, folder: Path, label: str, specs: list, tries: list[dict]) -> float:
+    """The learning rate that steers best on the development split; each try joins `tries`. Of the objective's weights those
+    of the best try so far are kept."""
+    best = None
+    for spec in specs:
+        trial = _derived(dev, spec, folder / "tries" / f"{label}-{spec.learning_rate:g}")
+        done = trial.folder / "values.json"
+        if not done.is_file():
+            dev.say(f"--- {label}, learning rate {spec.learning_rate:g}")
+            _trained(dev, trial)
+            evaluate(trial, dev.experiment.iterations)
+            _score_bare(trial, dev.experiment.iterations)
+            write_json(done, development_values(trial, dev.experiment.iterations))
+        values = read_json(done)
+        tries.append({"objective": label, "learning_rate": spec.learning_rate, **values})
+        weights = trial.folder / checkpoint(dev.experiment.iterations)
+        if best is None or values["steerability"] > best[0]:
+            if best:
+                remove_folder(best[2])
+            best = values["steerability"], spec.learning_rate, weights
+        else:
+            remove_folder(weights)
+    return best[1]
+
+
+def _trained(dev: Run, trial: Run) -> None:
+    """Train `trial` on the pairs of `dev`; from the second iteration on, on its own."""
+    _shared(dev, trial, "sample-1", [training_file(1)], trial.written())
+    for iteration in range(1, trial.experiment.iterations + 1):
+        if iteration > 1:
+            sample(trial, iteration)
+        elif trial.experiment.train.objective in NEEDS_INITIAL:
+            if "initial-1" not in dev.record["stages"]:
+                score_initial(trial, 1)
+                _shared(trial, dev, "initial-1", [initial_file(1)], ["sample-1"])
+            _shared(dev, trial, "initial-1", [initial_file(1)], ["sample-1"])
+        if iteration > 1:
+            score_initial(trial, iteration)
+        train_iteration(trial, iteration)
+
+
+def _held_out(test: Run, folder: Path, label: str, spec) -> dict:
+    """The values of an objective on the evaluation split, by the weights of its best try."""
+    last = test.experiment.iterations
+    final = _derived(test, spec, folder / label)
+    done = final.folder / "values.json"
+    if not done.is_file():
+        trial = folder / "tries" / f"{label}-{spec.learning_rate:g}"
+        weights = final.folder / checkpoint(last)
+        if not weights.is_dir():
+            make_folder(weights.parent)
+            (trial / checkpoint(last)).rename(weights)
+        final.record["stages"][f"train-{last}"] = read_json(trial / "run.json")["stages"][f"train-{last}"]
+        test.say(f"--- {label}, held out")
+        evaluate(final, last)
+        _score_bare(final, last)
+        _ask_otherwise(final, last)
+        write_json(done, held_out_values(final, last))
+        remove_folder(weights)
+    return read_json(done)
+
+
+def _score_bare(run: Run, iteration: int) -> None:
+    """The log-probs of all responses under the initial model without a constitution: how far the text has drifted."""
+    from repro.core.engines import TrainingPair
+
+    name, inputs, outputs = f"bare-{iteration}", [f"evaluate-{iteration}"], [bare_file(iteration)]
+    if not run.stage(name, outputs, inputs):
+        return
+    rows, C = read_jsonl(run.folder / evaluation_file(iteration)), run.constitutions.count
+    pairs = [TrainingPair(item.query.id, (draws.bare(run.voice, item.query),),
+                          tuple(draws.said(run.voice, row) for row in rows[k * C: (k + 1) * C]))
+             for k, item in enumerate(run.items())]
+    scored = score_pairs(run, 0, pairs, name, "under the initial model")
+    write_jsonl(run.folder / outputs[0], [{"query": p.query, "logprobs": m[0], "tokens": n}
+                                          for p, (m, n) in zip(pairs, scored)])
+    run.finish(name, outputs, inputs)
+
+
+def _ask_otherwise(run: Run, iteration: int) -> None:
+    """Responses without a constitution, and under the all-positive one where the user at last asks for its opposite."""
+    name, inputs = f"otherwise-{iteration}", [f"evaluate-{iteration}"]
+    wanted = [(item.query, item.constitutions[0]) for item in run.items()]
+    texts = {"bare": [draws.bare(run.voice, query) for query, _ in wanted],
+             "contrary": [draws.prompt(run.voice, c, query, draws.EVALUATION_ORDER, sample=True, last=CONTRARY)
+                          for query, c in wanted]}
+    outputs = [f"responses/{kind}-{iteration}.jsonl" for kind in texts]
+    if not run.stage(name, outputs, inputs):
+        return
+    for kind, output in zip(texts, outputs):
+        sample_to_file(run, wanted, texts[kind], iteration, run.folder / output, f"{name} {kind}")
+    run.finish(name, outputs, inputs)
