@@ -88,12 +88,14 @@ def compare_command(args: Compare) -> None:
         raise UserError(f"compare: {args.experiment} has no run whose principles are a person's")
     chosen = by_hand[0] if args.model is None else dataclasses.replace(
         by_hand[0], model=dataclasses.replace(by_hand[0].model, name=args.model, label=safe_name(Path(args.model).name)))
-    seeds = args.seeds
-    if len(set(seeds)) < len(seeds) or not seeds:
-        raise UserError(f"--seeds {' '.join(map(str, seeds))}: one at least, each once")
-    experiments = [dataclasses.replace(chosen, seed=seed, iterations=args.iterations or 1) for seed in seeds]
-    from repro.compare import page
-    from repro.compare.trials import compare
+    seeds = args.seeds or (0,)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: each at most once")
+    with told_of(args):
+        experiments = [dataclasses.replace(chosen, seed=seed, iterations=1 if args.iterations is None else args.iterations)
+                       for seed in seeds]
+    from repro.compare import compare
+    from repro.report import comparison as page
 
     folder = args.out / "objectives"
     for experiment in experiments:

@@ -22,7 +22,9 @@ SPELLED = {
         judge_model:str? base_url:str? answer:str? leave_out:str...? price:float,float? max_usd:float=10.0 precision:str?
         dose:str? leakage:str? pack_tokens:int? dropout:str? lora:int? ranks:int=1 nodes:int=1 models:Path? sampler:str?
         sampler_url:str? tensor_parallel:int? iterations:int? batch_size:int? learning_rate:float? max_new_tokens:int?
-        drop_phrases:str...?""",
+        drop_phrases:str...? score_eos:bool=False objective:str? beta:float? contrast_temperature:float? margin:float? anchor:float?""",
+    "compare": """experiment:str objectives:str...=() rates:float...=() seeds:int...=() profile:str? variant:str? iterations:int?
+        model:str? out:Path=runs""",
     "plan": """experiment:str profile:str? variant:str? gpus:int? gpu_memory:float? gpu:str? fraction:float=0.4 model:str?
         config:Path? lora:int=0 response_tokens:float? judge_model:str? price:float,float? usd_per_gpu_hour:float? out:Path?""",
     "judge": """run:Path? admit:bool=False model:str= name:str= base_url:str? key_env:str=OPENAI_API_KEY answer:str=auto
@@ -33,7 +35,7 @@ SPELLED = {
     "verify": "run:Path? archive:Path? out:Path=results/verify strict:bool=False responses:bool=False",
     "figures": "archive:Path? out:Path=results/figures run:Path...=()",
 }
-PLACES = {"run": ["experiment"], "plan": ["experiment"], "judge": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
+PLACES = {"run": ["experiment"], "compare": ["experiment"], "plan": ["experiment"], "judge": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
 COMMANDS = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
 SETTINGS = [f for f in dataclasses.fields(flags.Run) if f.metadata.get("at") is not None]
 
@@ -75,6 +77,7 @@ def test_every_setting_with_a_flag_has_it():
 SAMPLES = {"constitutions": "dialogue", "task": "dialogue", "judge": ("likelihood", "rules"), "judge_model": "m", "prompt": "plain", "lora": 4, "model": "a/b", "seed": 5,
            "writer_model": "c/d", "asked": "sing", "queries": "mine.jsonl", "subsets": ("x",), "drop_phrases": ("no",), "pack_tokens": 99}
 ALSO = {"model": {"model.label": "b"}, "writer_model": {"writer.label": "d"}, "cot": {"name": "exp2_tldr_cot"},
+        "beta": {"train.objective": "nca"}, "margin": {"train.objective": "conspo_rows"},
         "lora": {"name": "exp2_tldr_lora", "train.learning_rate": 1e-4, "train.lora": {"rank": 4, "alpha": 8}}}
 
 
@@ -90,7 +93,8 @@ def test_a_flag_changes_its_setting_and_no_other(f):
     allowed = f.metadata["allowed"]
     value = SAMPLES.get(f.name, allowed[-1] if allowed else {bool: True, int: 7, float: 0.01}.get(one))
     words = [] if value is True else value if isinstance(value, tuple) else [str(value)]
-    args = cli.parse(["run", "exp2", "--variant", "weak", commandline.spelled(f), *words])
+    objective = ALSO.get(f.name, {}).get("train.objective")
+    args = cli.parse(["run", "exp2", "--variant", "weak", commandline.spelled(f), *words, *(["--objective", objective] if objective else [])])
     assert getattr(args, f.name) == value
     (made,) = configure(args)
     before, after = flat(base.to_json()), flat(made.to_json())
@@ -135,7 +139,7 @@ def test_words_of_a_command_line(line, given):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "a command is missing: one of run, plan, judge, publish, verify, figures; see repro --help"),
+    ([], "a command is missing: one of run, compare, plan, judge, publish, verify, figures; see repro --help"),
     ([""], "unknown option or command ''; see repro --help"), (["foo"], "unknown option or command foo; see repro --help"),
     (["--seed", "3", "run", "exp1"], "unknown option or command --seed; it is a flag of repro run"),
     (["run"], "the following arguments are required: EXPERIMENT; see repro run --help"),

@@ -72,7 +72,7 @@ class TrainSpec:
     the same pairs: mipo, nca, conspo_rows, sft, distil."""
     beta: float | None = setting(None, "beta")
     """Of mipo and nca: the weight of a log-ratio to the initial model; by default 0.1."""
-    temperature: float | None = setting(None, "temperature")
+    temperature: float | None = setting(None, "contrast_temperature")
     """Of sami and its kin: what scores are divided by; by default 1."""
     margin: float | None = setting(None, "margin")
     """Of conspo_rows: the margin of the last step, to which it grows from 0; by default 0.5."""

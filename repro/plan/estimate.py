@@ -13,6 +13,7 @@ from pathlib import Path
 
 from repro.base.records import UserError
 from repro.base.settings import Experiment
+from repro.base.training import NEEDS_INITIAL
 from repro.core.memory import GB, Step, largest_activations, peak, slab_bytes, training_bytes
 from repro.core.shapes import Shape
 from repro.plan.gpus import (
@@ -152,14 +153,16 @@ def plan(spec: Experiment, gpu: GPU, gpus: int, *, fraction: float = FRACTION, c
     scorers, most = (1, 1) if refusal else (usable, max(usable, MOST_GPUS))
     scoring = {n: scoring_bytes(shape, spec, texts, like, n) for n in range(1, most + 1)}
     server, sampled = sampling(shape, spec, texts, gpu, usable, fraction)
+    fits = sum(scoring[scorers].values()) <= memory
     return Plan(run=spec.path, model=spec.model.label, shape=shape, gpu=gpu, gpus=gpus, fraction=fraction, texts=texts,
                 refusal=refusal, step=step, phases=training_bytes(shape, step, memory), ways=found, trained=trained,
                 faster=faster, server=server, scoring=scoring[scorers], scoring_gpus=scorers,
                 disk=disk_of(shape, spec, like),
                 enough_for_scoring=next((n for n in scoring if sum(scoring[n].values()) <= memory), 0),
                 judge=judge_of(spec, texts, judge_model, price),
-                stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, scorers,
-                                        fits=sum(scoring[scorers].values()) <= memory),
+                stages=[sampled, scored(shape, spec, texts, gpu, fraction, like, scorers, fits),
+                        *([under_initial(shape, spec, texts, gpu, fraction, like, scorers, fits)]
+                          if spec.train.objective in NEEDS_INITIAL else []),
                         training(shape, spec, texts, gpu, fraction, like, fits=trained is not None)])
 
 
@@ -227,6 +230,18 @@ def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: flo
     took = max(took, math.ceil(tokens / gpus / step.pack_tokens) * gathered / (gpu.link * 1e9))
     return Stage("log-probs of held-out responses", tokens, layers + head, took / 3600 if fits else None,
                  f"sharded over {gpus} GPUs" if gpus > 1 else "on one GPU")
+
+
+def under_initial(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: float, step: Step, gpus: int,
+                  fits: bool) -> Stage:
+    """The training pairs' matrix under the initial model, for an objective that needs it: one pass without a backward, by
+    the same means as held-out responses are scored, so that training holds one model."""
+    queries = sum(spec.train.queries_needed(k) for k in range(1, spec.iterations + 1))
+    P, L, common = texts.prompt[0], texts.response[0], None if step.reference else texts.common[0]
+    layers, head = (queries * f for f in matrix_flops(shape, 2, 2, P, L, common, training=False))
+    took = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, gpus, layers, head)
+    return Stage("log-probs of training pairs under the initial model", queries * matrix_tokens(2, 2, P, L, common),
+                 layers + head, took / 3600 if fits else None, f"{spec.train.objective}; once, kept in the run")
 
 
 def seconds(gpu: GPU, precision: str, fraction: float, gpus: int, layers: float, head: float) -> float:

@@ -54,6 +54,16 @@ def logprob_file(iteration: int) -> str:
     return f"logprobs/evaluation-{iteration}.jsonl"
 
 
+def bare_file(iteration: int) -> str:
+    """Log-probs of the responses under the initial model without a constitution."""
+    return f"logprobs/bare-{iteration}.jsonl"
+
+
+def otherwise_file(kind: str, iteration: int) -> str:
+    """Responses without a constitution ("bare"), or where the user asks for the opposite ("contrary")."""
+    return f"responses/{kind}-{iteration}.jsonl"
+
+
 @dataclass
 class Folder:
     """A run's folder and its record (run.json)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from repro.base.checks import check_control_tokens
 from repro.base.records import UserError, digest
 from repro.base.settings import Experiment, ModelSpec
-from repro.base.training import TrainSpec
+from repro.base.training import WITHOUT_CONSTITUTION, TrainSpec
 from repro.core import lora
 from repro.models import decoding, hub, load, template
 from repro.models.files import unsaid
@@ -131,6 +131,9 @@ def read_inputs(spec: Experiment, *, date: str, say: Callable[[str], None], rank
     if spec.writer and constitutions.kinds:
         raise UserError(f"--constitutions {spec.constitutions}: a pool; a writer writes a set of two principles, so "
                         "what stands in for it must be a set too")
+    if spec.train.objective in WITHOUT_CONSTITUTION and constitutions.kinds:
+        raise UserError(f"--objective {spec.train.objective}: a pool of principles has no all-positive constitution "
+                        f"(--constitutions {spec.constitutions})")
     queries, dropped = load_queries(spec.data.source, spec=spec.data)
     voice = Voice.of(spec.model, spec, date, sampler_url)
     speakers, places = {"model": voice.speaker}, {"model.name": voice.place}

@@ -1,7 +1,9 @@
 """metrics.json from the files of a run: every metric with n, SEM and a 95 % interval."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import log
+
+import numpy as np
 
 from repro.base import metrics
 from repro.base.records import read_jsonl, write_json
@@ -10,8 +12,9 @@ from repro.judges.llm import judge_shares
 from repro.judges.record import read_judgments
 from repro.stages.draws import Item
 from repro.stages.evaluate import BASELINE, judge_inputs, judged_responses
-from repro.stages.folder import evaluation_file, logprob_file
+from repro.stages.folder import bare_file, evaluation_file, logprob_file, otherwise_file
 from repro.stages.run import Run
+from repro.text.rules import words
 
 
 def measure(run: Run) -> None:
@@ -26,8 +29,6 @@ def measure(run: Run) -> None:
 def records(run: Run) -> Iterator[dict]:
     """Every metric of the run with n, SEM and 95 % interval. The unit of n is the held-out query, over whose items (of a
     pool it may have several) values are averaged first; of a win rate it is the item, of one principle the response."""
-    import numpy as np
-
     spec, items = run.experiment, run.items()
     constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
     judgments = read_judgments(run.folder)
@@ -160,3 +161,54 @@ def _record(metric: str, estimate: metrics.Estimate, fixed: dict, **extra) -> di
     return ({"metric": metric} | dict.fromkeys(keys) | fixed | extra
             | {"value": estimate.value, "sem": estimate.sem, "n": estimate.n,
                "ci95": None if estimate.ci95 is None else list(estimate.ci95)})
+
+
+# ---- a value a query: what objectives are compared by (report/comparison.py)
+
+def _groups(run: Run, iteration: int) -> list[tuple]:
+    """(item, its responses, its log-prob row)."""
+    rows, scored = read_jsonl(run.folder / evaluation_file(iteration)), read_jsonl(run.folder / logprob_file(iteration))
+    C = len(run.items()[0].constitutions)
+    return [(item, rows[k * C: (k + 1) * C], scored[k]) for k, item in enumerate(run.items())]
+
+
+def _by_query(run: Run, values: Sequence[float]) -> list[float]:
+    found: dict[str, list[float]] = {}
+    for item, value in zip(run.items(), values):
+        found.setdefault(item.query.id, []).append(float(value))
+    return [sum(each) / len(each) for each in found.values()]
+
+
+def _texts(run: Run, iteration: int) -> dict[str, list[float]]:
+    groups = _groups(run, iteration)
+    sums, tokens = (np.array([scored[key] for *_, scored in groups]) for key in ("logprobs", "tokens"))
+    bare = read_jsonl(run.folder / bare_file(iteration))
+
+    def over(of) -> list[float]:
+        return [sum(of(r["text"], item) for r in rows) / len(rows) for item, rows, _ in groups]
+
+    return {
+        "bound": metrics.infonce(sums / tokens[:, None, :]).tolist(),
+        "steerability": [steerability(item, rows) for item, rows, _ in groups],
+        "following": [rule.sides_followed(rows[0]["text"], item.constitutions[0]) for item, rows, _ in groups],
+        "initial_logprob": [float(np.mean(np.divide(r["logprobs"], r["tokens"]))) for r in bare],
+        "length": [sum(r["tokens"] for r in rows) / len(rows) for _, rows, _ in groups],
+        "distinct_words": over(lambda text, item: len(set(words(text))) / len(words(text)) if words(text) else 0.0),
+        "repetition": over(lambda text, item: likelihood.repetition(text)),
+        "query_words": over(lambda text, item: likelihood.overlap(text, item.query.text))}
+
+
+def development_values(run: Run, iteration: int) -> dict[str, float]:
+    """Means over the development queries, and their number: what a try is judged by."""
+    found = {name: _by_query(run, values) for name, values in _texts(run, iteration).items()}
+    return {"n": len(found["bound"])} | {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def held_out_values(run: Run, iteration: int) -> dict[str, list[float]]:
+    """Measure -> a value a query, in the order of `queries` of the record."""
+    found = _texts(run, iteration)
+    for kind in ("bare", "contrary"):
+        rows = read_jsonl(run.folder / otherwise_file(kind, iteration))
+        found[f"following_{kind}"] = [rule.sides_followed(r["text"], item.constitutions[0])
+                                      for r, item in zip(rows, run.items())]
+    return {name: _by_query(run, values) for name, values in found.items()}

@@ -1,12 +1,29 @@
-"""Records of a comparison, one a seed -> its page (Markdown) and figures."""
+"""Records of a comparison of objectives (repro/compare.py), one a seed -> its page (Markdown) and figures.
 
+A value is of one held-out query, over whose items, of a pool, it is averaged.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from repro.base import metrics
 from repro.base.metrics import Estimate
 from repro.base.records import UserError, read_json, write_text
-from repro.compare.measures import MEASURES, difference, estimate
 from repro.report import look
 
+MEASURES = {  # name -> what it is, in words; the least and the most that a query's value can be
+    "bound": ("InfoNCE bound on the mutual information of constitution and response, nats", None),
+    "steerability": ("sides of the constitutions followed, by rule, over all constitutions, 0 to 1", (0, 1)),
+    "following": ("sides followed under the all-positive constitution, 0 to 1", (0, 1)),
+    "following_bare": ("the same sides followed without a constitution in the prompt, 0 to 1", (0, 1)),
+    "following_contrary": ("the same, under it, where the user's last sentence asks for the opposite, 0 to 1", (0, 1)),
+    "length": ("tokens of a response, over all constitutions", None),
+    "initial_logprob": ("mean log-prob a token of the responses under the initial model, no constitution, nats", None),
+    "distinct_words": ("different words among the words of a response, 0 to 1", (0, 1)),
+    "repetition": ("repeated word trigrams among those of a response, 0 to 1", (0, 1)),
+    "query_words": ("words taken from the query among the content words of a response, 0 to 1", (0, 1))}
 SHOWN = {"bound": "bound, nats", "steerability": "steerability", "following": "followed", "following_bare": "without it",
          "following_contrary": "against the user", "initial_logprob": "log-prob, initial model", "length": "tokens",
          "distinct_words": "distinct words", "repetition": "repetition", "query_words": "words of the query"}
@@ -25,6 +42,19 @@ def read(folder: Path, stem: str) -> list[dict]:
                 raise UserError(f"{folder}: seeds {first['seed']} and {record['seed']} differ in {key}; compare them in "
                                 "folders of their own (--out)")
     return found
+
+
+def estimate(name: str, values: Sequence[Sequence[float]]) -> Estimate:
+    """Of one measure the mean over seeds and queries [seed][query]; its interval is about the queries, over whose seeds the
+    values are averaged first."""
+    per_query = np.mean(values, axis=0)
+    return metrics.share(per_query) if MEASURES[name][1] else metrics.mean(per_query)
+
+
+def difference(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]], *, draws: int = 2000) -> Estimate:
+    """Of two objectives [seed][query], on the same queries and seeds: paired bootstrap over queries, whose seeds stay
+    together."""
+    return metrics.paired_bootstrap(np.mean(values, axis=0), np.mean(others, axis=0), draws=draws)
 
 
 def _values(records: list[dict], label: str, name: str) -> list[list[float]]:
@@ -78,7 +108,8 @@ def write(folder: Path, stem: str) -> Path:
               f"{sum(r['objectives'][label]['learning_rate'] == rate for r in records)} of {len(records)}"]
              for label in labels for rate in first["rates"] if (found := _tries(records, label, rate))]
     seeds = ", ".join(str(r["seed"]) for r in records)
-    queries, grid, tuned = len(first["queries"]), ", ".join(f"{r:g}" for r in first["rates"]), first["tries"][0]["n"]
+    queries, constitutions, tuned = len(first["queries"]), first["constitutions"], first["tries"][0]["n"]
+    grid = ", ".join(f"{r:g}" for r in first["rates"])
     text = f"""# Objectives on the same pairs: {stem}
 
 {in_words(records)}
@@ -86,7 +117,7 @@ def write(folder: Path, stem: str) -> Path:
 ![Steerability against the log-prob of the text under the initial model; following without a constitution, and against the
 user]({stem}.png)
 
-Seeds: {seeds}. Held-out queries: {queries}, under {first['constitutions']} constitutions. Iterations: {first['iterations']}.
+Seeds: {seeds}. Held-out queries: {queries}, under {constitutions} constitutions. Iterations: {first['iterations']}.
 All objectives train on the same sampled pairs, from the same weights, for the same steps. The learning rate of each
 was chosen among {grid} by steerability on {tuned} development queries. In brackets 95 % intervals over queries,
 whose seeds are averaged first.

@@ -23,25 +23,22 @@ from repro.base.records import (
     locked,
     make_folder,
     read_json,
-    read_jsonl,
     remove_folder,
     write_json,
-    write_jsonl,
 )
 from repro.base.settings import Experiment
 from repro.base.training import NEEDS_INITIAL, OBJECTIVES, WITHOUT_CONSTITUTION
-from repro.compare.measures import bare_file, development_values, held_out_values
-from repro.stages import draws
-from repro.stages.evaluate import evaluate
-from repro.stages.folder import checkpoint, evaluation_file, initial_file, training_file
+from repro.stages.evaluate import ask_otherwise, evaluate, score_bare
+from repro.stages.folder import checkpoint, initial_file, training_file
+from repro.stages.measure import development_values, held_out_values
 from repro.stages.pipeline import write
 from repro.stages.run import Run
-from repro.stages.sample import sample, sample_to_file, score_initial, score_pairs, train_iteration
+from repro.stages.sample import sample, score_initial, train_iteration
+from repro.text.principles import load_constitutions
 
 GRID = (0.3, 1.0, 3.0)  # of the experiment's own learning rate
 ANCHORED = ("sami", {"anchor": 0.3})  # one more row: the authors' `beta`, which was never wired, as an anchor
 DEVELOPMENT = 16  # queries by which a rate is chosen
-CONTRARY = "For this one answer, do the opposite of what these principles ask."
 
 
 def rows_of(names: Sequence[str], pool: bool) -> dict[str, dict]:
@@ -67,6 +64,7 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
     grid = sorted(rates or (factor * experiment.train.learning_rate for factor in GRID))
     if len(set(grid)) < len(grid) or not all(0 < rate <= 0.1 for rate in grid):
         raise UserError(f"--rates {' '.join(f'{r:g}' for r in grid)}: each once, above 0 and at most 0.1")
+    wanted = rows_of(objectives, bool(load_constitutions(experiment.constitutions).kinds))
     name = "-".join(filter(None, (experiment.name, experiment.variant, f"seed-{experiment.seed}")))
     folder, judge = make_folder(Path(out) / "work" / name), replace(experiment.judge, judges=("rule",))
     with locked(folder):
@@ -74,25 +72,24 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
         dev = _begun(replace(base, data=replace(base.data, evaluation_split="development", evaluation=min(
             DEVELOPMENT, base.data.evaluation))), folder / "development", say)
         test = _begun(base, folder / "evaluation", say)
-        wanted = rows_of(objectives, bool(dev.constitutions.kinds))
         evaluate(dev, 0)
         evaluate(test, 0)
         sample(dev, 1)
-        _score_bare(test, 0)
-        _ask_otherwise(test, 0)
+        score_bare(test, 0)
+        ask_otherwise(test, 0)
         result = {"experiment": experiment.name, "variant": experiment.variant, "seed": experiment.seed, "commit": commit(),
                   **{k: test.record[k] for k in ("config_hash", "device", "threads", "packages")},
                   "iterations": experiment.iterations, "rates": grid,
                   "queries": list(dict.fromkeys(item.query.id for item in test.items())),
                   "constitutions": test.constitutions.count, "tries": [],
                   "initial": held_out_values(test, 0), "objectives": {}}
-        _score_bare(dev, 0)
+        score_bare(dev, 0)
         result["initial_development"] = development_values(dev, 0)
         for label, settings in wanted.items():
             specs = {rate: replace(experiment.train, learning_rate=rate, **settings) for rate in grid}
             best = _tuned(dev, folder, label, list(specs.values()), result["tries"])
             result["objectives"][label] = settings | {
-                "learning_rate": best, "values": _held_out(test, folder, label, specs[best])}
+                "learning_rate": best, "values": _held_out(dev, test, folder, label, specs[best])}
         path = Path(out) / f"{name}.json"
         write_json(path, result)
     return path
@@ -136,11 +133,11 @@ def _tuned(dev: Run, folder: Path, label: str, specs: list, tries: list[dict]) -
             dev.say(f"--- {label}, learning rate {spec.learning_rate:g}")
             _trained(dev, trial)
             evaluate(trial, dev.experiment.iterations)
-            _score_bare(trial, dev.experiment.iterations)
+            score_bare(trial, dev.experiment.iterations)
             write_json(done, development_values(trial, dev.experiment.iterations))
         values = read_json(done)
         tries.append({"objective": label, "learning_rate": spec.learning_rate, **values})
-        weights = trial.folder / checkpoint(dev.experiment.iterations)
+        weights = (trial.folder / checkpoint(1)).parent
         if best is None or values["steerability"] > best[0]:
             if best:
                 remove_folder(best[2])
@@ -166,54 +163,23 @@ def _trained(dev: Run, trial: Run) -> None:
         train_iteration(trial, iteration)
 
 
-def _held_out(test: Run, folder: Path, label: str, spec) -> dict:
+def _held_out(dev: Run, test: Run, folder: Path, label: str, spec) -> dict:
     """The values of an objective on the evaluation split, by the weights of its best try."""
-    last = test.experiment.iterations
-    final = _derived(test, spec, folder / label)
-    done = final.folder / "values.json"
+    last, name = test.experiment.iterations, f"{label}-{spec.learning_rate:g}"
+    final = _derived(test, spec, folder / "held_out" / name)
+    done, weights = final.folder / "values.json", final.folder / checkpoint(last)
+    trial = _derived(dev, spec, folder / "tries" / name)
     if not done.is_file():
-        trial = folder / "tries" / f"{label}-{spec.learning_rate:g}"
-        weights = final.folder / checkpoint(last)
         if not weights.is_dir():
+            _trained(dev, trial)  # again, where they went with a smaller comparison
             make_folder(weights.parent)
-            (trial / checkpoint(last)).rename(weights)
-        final.record["stages"][f"train-{last}"] = read_json(trial / "run.json")["stages"][f"train-{last}"]
+            (trial.folder / checkpoint(last)).rename(weights)
+        final.record["stages"][f"train-{last}"] = trial.record["stages"][f"train-{last}"]
         test.say(f"--- {label}, held out")
         evaluate(final, last)
-        _score_bare(final, last)
-        _ask_otherwise(final, last)
+        score_bare(final, last)
+        ask_otherwise(final, last)
         write_json(done, held_out_values(final, last))
-        remove_folder(weights)
+    for run in (trial, final):
+        remove_folder((run.folder / checkpoint(1)).parent)
     return read_json(done)
-
-
-def _score_bare(run: Run, iteration: int) -> None:
-    """The log-probs of all responses under the initial model without a constitution: how far the text has drifted."""
-    from repro.core.engines import TrainingPair
-
-    name, inputs, outputs = f"bare-{iteration}", [f"evaluate-{iteration}"], [bare_file(iteration)]
-    if not run.stage(name, outputs, inputs):
-        return
-    rows, C = read_jsonl(run.folder / evaluation_file(iteration)), run.constitutions.count
-    pairs = [TrainingPair(item.query.id, (draws.bare(run.voice, item.query),),
-                          tuple(draws.said(run.voice, row) for row in rows[k * C: (k + 1) * C]))
-             for k, item in enumerate(run.items())]
-    scored = score_pairs(run, 0, pairs, name, "under the initial model")
-    write_jsonl(run.folder / outputs[0], [{"query": p.query, "logprobs": m[0], "tokens": n}
-                                          for p, (m, n) in zip(pairs, scored)])
-    run.finish(name, outputs, inputs)
-
-
-def _ask_otherwise(run: Run, iteration: int) -> None:
-    """Responses without a constitution, and under the all-positive one where the user at last asks for its opposite."""
-    name, inputs = f"otherwise-{iteration}", [f"evaluate-{iteration}"]
-    wanted = [(item.query, item.constitutions[0]) for item in run.items()]
-    texts = {"bare": [draws.bare(run.voice, query) for query, _ in wanted],
-             "contrary": [draws.prompt(run.voice, c, query, draws.EVALUATION_ORDER, sample=True, last=CONTRARY)
-                          for query, c in wanted]}
-    outputs = [f"responses/{kind}-{iteration}.jsonl" for kind in texts]
-    if not run.stage(name, outputs, inputs):
-        return
-    for kind, output in zip(texts, outputs):
-        sample_to_file(run, wanted, texts[kind], iteration, run.folder / output, f"{name} {kind}")
-    run.finish(name, outputs, inputs)

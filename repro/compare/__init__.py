@@ -1,1 +1,0 @@
-"""SAMI's objective and its rivals on the same sampled pairs."""

@@ -1,0 +1,240 @@
+"""Objectives on the same pairs: each trains in a run, its initial matrix is the initial model's, and a comparison says what came
+out, the same after a kill."""
+
+import dataclasses
+import json
+import math
+import re
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer
+from forked import killed
+from test_experiments import small
+from test_training import SPEC, pairs
+
+from repro import cli
+from repro.base import metrics
+from repro.base.identity import config_hash
+from repro.base.records import UserError, read_json, read_jsonl
+from repro.base.settings import Experiment
+from repro.base.training import NEEDS_INITIAL, OBJECTIVES
+from repro.compare import compare
+from repro.core import losses
+from repro.core.logprobs import logprob_matrix
+from repro.core.loop import train
+from repro.experiment import load_experiment
+from repro.models import load
+from repro.report import comparison
+from repro.stages import draws
+from repro.stages.pipeline import run
+from repro.stages.run import Run
+
+
+def matrix(model, batch, *, length_normalize=False):
+    return logprob_matrix(model, byte_tokenizer(), [p.prompts for p in batch], [p.responses for p in batch],
+                          length_normalize=length_normalize, score_eos=False, backend="reference")
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "distil"])
+def test_the_loop_trains_each_objective(name, tiny):
+    """The first step's loss and gradient norm against the function of reference matrices, and the loss falls."""
+    spec = dataclasses.replace(SPEC, objective=name, batches=6, learning_rate=5e-4, anchor=0.2 if "anchor" in OBJECTIVES[name] else None)
+    model, other = (load.load_model(str(tiny)) for _ in range(2))
+    batch = pairs(12)
+    with torch.no_grad():
+        before = (matrix(other, batch) + 3 * torch.randn(12, 2, 2, generator=torch.Generator().manual_seed(0))).tolist()
+    batch = [dataclasses.replace(p, initial=tuple(map(tuple, m))) for p, m in zip(batch, before)] if name in NEEDS_INITIAL else batch
+    sums, means = matrix(other, batch[:2]), matrix(other, batch[:2], length_normalize=True)
+    loss = losses.objective(spec, sums, (sums / means).detach().round(), initial=torch.tensor(before[:2]), progress=0.0)
+    loss.backward()
+    trace = train(model, byte_tokenizer(), batch, spec, 1)
+    assert trace[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert trace[0]["grad_norm"] == pytest.approx(torch.stack([p.grad.norm() for p in other.parameters()]).norm().item(), rel=1e-3)
+    again = [losses.objective(spec, matrix(m, batch).detach(), (matrix(m, batch) / matrix(m, batch, length_normalize=True)).detach().round(),
+                              initial=torch.tensor(before), progress=0.0).item() for m in (load.load_model(str(tiny)), model)]
+    assert again[1] < again[0]
+
+
+@pytest.mark.parametrize("initial, said", [(None, "missing"), (((0.0, float("nan")), (0.0, 0.0)), "not finite")])
+def test_an_initial_matrix_that_cannot_be_used(initial, said, tiny):
+    model = load.load_model(str(tiny))
+    with pytest.raises(UserError, match=f"iteration 1: mipo needs the initial model's log-probs; those of query 'q0' are {said}"):
+        train(model, byte_tokenizer(), [dataclasses.replace(p, initial=initial) for p in pairs(4)],
+              dataclasses.replace(SPEC, objective="mipo"), 1)
+
+
+def shipped(tiny, **train) -> Experiment:
+    base = small(next(e for e in load_experiment("exp2", "mini") if e.variant == "hand"), tiny, **train)
+    return dataclasses.replace(base, iterations=1, data=dataclasses.replace(base.data, train=16, evaluation=3))
+
+
+def test_settings_of_the_default_objective_change_no_hash(tiny):
+    """A run of an older version goes on as what it was."""
+    base = load_experiment("exp1", "mini")[0]
+    data = base.to_json()
+    assert not {"objective", "beta", "temperature", "margin", "anchor"} & data["train"].keys()
+    assert Experiment.from_json(data) == base
+    other = dataclasses.replace(base, train=dataclasses.replace(base.train, objective="nca", beta=0.2))
+    assert Experiment.from_json(json.loads(json.dumps(other.to_json()))) == other
+    assert config_hash(other, {}) != config_hash(base, {})
+
+
+def test_a_run_scores_its_pairs_under_the_initial_model_once(tiny, tmp_path):
+    """mipo: at the first step nothing has moved, so that every log-ratio is 0 and the loss log 2; in iteration 2 the pairs are
+    the trained model's, the matrix still the initial one's."""
+    experiment = dataclasses.replace(shipped(tiny, objective="mipo"), iterations=2)
+    folder = run(experiment, tmp_path, say=lambda text: None)
+    record = read_json(folder / "run.json")
+    for k in (1, 2):
+        assert record["stages"][f"train-{k}"]["trace"][0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
+        rows = read_jsonl(folder / f"logprobs/initial-{k}.jsonl")
+        assert f"logprobs/initial-{k}.jsonl" in record["stages"][f"initial-{k}"]["outputs"]
+        assert len(rows) == experiment.train.queries_needed(k) and all(np.shape(r["logprobs"]) == (2, 2) for r in rows)
+    said = []
+    run(experiment, tmp_path, say=said.append)
+    assert "initial-1: done before, skipped" in said and "train-2: done before, skipped" in said
+    path = folder / "logprobs/initial-2.jsonl"
+    path.write_text(path.read_text().replace("-", "", 1))
+    said.clear()
+    run(experiment, tmp_path, say=said.append)
+    assert any(line.startswith("initial-2: done again") for line in said) and "train-1: done before, skipped" in said
+    assert read_json(folder / "run.json")["stages"]["train-2"] | {"seconds": 0, "peak_rss_gib": 0} == record["stages"]["train-2"] | {
+        "seconds": 0, "peak_rss_gib": 0}
+
+
+def test_distillation_trains_on_the_positive_response_without_a_constitution(tiny, tmp_path, monkeypatch):
+    from repro.stages import jobs
+
+    seen = []
+    write = jobs.write_job
+    monkeypatch.setattr(jobs, "write_job", lambda *given, pairs, **more: seen.extend(pairs) or write(*given, pairs=pairs, **more))
+    experiment = shipped(tiny, objective="distil")
+    folder = run(experiment, tmp_path, say=lambda text: None)
+    rows = {(r["query"], r["constitution"]): r for r in read_jsonl(folder / "responses/training-1.jsonl")}
+    shared = Run(experiment, folder, lambda text: None)
+    shared.prepare()
+    principles = [p.text for p in shared.constitutions.principles] + [p.antithesis for p in shared.constitutions.principles]
+    assert seen and all(len(p.prompts) == len(p.responses) == 1 for p in seen)
+    for pair in seen:
+        own = rows[pair.query, shared.constitutions.positive.id]
+        assert pair.responses[0] == draws.said(shared.voice, own) and not any(p in pair.prompts[0] for p in principles)
+
+
+def test_a_pool_has_nothing_to_distil(tiny, tmp_path):
+    pool = small(load_experiment("exp3", "mini")[0], tiny)
+    with pytest.raises(UserError, match="--objectives: 'distil': a pool has no positive constitution; allowed: sami, "):
+        compare(pool, tmp_path, objectives=("distil",), say=lambda text: None)
+    with pytest.raises(UserError, match="--objective distil: a pool of principles has no all-positive constitution"):
+        run(dataclasses.replace(pool, train=dataclasses.replace(pool.train, objective="distil")), tmp_path, say=lambda text: None)
+
+
+# ---- the comparison
+
+CHOSEN = ("sami", "mipo", "distil", "sami+anchor")
+RATES = (1e-4, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared")
+    return shipped(tiny), compare(shipped(tiny), out, objectives=CHOSEN, rates=RATES, say=lambda text: None)
+
+
+def numbers(path) -> dict:
+    return {k: v for k, v in read_json(path).items() if k != "commit"}
+
+
+def test_a_comparison_holds_what_it_says(compared):
+    experiment, path = compared
+    record, work = numbers(path), path.parent / "work" / path.stem
+    assert path.name == "exp2_tldr-hand-seed-0.json" and list(record["objectives"]) == list(CHOSEN) and record["rates"] == list(RATES)
+    assert [(t["objective"], t["learning_rate"]) for t in record["tries"]] == [(o, r) for o in CHOSEN for r in RATES]
+    for label, found in record["objectives"].items():
+        tries = {t["learning_rate"]: t["steerability"] for t in record["tries"] if t["objective"] == label}
+        best = max(tries.values())
+        assert found["learning_rate"] == min(rate for rate, value in tries.items() if value == best)
+        assert set(found["values"]) == set(comparison.MEASURES) == set(record["initial"])
+        assert all(len(v) == len(record["queries"]) == 3 for v in found["values"].values())
+    assert record["objectives"]["sami+anchor"]["anchor"] == 0.3
+    assert not list(work.rglob("*.safetensors"))  # no weights are left
+    same = {p.read_bytes() for p in work.rglob("responses/training-1.jsonl")}
+    assert len(same) == 1 and len({p.read_bytes() for p in work.rglob("logprobs/initial-1.jsonl")}) == 1
+
+
+def test_its_values_are_those_of_its_files(compared):
+    """Following, bound and drift again, by hand from responses and log-probs."""
+    from repro.text.rules import RULES
+
+    experiment, path = compared
+    record, work = numbers(path), path.parent / "work" / path.stem
+    shared = Run(experiment, work / "evaluation", lambda text: None)
+    shared.prepare()
+    for label, folder, k in (("initial", work / "evaluation", 0), ("mipo", next(work.glob("held_out/mipo-*")), 1)):
+        values = record["initial"] if label == "initial" else record["objectives"][label]["values"]
+        rows, scored, bare = (read_jsonl(folder / f"{name}-{k}.jsonl") for name in ("responses/evaluation", "logprobs/evaluation", "logprobs/bare"))
+        for q, item in enumerate(shared.items()):
+            C = len(item.constitutions)
+            sides = [[bool(r["text"].strip()) and RULES[p.rule](r["text"]) == side for p, side in zip(c.principles, c.sides) if p.rule]
+                     for c, r in zip(item.constitutions, rows[q * C: (q + 1) * C])]
+            assert values["steerability"][q] == pytest.approx(np.mean([np.mean(s) for s in sides]))
+            assert values["following"][q] == pytest.approx(np.mean(sides[0]))
+            m = np.array(scored[q]["logprobs"]) / np.array(scored[q]["tokens"])
+            assert values["bound"][q] == pytest.approx(metrics.infonce(m[None])[0])
+            assert values["initial_logprob"][q] == pytest.approx(np.mean([s / n for s, n in zip(bare[q]["logprobs"], bare[q]["tokens"])]))
+    initial = load.load_model(str(experiment.model.name), dtype="float32")
+    item, text = shared.items()[0], read_jsonl(folder / "responses/evaluation-1.jsonl")[0]
+    given = logprob_matrix(initial, shared.voice.tokenizer, [[draws.bare(shared.voice, item.query)]], [[tuple(text["ids"]) or "."]],
+                           length_normalize=False, score_eos=False, backend="reference")
+    assert read_jsonl(folder / "logprobs/bare-1.jsonl")[0]["logprobs"][0] == pytest.approx(given.item(), rel=5e-3)  # bf16 products
+    contrary = draws.prompt(shared.voice, item.constitutions[0], item.query, draws.EVALUATION_ORDER, sample=True, last="No.")
+    assert contrary.index("No.") > max(contrary.index(s) for s in item.constitutions[0].statements())
+
+
+@pytest.mark.parametrize("function, nth", [("evaluate", 4), ("ask_otherwise", 3), ("remove_folder", 3)])
+def test_a_comparison_that_was_killed_ends_with_the_same_record(compared, function, nth, tmp_path):
+    experiment, path = compared
+    again = partial(compare, experiment, tmp_path, objectives=CHOSEN, rates=RATES, say=print)
+    assert killed("repro.compare", function, nth, again) == -signal.SIGKILL
+    assert numbers(again()) == numbers(path)
+
+
+def test_a_comparison_grows(compared, tmp_path):
+    """Fewer rates and objectives first, then all: what was tried stays, and the record is that of all at once."""
+    experiment, path = compared
+    compare(experiment, tmp_path, objectives=CHOSEN[1:], rates=RATES[:1], say=print)
+    assert numbers(compare(experiment, tmp_path, objectives=CHOSEN, rates=RATES, say=print)) == numbers(path)
+
+
+def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
+    experiment, path = compared
+    for seed in (0, 1):
+        record = read_json(path) | {"seed": seed}
+        (tmp_path / f"exp2_tldr-hand-seed-{seed}.json").write_text(json.dumps(record))
+    page = comparison.write(tmp_path, "exp2_tldr-hand")
+    text = page.read_text()
+    values = read_json(path)["objectives"]["mipo"]["values"]["steerability"]
+    assert "| mipo | " in text and f"{np.mean(values):.2f} [" in text and "Seeds: 0, 1." in text
+    assert re.search(r"## Differences to sami\n.*\n\| mipo \|", text, flags=re.S) and "## Every try" in text
+    assert (tmp_path / "exp2_tldr-hand.png").is_file() and (tmp_path / "exp2_tldr-hand-dose.png").is_file()
+    first = comparison.difference([[1.0, 0.0, 0.5]] * 2, [[0.5, 0.0, 0.0]] * 2)
+    assert first.value == pytest.approx(1 / 3) and first.n == 3  # queries, not queries times seeds
+    (tmp_path / "exp2_tldr-hand-seed-1.json").write_text(json.dumps(read_json(path) | {"seed": 1, "rates": [1.0]}))
+    with pytest.raises(UserError, match="seeds 0 and 1 differ in rates"):
+        comparison.write(tmp_path, "exp2_tldr-hand")
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--objectives", "samy"], "--objectives: 'samy'; allowed: sami, "), (["--objectives", "sft", "sft"], "--objectives: sft, sft; each at most once"),
+    (["--rates", "1e-6", "1e-6"], "--rates 1e-06 1e-06: each once, above 0"), (["--rates", "-1"], "--rates -1: each once, above 0"),
+    (["--seeds", "1", "1"], "--seeds 1 1: each at most once"), (["--variant", "weak"], "principles by a writer have no rules"),
+    (["--iterations", "0"], "--iterations: 0; must be above 0")])
+def test_a_mistake_is_one_line_and_leaves_nothing(argv, said, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "exp2", "--model", str(tiny), "--out", str(tmp_path / "runs"), *argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and said in captured.err and captured.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json*"))
