@@ -27,7 +27,7 @@ from repro.base.records import (
     write_json,
 )
 from repro.base.settings import Experiment
-from repro.base.training import NEEDS_INITIAL, OBJECTIVES, WITHOUT_CONSTITUTION
+from repro.base.training import OBJECTIVES, WITHOUT_CONSTITUTION
 from repro.stages.evaluate import ask_otherwise, evaluate, score_bare
 from repro.stages.folder import checkpoint, initial_file, training_file
 from repro.stages.measure import development_values, held_out_values
@@ -148,18 +148,18 @@ def _tuned(dev: Run, folder: Path, label: str, specs: list, tries: list[dict]) -
 
 
 def _trained(dev: Run, trial: Run) -> None:
-    """Train `trial` on the pairs of `dev`; from the second iteration on, on its own."""
+    """Train `trial` on the pairs of `dev`, whose initial matrix is computed by the first that needs it; from the second
+    iteration on, on its own."""
+    initial = "initial-1", [initial_file(1)], ["sample-1"]
     _shared(dev, trial, "sample-1", [training_file(1)], trial.written())
+    if "initial-1" in dev.record["stages"]:
+        _shared(dev, trial, *initial)
     for iteration in range(1, trial.experiment.iterations + 1):
         if iteration > 1:
             sample(trial, iteration)
-        elif trial.experiment.train.objective in NEEDS_INITIAL:
-            if "initial-1" not in dev.record["stages"]:
-                score_initial(trial, 1)
-                _shared(trial, dev, "initial-1", [initial_file(1)], ["sample-1"])
-            _shared(dev, trial, "initial-1", [initial_file(1)], ["sample-1"])
-        if iteration > 1:
-            score_initial(trial, iteration)
+        score_initial(trial, iteration)
+        if iteration == 1 and "initial-1" in trial.record["stages"]:
+            _shared(trial, dev, *initial)
         train_iteration(trial, iteration)
 
 
