@@ -6,6 +6,7 @@ imports of torch, so there is one for all cases):
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from repro.base.records import UserError, write_json
-from repro.base.training import TrainSpec
+from repro.base.training import NEEDS_INITIAL, TrainSpec
 from repro.core import engines, loop, memory
 from repro.core.checkpoints import StepCheckpoints
 from repro.core.engines import TrainingPair
@@ -32,11 +33,16 @@ def ragged(n: int) -> list[TrainingPair]:
             for k in range(n)]
 
 
+def with_initial(pairs: list[TrainingPair]) -> list[TrainingPair]:
+    """As of an initial model, whose log-probs tell the queries apart."""
+    return [replace(p, initial=((-20.0 - k, -30.0), (-25.0, -20.0 + k))) for k, p in enumerate(pairs)]
+
+
 def run_case(engine, case: dict, out: Path) -> dict:
     """Train as `case` says and leave the weights in `out`; returns what was seen, or what was raised."""
     spec = TrainSpec(**{"batch_size": 5, "batches": 3, "learning_rate": 1e-3, "precision": "fp32", "optimizer": "adamw"} | case.get("spec", {}))
     steps = StepCheckpoints(Path(case["steps"]), "key", worth=0) if "steps" in case else None
-    seen, passes, tight, reductions, infonce = [], [], [], [], engines.symmetric_infonce
+    seen, passes, tight, reductions, objective = [], [], [], [], engines.objective
     enable, before_backward, reduce = (PreTrainedModel.activation_checkpointing_enable, engine.before_backward,
                                        getattr(dist, REDUCE))
 
@@ -52,16 +58,17 @@ def run_case(engine, case: dict, out: Path) -> dict:
     if "room" in case:  # bytes of the machine: too few to keep activations
         patches += [mock.patch.object(module, "usable_bytes", lambda device: case["room"]) for module in (memory, engines)]
     if "poison" in case:  # on this rank alone
-        patches.append(mock.patch.object(engines, "symmetric_infonce",
-                                         lambda m: infonce(m) * (torch.nan if engine.rank == case["poison"] else 1)))
+        patches.append(mock.patch.object(engines, "objective", lambda *given, **more: objective(*given, **more) * (
+            torch.nan if engine.rank == case["poison"] else 1)))
     for patch in patches:
         patch.start()
     try:
         if "score" in case:
             return {"matrices": rank.work_scores(Path(case["score"]), "job.json", engine, seen.append), "queries": sum(seen)}
         model = engine.load_model(case["model"], dtype=engines.weights_dtype(spec))
-        trace = loop.train(model, byte_tokenizer(), ragged(case.get("queries", 15)), spec, 1, engine=engine, steps=steps,
-                               on_query=seen.append, asked=list(case.get("asked", [])),
+        pairs = ragged(case.get("queries", 15))
+        trace = loop.train(model, byte_tokenizer(), with_initial(pairs) if spec.objective in NEEDS_INITIAL else pairs, spec, 1,
+                               engine=engine, steps=steps, on_query=seen.append, asked=list(case.get("asked", [])),
                                save_batch=lambda facts: write_json(out / f"{case['name']}-{engine.rank}.json", facts))
         engine.export(lambda plain: save_file({k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"
                                                or not plain.config.tie_word_embeddings}, out / f"{case['name']}.safetensors"))

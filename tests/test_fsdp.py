@@ -43,6 +43,8 @@ def work(tmp_path_factory):
         {"name": "one_query", "model": tied, "spec": {"batch_size": 1}},
         {"name": "one_pass", "model": tied, "budget": 10_000},
         {"name": "clipped", "model": tied, "spec": {"max_grad_norm": 0.5}},
+        {"name": "nca", "model": tied, "spec": {"objective": "nca", "anchor": 0.3}},
+        {"name": "margin", "model": tied, "spec": {"objective": "conspo_rows"}},
         {"name": "rmsprop", "model": tied, "spec": {"optimizer": "rmsprop"}},
         {"name": "bf16", "model": tied, "spec": {"precision": "bf16"}},
         {"name": "fp32_master", "model": tied, "spec": {"precision": "fp32_master"}},
@@ -101,9 +103,10 @@ def test_two_ranks_train_as_one_process_does(work, family):
     assert all(not torch.equal(before[k], v) for k, v in weights[0].items())  # every tensor was trained
 
 
-@pytest.mark.parametrize("name", ["one_query", "one_pass", "clipped", "fp32_master"])
+@pytest.mark.parametrize("name", ["one_query", "one_pass", "clipped", "fp32_master", "nca", "margin"])
 def test_other_batches_and_settings_on_two_ranks(work, name):
-    """A rank without a query; a rank with one pass; clipping over shards; bf16 products (whose rounding differs a little)."""
+    """A rank without a query; a rank with one pass; clipping over shards; bf16 products (whose rounding differs a little); an
+    objective whose initial matrix goes with its query; one that depends on the step."""
     one, ranks, weights = work(name)
     assert_same(one, ranks, weights, **({"rel": 2e-2, "atol": 5e-3} if name == "fp32_master" else {}))
     if name == "clipped":
@@ -238,7 +241,7 @@ def test_stopped_after_every_step_the_result_is_identical_to_the_bit(tiny, undis
 
 
 @pytest.mark.parametrize("where, nth, left", [
-    ("engines.symmetric_infonce", 3, 1),        # in step 2 or 3
+    ("engines.objective", 3, 1),        # in step 2 or 3
     ("checkpoints:checkpoint.save", 3, 2),      # step 3 trained, none of its files written
     ("checkpoints.write_json", 3, 2),           # its shard written, the trace not
     ("checkpoints.seal", 3, 2),                 # all but the marker

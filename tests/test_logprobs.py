@@ -116,6 +116,22 @@ def test_shared_is_as_exact_as_the_reference(family, score_eos, length_normalize
 
 
 @pytest.mark.parametrize("backend", ["reference", "shared"])
+def test_a_response_that_was_cut_has_no_end_to_score(tiny, backend):
+    """`finished`: of those that ended the end is scored, of the others nothing that they never said."""
+    model, tokenizer = load.load_model(str(tiny)).double(), load.load_tokenizer(str(tiny))
+    finished = [[True, False], [False, True]]
+    every, none, some = (matrix(model, tokenizer, backend, score_eos=eos, finished=f, length_normalize=False)
+                         for eos, f in ((True, None), (False, None), (True, finished)))
+    for b, ended in enumerate(finished):
+        for r, end in enumerate(ended):
+            torch.testing.assert_close(some[b, :, r], (every if end else none)[b, :, r], rtol=1e-12, atol=0)
+            assert not torch.allclose(every[b, :, r], none[b, :, r])
+    assert torch.equal(matrix(model, tokenizer, backend, score_eos=False, finished=finished, length_normalize=False), none)
+    with pytest.raises(ValueError, match="finished must be"):
+        matrix(model, tokenizer, backend, score_eos=True, finished=[[True]] * len(RESPONSES))
+
+
+@pytest.mark.parametrize("backend", ["reference", "shared"])
 def test_score_eos_and_length_normalize_each_change_the_result(tiny, backend):
     model, tokenizer = load.load_model(str(tiny)), load.load_tokenizer(str(tiny))
     with torch.no_grad():

@@ -451,7 +451,58 @@ def test_download_of_the_real_record(tmp_path, monkeypatch):
     finally:
         server.http.shutdown()
         server.http.server_close()
-    assert len(server.asked) == 101
+    assert len(server.asked) == 107
+
+
+# ---- the authors' ablation of the loss
+
+def ablated(archive, facts):
+    """Three more files: of 250 items `both` wins 200, `col` 205 (the same and 5 more), `row` 150; lengths as in the others."""
+    entries = []
+    for loss, wins in (("both", 200), ("col", 205), ("row", 150)):
+        (archive / made.REPO / f"{loss}.json").write_text(json.dumps(made.scores(wins, 0)))
+        entries.append({"repo": made.REPO, "commit": made.COMMIT, "path": f"{loss}.json", "kind": "verdicts", "experiment": "exp1",
+                        "subset": "helpful", "model": "mistral-7b", "writer": "claude-opus", "iteration": 2,
+                        "baseline": "mistral-7b", "loss": loss, "bytes": 0, "sha256": ""})
+    made.edit(facts / "manifest.json", lambda m: m["files"].extend(entries))
+    made.rehash(archive, facts)
+
+
+def test_the_ablation_stands_apart_from_the_cells(small):
+    archive, facts, run, out = small
+    run()
+    before = cells(out), records.read_json(out / "verify.json")["record"]["ablation"]
+    assert before[1] == {"rows": [], "differences": []} and "no file of the authors' ablation" in (out / "README.md").read_text()
+    ablated(archive, facts)
+    assert run() == 0 and cells(out) == before[0]
+    found = records.read_json(out / "verify.json")["record"]["ablation"]
+    assert [(r["loss"], r["raw"]["value"], r["n"]) for r in found["rows"]] == [("both", 80.0, 250), ("col", 82.0, 250), ("row", 60.0, 250)]
+    differences = {(d["first"], d["second"]): d for d in found["differences"]}
+    assert differences["both", "row"]["raw"]["value"] == pytest.approx(20) and differences["both", "col"]["raw"]["value"] == pytest.approx(-2)
+    low, high = differences["both", "col"]["raw"]["ci95"]
+    assert low < -2 < high <= 0  # paired: 5 items differ; two samples of 250 would give about 7 points either way
+    assert abs(differences["col", "row"]["stratified"]["value"] - 22) < 0.1
+    page = (out / "README.md").read_text()
+    assert "| helpful | row: over responses | 60.0" in page and "| helpful | both - row | +20.0" in page
+    flip(archive, "row.json")
+    with pytest.raises(UserError, match="row.json.*altered"):
+        run()
+
+
+@needs_real
+def test_the_real_ablation(tmp_path):
+    """Against numbers taken from the files in another way: counts of wins, half ties, and the two strata by hand."""
+    published.verify(None, tmp_path)
+    found = {(r["subset"], r["loss"]): r for r in records.read_json(tmp_path / "verify.json")["record"]["ablation"]["rows"]}
+    assert {k: (round(r["stratified"]["value"], 1), round(r["raw"]["value"], 1)) for k, r in found.items()} == {
+        ("helpful", "both"): (78.9, 91.6), ("harmless", "both"): (81.1, 90.8), ("helpful", "row"): (73.8, 85.8),
+        ("harmless", "row"): (66.2, 80.2), ("helpful", "col"): (83.6, 94.4), ("harmless", "col"): (81.1, 93.2)}
+    for entry in archive.load_manifest():
+        if "loss" in entry:
+            rows = json.loads((REAL / entry["repo"] / entry["path"]).read_text())
+            longer, rest = [[r[0] for r in rows if (r[2] > r[1]) == side] for side in (True, False)]
+            by_hand = 50 * (sum(longer) / len(longer) + sum(rest) / len(rest))
+            assert found[entry["subset"], entry["loss"]]["stratified"]["value"] == pytest.approx(by_hand)
 
 
 # ---- what the record says beyond the paper
