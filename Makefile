@@ -45,7 +45,7 @@ exp3: $(STAMP)  ## Experiment 3, diverse and held-out principles
 	@exec $(BIN)/repro run exp3 --profile $(PROFILE) --out $(OUT) $(ARGS)
 
 compare: $(STAMP)  ## SAMI's objective and its rivals on the same pairs: EXPERIMENT=exp2, ARGS='--objectives sami mipo --seeds 0 1'
-	@exec $(BIN)/repro compare $(EXPERIMENT) --out $(OUT) $(ARGS)
+	@exec $(BIN)/repro compare $(EXPERIMENT) --profile $(PROFILE) --out $(OUT) $(ARGS)
 
 verify: $(STAMP)  ## The paper's tables recomputed from the authors' record -> results/verify
 	@exec $(BIN)/repro verify $(ARGS)

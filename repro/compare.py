@@ -18,18 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from repro.base.identity import commit
-from repro.base.records import (
-    UserError,
-    locked,
-    make_folder,
-    read_json,
-    remove_folder,
-    write_json,
-)
+from repro.base.records import UserError, first_line, locked, make_folder, read_json, remove_folder, write_json
 from repro.base.settings import Experiment
-from repro.base.training import OBJECTIVES, WITHOUT_CONSTITUTION
+from repro.base.training import OBJECTIVES, PARAMETERS, WITHOUT_CONSTITUTION, NotTrainable
+from repro.report import comparison
 from repro.stages.evaluate import ask_otherwise, evaluate, score_bare
-from repro.stages.folder import checkpoint, initial_file, training_file
+from repro.stages.folder import checkpoint, evaluation_file, initial_file, logprob_file, training_file
 from repro.stages.measure import development_values, held_out_values
 from repro.stages.pipeline import write
 from repro.stages.run import Run
@@ -56,42 +50,60 @@ def rows_of(names: Sequence[str], pool: bool) -> dict[str, dict]:
 
 def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = (), rates: Sequence[float] = (),
             say: Callable[[str], None]) -> Path:
-    """The comparison of one seed, worked out in `out`/work; returns its record, `out`/<experiment>-seed-<k>.json. Raises
-    UserError."""
-    if experiment.writer:
-        raise UserError("compare: principles by a writer have no rules to be held against; choose a run without one "
-                        "(--variant)")
+    """The comparison of one seed, worked out in `out`/work; returns its record, `out`/<experiment>-seed-<k>.json, in which
+    what an earlier call has put there stays. Raises UserError."""
+    constitutions = load_constitutions(experiment.constitutions)
+    if experiment.writer or not any(p.rule for p in constitutions.principles):
+        raise UserError("compare: following is measured by rules, and these principles have none; choose others "
+                        "(--variant, or an experiment whose constitutions have rules)")
+    if experiment.cot or experiment.sampling.reasoning:
+        raise UserError("compare: a run that reasons first is not compared (cot, reasoning)")
     grid = sorted(rates or (factor * experiment.train.learning_rate for factor in GRID))
     if len(set(grid)) < len(grid) or not all(0 < rate <= 0.1 for rate in grid):
         raise UserError(f"--rates {' '.join(f'{r:g}' for r in grid)}: each once, above 0 and at most 0.1")
-    wanted = rows_of(objectives, bool(load_constitutions(experiment.constitutions).kinds))
-    name = "-".join(filter(None, (experiment.name, experiment.variant, f"seed-{experiment.seed}")))
-    folder, judge = make_folder(Path(out) / "work" / name), replace(experiment.judge, judges=("rule",))
+    plain = replace(experiment.train, objective="sami", **dict.fromkeys(PARAMETERS))
+    wanted = {label: {rate: replace(plain, learning_rate=rate, **settings) for rate in grid}
+              for label, settings in rows_of(objectives, bool(constitutions.kinds)).items()}
+    base = replace(experiment, train=plain, baseline=None, judge=replace(experiment.judge, judges=("rule",)),
+                   data=replace(experiment.data, evaluation_split="evaluation"))
+    tuning = replace(base.data, evaluation_split="development", evaluation=min(DEVELOPMENT, base.data.evaluation))
+    stem = "-".join(filter(None, (experiment.name, experiment.variant)))
+    path = Path(out) / f"{stem}-seed-{experiment.seed}.json"
+    about = {"experiment": stem, "profile": base.profile, "model": base.model.label, "iterations": base.iterations,
+             "rates": grid, "train": {k: v for k, v in base.to_json()["train"].items() if k != "learning_rate"}}
+    comparison.check(Path(out), about)
+    folder = Path(out) / "work" / path.stem
+    new = not folder.exists()
     with locked(folder):
-        base = replace(experiment, judge=judge, baseline=None)
-        dev = _begun(replace(base, data=replace(base.data, evaluation_split="development", evaluation=min(
-            DEVELOPMENT, base.data.evaluation))), folder / "development", say)
-        test = _begun(base, folder / "evaluation", say)
-        evaluate(dev, 0)
-        evaluate(test, 0)
+        try:
+            dev = _begun(replace(base, data=tuning), folder / "development", say)
+            test = _begun(base, folder / "evaluation", say)
+        except UserError:
+            for part in ("development", "evaluation") if new else ():
+                remove_folder(folder / part)
+            raise
+        for run in (dev, test):
+            evaluate(run, 0)
+            score_bare(run, 0)
         sample(dev, 1)
-        score_bare(test, 0)
         ask_otherwise(test, 0)
-        result = {"experiment": experiment.name, "variant": experiment.variant, "seed": experiment.seed, "commit": commit(),
-                  **{k: test.record[k] for k in ("config_hash", "device", "threads", "packages")},
-                  "iterations": experiment.iterations, "rates": grid,
-                  "queries": list(dict.fromkeys(item.query.id for item in test.items())),
-                  "constitutions": test.constitutions.count, "tries": [],
-                  "initial": held_out_values(test, 0), "objectives": {}}
-        score_bare(dev, 0)
-        result["initial_development"] = development_values(dev, 0)
-        for label, settings in wanted.items():
-            specs = {rate: replace(experiment.train, learning_rate=rate, **settings) for rate in grid}
-            best = _tuned(dev, folder, label, list(specs.values()), result["tries"])
-            result["objectives"][label] = settings | {
-                "learning_rate": best, "values": _held_out(dev, test, folder, label, specs[best])}
-        path = Path(out) / f"{name}.json"
-        write_json(path, result)
+        record = about | {
+            "seed": base.seed, **{k: test.record[k] for k in ("config_hash", "device", "threads", "packages")},
+            "queries": list(dict.fromkeys(item.query.id for item in test.items())),
+            "constitutions": test.constitutions.count, "initial": held_out_values(test, 0),
+            "initial_development": development_values(dev, 0), "objectives": {}}
+        if path.is_file() and (before := read_json(path))["config_hash"] == record["config_hash"]:
+            record["objectives"] = before["objectives"]
+        for label, specs in wanted.items():
+            tries = _tried(dev, folder, label, specs)
+            if all("failed" in t for t in tries):
+                raise UserError(f"compare: {label} cannot be trained at any of these rates: {tries[0]['failed']}")
+            best = max((t for t in tries if "failed" not in t), key=lambda t: (t["steerability"], -t["learning_rate"]))
+            spec = specs[best["learning_rate"]]
+            record["objectives"][label] = {
+                "objective": spec.objective, **spec.parameters, "commit": commit(), "learning_rate": spec.learning_rate,
+                "tries": tries, "values": _held_out(dev, test, folder, label, spec)}
+        write_json(path, record)
     return path
 
 
@@ -122,37 +134,41 @@ def _shared(source: Run, target: Run, stage: str, outputs: list[str], inputs: li
     target.finish(stage, outputs, inputs, shared=source.folder.name)
 
 
-def _tuned(dev: Run, folder: Path, label: str, specs: list, tries: list[dict]) -> float:
-    """The learning rate that steers best on the development split; each try joins `tries`. Of the objective's weights those
-    of the best try so far are kept."""
-    best = None
-    for spec in specs:
-        trial = _derived(dev, spec, folder / "tries" / f"{label}-{spec.learning_rate:g}")
-        done = trial.folder / "values.json"
+def _tried(dev: Run, folder: Path, label: str, specs: dict) -> list[dict]:
+    """What came out at each learning rate on the development split, or why it failed. Of the objective's weights those of
+    the best try so far are kept."""
+    tries, best = [], None
+    for rate, spec in specs.items():
+        trial = _derived(dev, spec, folder / "tries" / f"{label}-{rate:g}")
+        done, weights = trial.folder / "values.json", (trial.folder / checkpoint(1)).parent
         if not done.is_file():
-            dev.say(f"--- {label}, learning rate {spec.learning_rate:g}")
-            _trained(dev, trial)
-            evaluate(trial, dev.experiment.iterations)
-            score_bare(trial, dev.experiment.iterations)
-            write_json(done, development_values(trial, dev.experiment.iterations))
-        values = read_json(done)
-        tries.append({"objective": label, "learning_rate": spec.learning_rate, **values})
-        weights = (trial.folder / checkpoint(1)).parent
-        if best is None or values["steerability"] > best[0]:
+            dev.say(f"--- {label}, learning rate {rate:g}")
+            try:
+                _trained(dev, trial)
+                evaluate(trial, dev.experiment.iterations)
+                score_bare(trial, dev.experiment.iterations)
+                found = development_values(trial, dev.experiment.iterations)
+            except NotTrainable as e:
+                dev.say(f"{label}, learning rate {rate:g}: {e}")
+                found = {"failed": first_line(e)}
+            write_json(done, found)
+        tries.append({"learning_rate": rate, **read_json(done)})
+        if "failed" not in tries[-1] and (best is None or tries[-1]["steerability"] > best[0]):
             if best:
-                remove_folder(best[2])
-            best = values["steerability"], spec.learning_rate, weights
+                remove_folder(best[1])
+            best = tries[-1]["steerability"], weights
         else:
             remove_folder(weights)
-    return best[1]
+    return tries
 
 
 def _trained(dev: Run, trial: Run) -> None:
     """Train `trial` on the pairs of `dev`, whose initial matrix is computed by the first that needs it; from the second
     iteration on, on its own."""
     initial = "initial-1", [initial_file(1)], ["sample-1"]
+    _shared(dev, trial, "evaluate-0", [evaluation_file(0), logprob_file(0)], trial.written())
     _shared(dev, trial, "sample-1", [training_file(1)], trial.written())
-    if "initial-1" in dev.record["stages"]:
+    if "initial-1" in dev.record["stages"] and not dev.stage(*initial):
         _shared(dev, trial, *initial)
     for iteration in range(1, trial.experiment.iterations + 1):
         if iteration > 1:

@@ -21,7 +21,7 @@ from repro.base import metrics
 from repro.base.identity import config_hash
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.base.settings import Experiment
-from repro.base.training import NEEDS_INITIAL, OBJECTIVES
+from repro.base.training import NEEDS_INITIAL, OBJECTIVES, NotTrainable
 from repro.compare import compare
 from repro.core import losses
 from repro.core.logprobs import logprob_matrix
@@ -145,16 +145,17 @@ def compared(tiny, tmp_path_factory):
 
 
 def numbers(path) -> dict:
-    return {k: v for k, v in read_json(path).items() if k != "commit"}
+    record = read_json(path)
+    return record | {"objectives": {k: v | {"commit": ""} for k, v in record["objectives"].items()}}
 
 
 def test_a_comparison_holds_what_it_says(compared):
     experiment, path = compared
     record, work = numbers(path), path.parent / "work" / path.stem
     assert path.name == "exp2_tldr-hand-seed-0.json" and list(record["objectives"]) == list(CHOSEN) and record["rates"] == list(RATES)
-    assert [(t["objective"], t["learning_rate"]) for t in record["tries"]] == [(o, r) for o in CHOSEN for r in RATES]
     for label, found in record["objectives"].items():
-        tries = {t["learning_rate"]: t["steerability"] for t in record["tries"] if t["objective"] == label}
+        tries = {t["learning_rate"]: t["steerability"] for t in found["tries"]}
+        assert list(tries) == list(RATES)
         best = max(tries.values())
         assert found["learning_rate"] == min(rate for rate, value in tries.items() if value == best)
         assert set(found["values"]) == set(comparison.MEASURES) == set(record["initial"])
@@ -203,10 +204,66 @@ def test_a_comparison_that_was_killed_ends_with_the_same_record(compared, functi
 
 
 def test_a_comparison_grows(compared, tmp_path):
-    """Fewer rates and objectives first, then all: what was tried stays, and the record is that of all at once."""
+    """Some objectives first, then all, then one: what was tried stays, and the record is that of all at once. What could not
+    stand beside it is refused before anything is computed."""
     experiment, path = compared
-    compare(experiment, tmp_path, objectives=CHOSEN[1:], rates=RATES[:1], say=print)
-    assert numbers(compare(experiment, tmp_path, objectives=CHOSEN, rates=RATES, say=print)) == numbers(path)
+    for chosen in (CHOSEN[1:3], CHOSEN, CHOSEN[:1]):
+        found = numbers(compare(experiment, tmp_path, objectives=chosen, rates=RATES, say=print))
+    assert found == numbers(path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    for change, key in (({"iterations": 2}, "iterations"), ({"seed": 1, "model": dataclasses.replace(experiment.model, label="b")}, "model"),
+                        ({"train": dataclasses.replace(experiment.train, batch_size=1)}, "train")):
+        with pytest.raises(UserError, match=f"seed 0, with other {key} .*; choose another --out"):
+            compare(dataclasses.replace(experiment, **change), tmp_path, rates=RATES, say=print)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_try_that_cannot_be_trained_is_recorded_as_such(tiny, tmp_path, monkeypatch):
+    from repro import compare as module
+
+    real = module._trained
+
+    def trained(dev, trial):
+        if trial.experiment.train.learning_rate == RATES[1] or trial.experiment.train.objective == "sft":
+            raise NotTrainable("step 1: loss nan")
+        real(dev, trial)
+
+    monkeypatch.setattr(module, "_trained", trained)
+    given = {"rates": RATES, "say": lambda text: None}
+    path = compare(shipped(tiny), tmp_path, objectives=("sami",), **given)
+    found = read_json(path)["objectives"]["sami"]
+    assert found["tries"][1] == {"learning_rate": RATES[1], "failed": "step 1: loss nan"} and found["learning_rate"] == RATES[0]
+    with pytest.raises(UserError, match="sft cannot be trained at any of these rates: step 1: loss nan"):
+        compare(shipped(tiny), tmp_path, objectives=("sft",), **given)
+    text = comparison.write(tmp_path, "exp2_tldr-hand").read_text()
+    assert "| sami | 0.001 | failed | failed | failed | 0 of 1 |" in text
+
+
+def test_an_experiments_own_objective_is_no_part_of_the_others(compared, tiny, tmp_path):
+    """What a file sets of its objective does not leak into the rows."""
+    experiment = compared[0]
+    odd = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, objective="nca", beta=0.7, anchor=0.9))
+    assert numbers(compare(odd, tmp_path, objectives=CHOSEN, rates=RATES, say=print)) == numbers(compared[1])
+
+
+def test_a_pool_is_compared_where_some_principles_have_no_rule(tiny, tmp_path):
+    pool = small(load_experiment("exp3", "mini")[0], tiny)
+    pool = dataclasses.replace(pool, cot=None, data=dataclasses.replace(pool.data, train=16, evaluation=4))
+    path = compare(pool, tmp_path, objectives=("sami",), rates=RATES[:1], say=print)
+    values = read_json(path)["objectives"]["sami"]["values"]
+    assert len(values["bound"]) == 4 and None not in values["bound"]
+    assert comparison.write(tmp_path, path.stem.split("-seed")[0]).read_text().count("nan") == 0
+
+
+def test_a_run_with_ends_scored_scores_none_where_an_answer_was_cut(tiny, tmp_path):
+    experiment = shipped(tiny, score_eos=True)
+    experiment = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, max_new_tokens=40))
+    folder = run(experiment, tmp_path, say=lambda text: None)
+    rows, scored = read_jsonl(folder / "responses/evaluation-1.jsonl"), read_jsonl(folder / "logprobs/evaluation-1.jsonl")
+    counts = [n for row in scored for n in row["tokens"]]
+    assert {r["finished"] for r in rows} == {True, False}  # or nothing is shown
+    assert counts == [max(1, len(r["ids"])) + r["finished"] for r in rows]
+    assert cli.verify_run(folder) == 0
 
 
 def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
@@ -223,18 +280,26 @@ def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
     first = comparison.difference([[1.0, 0.0, 0.5]] * 2, [[0.5, 0.0, 0.0]] * 2)
     assert first.value == pytest.approx(1 / 3) and first.n == 3  # queries, not queries times seeds
     (tmp_path / "exp2_tldr-hand-seed-1.json").write_text(json.dumps(read_json(path) | {"seed": 1, "rates": [1.0]}))
-    with pytest.raises(UserError, match="seeds 0 and 1 differ in rates"):
+    with pytest.raises(UserError, match="seed 0, with other rates"):
         comparison.write(tmp_path, "exp2_tldr-hand")
 
 
 @pytest.mark.parametrize("argv, said", [
     (["--objectives", "samy"], "--objectives: 'samy'; allowed: sami, "), (["--objectives", "sft", "sft"], "--objectives: sft, sft; each at most once"),
     (["--rates", "1e-6", "1e-6"], "--rates 1e-06 1e-06: each once, above 0"), (["--rates", "-1"], "--rates -1: each once, above 0"),
-    (["--seeds", "1", "1"], "--seeds 1 1: each at most once"), (["--variant", "weak"], "principles by a writer have no rules"),
+    (["--seeds", "1", "1"], "--seeds 1 1: each at most once"), (["--variant", "weak"], "these principles have none"),
     (["--iterations", "0"], "--iterations: 0; must be above 0")])
 def test_a_mistake_is_one_line_and_leaves_nothing(argv, said, tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", "exp2", "--model", str(tiny), "--out", str(tmp_path / "runs"), *argv])
     captured = capsys.readouterr()
     assert stop.value.code == 2 and said in captured.err and captured.err.count("\n") == 1
-    assert not list(tmp_path.rglob("*.json*"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_that_is_found_later_leaves_nothing_either(tiny, tmp_path):
+    experiment = shipped(tiny)
+    bad = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, subsets=("nothing",)))
+    with pytest.raises(UserError, match="nothing"):
+        compare(bad, tmp_path / "out", rates=RATES, say=print)
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,10 @@ NEEDS_INITIAL = ("mipo", "nca")  # the log-probs under the initial model too
 WITHOUT_CONSTITUTION = ("distil",)  # of the positive response, under a prompt without any
 
 
+class NotTrainable(UserError):
+    """The settings of an iteration leave nothing to train on, or a loss or gradient that is not finite."""
+
+
 @dataclass(frozen=True)
 class Update:
     """One optimizer step: how many queries give its gradient, and its share of the learning rate."""
@@ -65,7 +69,7 @@ class TrainSpec:
     batches_increment: int = 2
     max_grad_norm: float | None = None
     score_eos: bool = setting(False, "score_eos")
-    """Score the token that ends a response too (none where the cap on its length cut it); the paper's runs did not."""
+    """Score the token that ends a response too, but of one that the cap on its length cut; the paper's runs did not."""
     length_normalize: bool = True
     objective: str = setting("sami", "objective", allowed=tuple(OBJECTIVES))
     """What is trained: sami (the paper's), one half of it (sami_rows, sami_columns), it on sums (sami_sum), or a rival on
@@ -75,7 +79,7 @@ class TrainSpec:
     temperature: float | None = setting(None, "contrast_temperature")
     """Of sami and its kin: what scores are divided by; by default 1."""
     margin: float | None = setting(None, "margin")
-    """Of conspo_rows: the margin of the last step, to which it grows from 0; by default 0.5."""
+    """Of conspo_rows: the margin of the last step, to which it grows step by step; by default 0.5."""
     anchor: float | None = setting(None, "anchor")
     """The weight of the own responses' mean negative log-prob per token, added to the objective; by default 0."""
     pack_tokens: int | None = setting(None, "pack_tokens")

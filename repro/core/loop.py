@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import torch
 
 from repro.base.records import UserError, digest
-from repro.base.training import NEEDS_INITIAL, TrainSpec
+from repro.base.training import NEEDS_INITIAL, NotTrainable, TrainSpec
 from repro.core.engines import Objective, OneProcess, TrainingPair, ids_of, matmul_precision
 from repro.core.memory import Step, activation_checkpointing, known_shape
 from repro.core.tree import packed_tokens, scored_tokens, whole_tokens
@@ -129,7 +129,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                         scored=rows, longest=max(lengths[q] for q in chosen), device=device,
                         lora=spec.lora.rank if spec.lora else 0, way=way)):
                     loss = module([ids[q] for q in chosen], counted, len(batch), initial=[
-                        batch[q].initial for q in chosen if batch[q].initial], progress=(step - 1) / max(1, len(plan) - 1))
+                        batch[q].initial for q in chosen if batch[q].initial], progress=step / len(plan))
                     loss.backward()
                 own += loss.item()
                 del loss  # what its graph holds would else lie beside the next pass's
@@ -143,7 +143,7 @@ def train(model, tokenizer, pairs: Sequence[TrainingPair], spec: TrainSpec, iter
                 where = save_batch({"iteration": iteration, "step": step, "ranks": ranks, "loss": str(total),
                                     "grad_norm": str(norm), "queries": [p.query for p in batch]})
                 whose = f" (on ranks {ranks})" if ranks and engine.ranks > 1 else ""
-                raise UserError(f"iteration {iteration}, step {step}: loss {total}{whose}, gradient norm {norm}: not "
+                raise NotTrainable(f"iteration {iteration}, step {step}: loss {total}{whose}, gradient norm {norm}: not "
                                 f"finite at learning rate {spec.learning_rate:g}; stopped before the update (the batch: "
                                 f"{where})")
             for group in optimizer.param_groups:

@@ -99,8 +99,8 @@ ON_RATIOS: dict[str, Callable[..., Tensor]] = {"mipo": mipo, "nca": nca}
 
 def objective(spec: TrainSpec, sums: Tensor, lengths: Tensor, *, initial: Tensor | None = None,
               progress: float = 1.0) -> Tensor:
-    """The objective of `spec`, with its parameters, of S, L and, where it needs it, S0: a scalar. `progress`: how far the
-    iteration's steps are, from 0 (the first) to 1 (the last). Raises ValueError where S0 is missing or of another shape."""
+    """The objective of `spec`, with its parameters, of S, L and, where it needs it, S0: a scalar. `progress`: which share
+    of the iteration's steps the present one ends. Raises ValueError where S0 is missing or of another shape."""
     name, given = spec.objective, dict(spec.parameters)
     anchor = given.pop("anchor", 0.0)
     scores = sums / lengths if spec.length_normalize and name != "sami_sum" else sums

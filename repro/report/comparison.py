@@ -32,29 +32,46 @@ TOLD = {"steerability": "steerability", "following_bare": "following without a c
         "initial_logprob": "log-prob under the initial model"}
 
 
+ALIKE = ("experiment", "profile", "model", "iterations", "rates", "train", "queries", "constitutions")
+
+
 def read(folder: Path, stem: str) -> list[dict]:
     """The records of an experiment's seeds. Raises UserError where they are not of one configuration."""
     found = [read_json(path) for path in sorted(folder.glob(f"{stem}-seed-*.json"))]
-    first = found[0]
-    for record in found:
-        for key in ("iterations", "rates", "queries", "constitutions"):
-            if record[key] != first[key]:
-                raise UserError(f"{folder}: seeds {first['seed']} and {record['seed']} differ in {key}; compare them in "
-                                "folders of their own (--out)")
+    for record in found[1:]:
+        _alike(found[0], record, folder)
     return found
+
+
+def check(folder: Path, about: dict) -> None:
+    """Raise UserError where a comparison that is to begin could not stand beside the records that are there."""
+    for record in read(folder, about["experiment"]):
+        _alike(record, about, folder)
+
+
+def _alike(record: dict, other: dict, folder: Path) -> None:
+    for key in ALIKE:
+        if key in other and record.get(key) != other[key]:
+            raise UserError(f"{folder}: there is a comparison of {record['experiment']}, seed {record['seed']}, with other "
+                            f"{key} ({str(record.get(key))[:60]}, not {str(other[key])[:60]}); choose another --out, or "
+                            "delete it")
 
 
 def estimate(name: str, values: Sequence[Sequence[float]]) -> Estimate:
     """Of one measure the mean over seeds and queries [seed][query]; its interval is about the queries, over whose seeds the
     values are averaged first."""
-    per_query = np.mean(values, axis=0)
-    return metrics.share(per_query) if MEASURES[name][1] else metrics.mean(per_query)
+    return metrics.share(_over_seeds(values)) if MEASURES[name][1] else metrics.mean(_over_seeds(values))
 
 
 def difference(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]], *, draws: int = 2000) -> Estimate:
     """Of two objectives [seed][query], on the same queries and seeds: paired bootstrap over queries, whose seeds stay
     together."""
-    return metrics.paired_bootstrap(np.mean(values, axis=0), np.mean(others, axis=0), draws=draws)
+    return metrics.paired_bootstrap(_over_seeds(values), _over_seeds(others), draws=draws)
+
+
+def _over_seeds(values: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """[query], without those of which nothing is known, which are the same of all seeds and objectives."""
+    return np.array([np.mean(of) for of in zip(*values) if None not in of])
 
 
 def _values(records: list[dict], label: str, name: str) -> list[list[float]]:
@@ -68,7 +85,12 @@ def _difference(records: list[dict], label: str, name: str) -> Estimate:
 
 
 def _labels(records: list[dict]) -> list[str]:
-    return [label for label in records[0]["objectives"] if all(label in r["objectives"] for r in records)]
+    """What all seeds have, SAMI's objective first. Raises UserError where that is nothing."""
+    found = [label for label in records[0]["objectives"] if all(label in r["objectives"] for r in records)]
+    if not found:
+        raise UserError(f"{records[0]['experiment']}: its seeds have no objective in common, so nothing can be set side "
+                        "by side; give the same --objectives for all")
+    return sorted(found, key=lambda label: label != BASE)
 
 
 def _said(e, digits: int = 2, sign: str = "") -> str:
@@ -104,12 +126,13 @@ def write(folder: Path, stem: str) -> Path:
             for label in ("initial", *labels)]
     apart = [[label, *(_said(_difference(records, label, name), 1 if name == "length" else 2, "+") for name in SHOWN)]
              for label in labels if label != BASE] if BASE in labels else []
-    tries = [[label, f"{rate:g}", *(", ".join(f"{t[name]:.2f}" for t in found) for name in TRIED),
+    tries = [[label, f"{rate:g}",
+              *(", ".join("failed" if t is None else f"{t[name]:.2f}" for t in _tries(records, label, rate)) for name in TRIED),
               f"{sum(r['objectives'][label]['learning_rate'] == rate for r in records)} of {len(records)}"]
-             for label in labels for rate in first["rates"] if (found := _tries(records, label, rate))]
+             for label in labels for rate in first["rates"]]
     seeds = ", ".join(str(r["seed"]) for r in records)
-    queries, constitutions, tuned = len(first["queries"]), first["constitutions"], first["tries"][0]["n"]
-    grid = ", ".join(f"{r:g}" for r in first["rates"])
+    queries, constitutions, tuned = len(first["queries"]), first["constitutions"], first["initial_development"]["n"]
+    grid, own = ", ".join(f"{r:g}" for r in first["rates"]), " in iteration 1, on its own later" * (first["iterations"] > 1)
     text = f"""# Objectives on the same pairs: {stem}
 
 {in_words(records)}
@@ -118,9 +141,9 @@ def write(folder: Path, stem: str) -> Path:
 user]({stem}.png)
 
 Seeds: {seeds}. Held-out queries: {queries}, under {constitutions} constitutions. Iterations: {first['iterations']}.
-All objectives train on the same sampled pairs, from the same weights, for the same steps. The learning rate of each
-was chosen among {grid} by steerability on {tuned} development queries. In brackets 95 % intervals over queries,
-whose seeds are averaged first.
+All objectives train on the same sampled pairs{own}, from the same weights, for the same steps. The learning rate
+of each was chosen among {grid} by steerability on {tuned} development queries. In brackets 95 % intervals
+over queries, whose seeds are averaged first. Model {first['model']}, profile {first['profile']}.
 
 """ + _grid(["objective", *SHOWN.values()], rows) + """
 """ + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + (f"""
@@ -145,8 +168,10 @@ Development queries, one number a seed.
 TRIED = ("bound", "steerability", "initial_logprob")
 
 
-def _tries(records: list[dict], label: str, rate: float) -> list[dict]:
-    return [t for r in records for t in r["tries"] if (t["objective"], t["learning_rate"]) == (label, rate)]
+def _tries(records: list[dict], label: str, rate: float) -> list[dict | None]:
+    """Of each seed; None for one that failed."""
+    return [None if "failed" in t else t for r in records for t in r["objectives"][label]["tries"]
+            if t["learning_rate"] == rate]
 
 
 def _marks(labels: list[str]) -> dict[str, tuple]:
@@ -179,9 +204,10 @@ def _dose(records: list[dict]):
     names = dict(zip(TRIED, ("bound (nats)", "steerability", "log-prob a token, initial model (nats)")))
     start = {name: sum(r["initial_development"][name] for r in records) / len(records) for name in TRIED}
     for label, (colour, marker) in _marks(labels).items():
-        at = {name: [sum(t[name] for t in _tries(records, label, rate)) / len(records) for rate in rates] for name in TRIED}
+        whole = [rate for rate in rates if None not in _tries(records, label, rate)]
+        at = {name: [sum(t[name] for t in _tries(records, label, rate)) / len(records) for rate in whole] for name in TRIED}
         for axes, name in zip(panels, TRIED):
-            axes.plot(rates, at[name], color=colour, marker=marker, label=label, linewidth=1)
+            axes.plot(whole, at[name], color=colour, marker=marker, label=label, linewidth=1)
         path = {name: [start[name], *at[name]] for name in TRIED}
         panels[3].plot(path["initial_logprob"], path["steerability"], color=colour, marker=marker, linewidth=1)
     for axes, name in zip(panels, TRIED):

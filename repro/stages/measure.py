@@ -172,11 +172,12 @@ def _groups(run: Run, iteration: int) -> list[tuple]:
     return [(item, rows[k * C: (k + 1) * C], scored[k]) for k, item in enumerate(run.items())]
 
 
-def _by_query(run: Run, values: Sequence[float]) -> list[float]:
+def _by_query(run: Run, values: Sequence[float | None]) -> list[float | None]:
+    """None for a query of which nothing is known: of all its principles none has a rule."""
     found: dict[str, list[float]] = {}
     for item, value in zip(run.items(), values):
-        found.setdefault(item.query.id, []).append(float(value))
-    return [sum(each) / len(each) for each in found.values()]
+        found.setdefault(item.query.id, []).extend([] if value is None else [float(value)])
+    return [sum(each) / len(each) if each else None for each in found.values()]
 
 
 def _texts(run: Run, iteration: int) -> dict[str, list[float]]:
@@ -201,11 +202,12 @@ def _texts(run: Run, iteration: int) -> dict[str, list[float]]:
 def development_values(run: Run, iteration: int) -> dict[str, float]:
     """Means over the development queries, and their number: what a try is judged by."""
     found = {name: _by_query(run, values) for name, values in _texts(run, iteration).items()}
-    return {"n": len(found["bound"])} | {name: sum(values) / len(values) for name, values in found.items()}
+    known = {name: [v for v in values if v is not None] for name, values in found.items()}
+    return {"n": len(found["bound"])} | {name: sum(values) / len(values) for name, values in known.items()}
 
 
-def held_out_values(run: Run, iteration: int) -> dict[str, list[float]]:
-    """Measure -> a value a query, in the order of `queries` of the record."""
+def held_out_values(run: Run, iteration: int) -> dict[str, list[float | None]]:
+    """Measure -> a value a query, in the order in which the run has its queries."""
     found = _texts(run, iteration)
     for kind in ("bare", "contrary"):
         rows = read_jsonl(run.folder / otherwise_file(kind, iteration))

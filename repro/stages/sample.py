@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from repro.base.records import UserError, append_jsonl, digest, read_jsonl, seal, write_jsonl
-from repro.base.training import NEEDS_INITIAL, WITHOUT_CONSTITUTION
+from repro.base.training import NEEDS_INITIAL, WITHOUT_CONSTITUTION, NotTrainable
 from repro.core import lora
 from repro.models import load
 from repro.models.decoding import end_tokens
@@ -229,13 +229,13 @@ def train_iteration(run: Run, iteration: int) -> None:
     draws.tell_old(run, [row for _, _, both in kept for row in both], training_file(iteration))
     if len(kept) < need:
         done = len(kept) + sum(dropped.values())
-        raise UserError(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
-                        f"{sum(dropped.values())} of {done} sampled were dropped ("
-                        + ", ".join(f"{why}: {n}" for why, n in sorted(dropped.items()))
-                        + "); give another run (--name) more training queries, a smaller --batch-size or fewer --iterations"
-                        + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
-                        + (", or, where training has made the responses alike, a lower --learning-rate"
-                           if iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done else ""))
+        why = ", ".join(f"{why}: {n}" for why, n in sorted(dropped.items()))
+        raise NotTrainable(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
+                           f"{sum(dropped.values())} of {done} sampled were dropped ({why}"
+                           + "); give another run (--name) more training queries, a smaller --batch-size or fewer --iterations"
+                           + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
+                           + (", or, where training has made the responses alike, a lower --learning-rate"
+                              if iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done else ""))
     pairs = training_pairs(run, iteration, kept)
     if spec.train.objective in NEEDS_INITIAL:
         pairs = [replace(p, initial=tuple(map(tuple, row["logprobs"])))
