@@ -153,7 +153,7 @@ def test_a_comparison_holds_what_it_says(compared):
     experiment, path = compared
     record, work = numbers(path), path.parent / "work" / path.stem
     assert path.name == "exp2_tldr-hand-seed-0.json" and list(record["objectives"]) == list(CHOSEN) and record["rates"] == list(RATES)
-    for label, found in record["objectives"].items():
+    for found in record["objectives"].values():
         tries = {t["learning_rate"]: t["steerability"] for t in found["tries"]}
         assert list(tries) == list(RATES)
         best = max(tries.values())

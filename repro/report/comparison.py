@@ -126,8 +126,8 @@ def write(folder: Path, stem: str) -> Path:
             for label in ("initial", *labels)]
     apart = [[label, *(_said(_difference(records, label, name), 1 if name == "length" else 2, "+") for name in SHOWN)]
              for label in labels if label != BASE] if BASE in labels else []
-    tries = [[label, f"{rate:g}",
-              *(", ".join("failed" if t is None else f"{t[name]:.2f}" for t in _tries(records, label, rate)) for name in TRIED),
+    tries = [[label, f"{rate:g}", *(", ".join("failed" if t is None else f"{t[name]:.2f}"
+                                              for t in _tries(records, label, rate)) for name in TRIED),
               f"{sum(r['objectives'][label]['learning_rate'] == rate for r in records)} of {len(records)}"]
              for label in labels for rate in first["rates"]]
     seeds = ", ".join(str(r["seed"]) for r in records)

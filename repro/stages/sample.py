@@ -230,12 +230,13 @@ def train_iteration(run: Run, iteration: int) -> None:
     if len(kept) < need:
         done = len(kept) + sum(dropped.values())
         why = ", ".join(f"{why}: {n}" for why, n in sorted(dropped.items()))
-        raise NotTrainable(f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
-                           f"{sum(dropped.values())} of {done} sampled were dropped ({why}"
-                           + "); give another run (--name) more training queries, a smaller --batch-size or fewer --iterations"
-                           + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
-                           + (", or, where training has made the responses alike, a lower --learning-rate"
-                              if iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done else ""))
+        alike = iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done
+        raise NotTrainable(
+            f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
+            f"{sum(dropped.values())} of {done} sampled were dropped ({why}); give another run (--name) more training queries, "
+            "a smaller --batch-size or fewer --iterations"
+            + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
+            + ", or, where training has made the responses alike, a lower --learning-rate" * alike)
     pairs = training_pairs(run, iteration, kept)
     if spec.train.objective in NEEDS_INITIAL:
         pairs = [replace(p, initial=tuple(map(tuple, row["logprobs"])))
