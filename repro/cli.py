@@ -117,6 +117,9 @@ def plan_command(args: Plan) -> None:
     runs = [e for name in names for e in only_variant(load_experiment(name, args.profile, "paper"), args.variant, name)]
     if args.model is not None:
         runs = [dataclasses.replace(e, model=dataclasses.replace(e.model, name=args.model, label=args.model)) for e in runs]
+    if args.objective is not None:
+        with told_of(args):
+            runs = [dataclasses.replace(e, train=dataclasses.replace(e.train, objective=args.objective)) for e in runs]
     from repro.base.records import write_text
     from repro.plan import page
     from repro.plan.estimate import plan

@@ -7,7 +7,7 @@ from typing import get_args
 
 from repro.base.commandline import argument
 from repro.base.settings import PARTS, Experiment, JudgeSpec, ModelSpec
-from repro.base.training import LoraSpec
+from repro.base.training import LoraSpec, TrainSpec
 from repro.servers.endpoint import Endpoint
 
 
@@ -102,7 +102,7 @@ class Compare:
     """Records, page and figures lie in OUT/objectives."""
 
 
-@_takes(_taken(ModelSpec, "model"), _taken(Endpoint, "price", own=True))
+@_takes(_taken(ModelSpec, "model"), _taken(TrainSpec, "objective"), _taken(Endpoint, "price", own=True))
 @dataclass(frozen=True)
 class Plan:
     """Say what an experiment takes before it starts: bytes per GPU, FLOPs, tokens, hours, judge cost; what fits, and the

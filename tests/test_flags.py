@@ -26,7 +26,7 @@ SPELLED = {
     "compare": """experiment:str objectives:str...=() rates:float...=() seeds:int...=() profile:str? variant:str? iterations:int?
         model:str? out:Path=runs""",
     "plan": """experiment:str profile:str? variant:str? gpus:int? gpu_memory:float? gpu:str? fraction:float=0.4 model:str?
-        config:Path? lora:int=0 response_tokens:float? judge_model:str? price:float,float? usd_per_gpu_hour:float? out:Path?""",
+        config:Path? lora:int=0 response_tokens:float? judge_model:str? price:float,float? usd_per_gpu_hour:float? out:Path? objective:str?""",
     "judge": """run:Path? admit:bool=False model:str= name:str= base_url:str? key_env:str=OPENAI_API_KEY answer:str=auto
         leave_out:str...? max_tokens:int=300 temperature:float?=0.0 price:float,float? max_usd:float=10.0 concurrency:int=8
         deadline:float=120.0 attempts:int=5 dry_run:bool=False reparse:bool=False strict:bool=False files:str...=() items:int=100

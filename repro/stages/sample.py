@@ -233,8 +233,8 @@ def train_iteration(run: Run, iteration: int) -> None:
         alike = iteration > 1 and 2 * (dropped["identical"] + dropped["empty"]) > done
         raise NotTrainable(
             f"iteration {iteration}: {len(kept)} pairs of responses are left of the {need} that it trains on: "
-            f"{sum(dropped.values())} of {done} sampled were dropped ({why}); give another run (--name) more training queries, "
-            "a smaller --batch-size or fewer --iterations"
+            f"{sum(dropped.values())} of {done} sampled were dropped ({why}); give another run (--name) more training "
+            "queries, a smaller --batch-size or fewer --iterations"
             + ", or other --drop-phrases" * any(why.startswith("phrase") for why in dropped)
             + ", or, where training has made the responses alike, a lower --learning-rate" * alike)
     pairs = training_pairs(run, iteration, kept)
