@@ -26,7 +26,7 @@ AS_RUN_CLIP = 16.0
 
 # Tokens between two backward passes (TrainSpec.pack_tokens), at least one query: what is paid once a pass (the head's and
 # the embedding's gradients, launches) is shared by more of them. Fixed, so that the sums do not depend on free memory.
-PACK_TOKENS = {"cpu": 640, "cuda": 8192}
+PACK_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @contextmanager

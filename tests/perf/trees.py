@@ -1,11 +1,14 @@
 """The experiments' own prompts through the core: this checkout, an older one beside it, and the reference path, interleaved.
 
     .venv/bin/python tests/perf/trees.py --before ../older_checkout [--pairs 5] [--cases exp1-2 exp2-4 ...] > trees.json
+    .venv/bin/python tests/perf/trees.py --curve [--pairs 3] > trees_curve.json
+    .venv/bin/python tests/perf/trees.py --draw trees_curve.json results/bench/trees
 
 One process a way, each with SmolLM2-135M and the same token ids; each round runs all of them once, in an order that turns.
 A line a case: the median of the rounds' ratios with their range, beside the ratio of counted FLOPs (linear layers,
-attention and head apart) and of tokens. "score" is without a backward. --curve C...: cost against C = R instead, one query
-of chat form and TL;DR length, scored. A benchmark, not a test.
+attention and head apart) and of tokens. "score" is without a backward. --curve: what a query costs, scored, against C = R
+(chat form, TL;DR length) and against the queries in one pack (exp2's, 2 x 2), beside its floor: the linear layers of its
+unique tokens and the head of its scored ones at the rate of one large product, timed in the same rounds. A benchmark, not a test.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
 BATCH = 1024
+PARTS = ("linear", "attention", "head")
 
 
 # ---- the worker: imports the checkout that it is started for
@@ -48,10 +52,21 @@ def work(way: str) -> None:
         model.zero_grad(set_to_none=False)
         symmetric_infonce(logprobs.matrix_of(way, model, queries, length_normalize=True)).backward()
 
-    def score():
+    def score(budget=BATCH):
         with torch.inference_mode():
-            logprobs.matrix_of(way, model, queries, length_normalize=False, budget=BATCH)
+            logprobs.matrix_of(way, model, queries, length_normalize=False, budget=budget)
 
+    def rate() -> float:
+        """FLOPs a second of the largest product of a layer, at a size at which it runs at its best."""
+        weight = model.model.layers[0].mlp.gate_proj.weight
+        with torch.inference_mode():
+            start = time.perf_counter()
+            for _ in range(20):
+                x @ weight.T
+            return 20 * 2 * len(x) * weight.numel() / (time.perf_counter() - start)
+
+    x = torch.randn(4096, model.config.hidden_size)
+    ways = {"step": step, "score": score, "pack": lambda: score(None)}
     print(json.dumps(logprobs.__file__), flush=True)
     with matmul_precision(model, "fp32_master"):
         for line in sys.stdin:
@@ -62,13 +77,15 @@ def work(way: str) -> None:
             elif what == "count":
                 tokens.clear()
                 with FlopCounterMode(display=False) as counter:
-                    {"step": step, "score": score}[given]()
+                    ways[given]()
                 found = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
                 attention = sum(n for op, n in found.items() if "mm" not in op or "bmm" in op)
                 answer = {"tokens": sum(tokens), "attention": attention, "products": sum(found.values()) - attention}
+            elif what == "rate":
+                answer = rate()
             else:
                 start = time.perf_counter()
-                {"step": step, "score": score}[what]()
+                ways[what]()
                 answer = time.perf_counter() - start
             print(json.dumps(answer), flush=True)
 
@@ -170,12 +187,19 @@ def made(name: str) -> tuple[list, str]:
         "score" if kind == "plain" or C > 4 else "step")
 
 
+def packed(count: int) -> list:
+    """The first queries of exp2's mini, 2 x 2."""
+    texts = Texts("exp2")
+    prompts = [texts.prompts(item, 2) for item in texts.items[:count]]
+    responses = texts.sampled(sum(prompts, []))
+    return [[[(p + r, len(p)) for r in responses[2 * q: 2 * q + 2]] for p in own] for q, own in enumerate(prompts)]
+
+
 CASES = ("exp1-2", "exp1-4", "exp2-2", "exp2-4", "long-2", "long-4", "plain-2", "two_level-2")
 
 
-def compared(name: str, workers: dict, pairs: int, what: str = "") -> dict:
-    queries, usual = made(name)
-    what = what or usual
+def timed(workers: dict, queries: list, what: str, pairs: int) -> tuple[dict, dict, int]:
+    """(of each way its counts; its seconds, a round each; scored tokens)."""
     scored = [worker("queries", queries) for worker in workers.values()][0]
     counts = {way: worker("count", what) for way, worker in workers.items()}  # and every way is warm
     V, D = 49152, 576
@@ -187,24 +211,79 @@ def compared(name: str, workers: dict, pairs: int, what: str = "") -> dict:
         order = list(workers)
         for way in order[k % len(order):] + order[: k % len(order)]:
             seconds[way].append(workers[way](what))
+    return counts, seconds, scored
+
+
+def compared(name: str, workers: dict, pairs: int) -> dict:
+    queries, what = made(name)
+    counts, seconds, scored = timed(workers, queries, what, pairs)
     row = {"case": name, "what": what, "queries": len(queries), "scored": scored, "counts": counts,
            "seconds": {way: statistics.median(s) for way, s in seconds.items()}, "pairs": pairs, "against": {}}
     own = counts["tree"]
     for way in workers:
         if way != "tree":
             ratios = [a / b for a, b in zip(seconds[way], seconds["tree"])]
-            flops = [sum(c[k] for k in ("linear", "attention", "head")) for c in (counts[way], own)]
+            flops = [sum(c[k] for k in PARTS) for c in (counts[way], own)]
             row["against"][way] = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)],
                                    "flops": flops[0] / flops[1], "tokens": counts[way]["tokens"] / own["tokens"]}
             share = statistics.median(ratios) / (flops[0] / flops[1])
             print(f"{name:12s} {what:5s} {len(queries)} queries, against {way:9s}: {statistics.median(ratios):.2f} "
                   f"[{min(ratios):.2f}, {max(ratios):.2f}], FLOPs {flops[0] / flops[1]:.2f} ({share:.0%} of it), tokens "
                   f"{counts[way]['tokens'] / own['tokens']:.2f}", file=sys.stderr, flush=True)
-    parts = {k: own[k] / sum(own[j] for j in ("linear", "attention", "head")) for k in ("linear", "attention", "head")}
+    parts = {k: own[k] / sum(own[j] for j in PARTS) for k in PARTS}
     print(f"{'':12s} of the tree's FLOPs: linear layers {parts['linear']:.0%}, attention {parts['attention']:.0%}, head "
           f"{parts['head']:.0%}; {own['tokens']} tokens, {scored} scored, {row['seconds']['tree']:.2f} s", file=sys.stderr,
           flush=True)
     return row
+
+
+CURVES = {"C": (2, 4, 8, 16), "queries": (1, 2, 4, 8)}  # C = R of one query; queries of one pack
+
+
+def curve(workers: dict, pairs: int) -> list[dict]:
+    """What a query costs: rows of seconds of each way and of the floor, median and range. The reference at C = R = 16 once."""
+    rows = []
+    for axis, values in CURVES.items():
+        for value in values:
+            queries, what = (made(f"long-{value}")[0], "score") if axis == "C" else (packed(value), "pack")
+            rounds = 1 if value == 16 else pairs
+            counts, seconds, scored = timed(workers, queries, what, rounds)
+            rate = statistics.median(workers["tree"]("rate") for _ in range(5))
+            row = {"axis": axis, "value": value, "queries": len(queries), "rounds": rounds, "scored": scored, "counts": counts,
+                   "rate": rate, "floor": (counts["tree"]["linear"] + counts["tree"]["head"]) / rate / len(queries),
+                   "seconds": {way: [statistics.median(s) / len(queries), min(s) / len(queries), max(s) / len(queries)]
+                               for way, s in seconds.items()}}
+            rows.append(row)
+            print(f"{axis} {value}: " + ", ".join(
+                f"{way} {s[0]:.2f} s a query ({counts[way]['tokens'] // len(queries)} tokens)" for way, s in row["seconds"].items())
+                + f"; floor {row['floor']:.2f} s, reference / tree "
+                f"{row['seconds']['reference'][0] / row['seconds']['tree'][0]:.2f}", file=sys.stderr, flush=True)
+    return rows
+
+
+def draw(record: Path, stem: Path) -> None:
+    from repro.report import look
+
+    rows = json.loads(record.read_text())["rows"]
+    with look.style():
+        figure, panels = look.subplots(1, 2, (7.2, 3.0))
+        for axes, axis, label in zip(panels, CURVES, ("constitutions = responses of a query", "queries in one pack (2 x 2)")):
+            part = [row for row in rows if row["axis"] == axis]
+            x = [row["value"] for row in part]
+            for way, name, colour, marker in (("reference", "reference: every text in full", look.ORANGE, "s"),
+                                              ("tree", "tree: each token once", look.BLUE, "o")):
+                middle, low, high = zip(*(row["seconds"][way] for row in part))
+                axes.errorbar(x, middle, yerr=[[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]],
+                              color=colour, marker=marker, label=name)
+                for at, value in zip(x, middle):
+                    axes.annotate(f"{value:.2g}", (at, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            axes.plot(x, [row["floor"] for row in part], color=look.GREY, linestyle="--", label="floor: unique tokens at full rate")
+            axes.set(xscale="log", yscale="log", xlabel=label, xticks=x, xticklabels=x)
+            axes.minorticks_off()
+        panels[0].set_ylabel("seconds to score a query")
+        panels[0].legend(loc="upper left", fontsize=8)
+        panels[1].margins(y=0.3)
+        look.save(figure, stem)
 
 
 def main() -> None:
@@ -212,12 +291,15 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="an older checkout")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=CASES)
-    parser.add_argument("--curve", nargs="+", type=int, default=[], metavar="C")
+    parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--draw", nargs=2, type=Path, metavar=("RECORD", "FIGURE"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args.worker)
     sys.path.insert(0, str(HERE))
+    if args.draw:
+        return draw(*args.draw)
     import torch
 
     from repro.base.identity import commit
@@ -225,12 +307,13 @@ def main() -> None:
     if args.before:
         workers["before"] = Worker(args.before.resolve(), "shared")
     workers["reference"] = Worker(HERE, "reference")
-    rows = []
     if args.curve:
-        rows = [compared(f"long-{C}", workers, args.pairs, "score") for C in args.curve]
-    for name in () if args.curve else args.cases:
-        some = {k: v for k, v in workers.items() if k != "reference" or not name.startswith(("plain", "two_level"))}
-        rows.append(compared(name, some, args.pairs))
+        rows = curve(workers, args.pairs)
+    else:
+        rows = []
+        for name in args.cases:
+            some = {k: v for k, v in workers.items() if k != "reference" or not name.startswith(("plain", "two_level"))}
+            rows.append(compared(name, some, args.pairs))
     print(json.dumps({"benchmark": "trees", "model": "smollm2-135m", "precision": "fp32_master", "machine": platform.machine(),
                       "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(), "rows": rows}))
 
