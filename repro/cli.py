@@ -102,7 +102,7 @@ def compare_command(args: Compare) -> None:
         print(compare(experiment, folder, objectives=args.objectives, rates=args.rates,
                       say=lambda text: print(text, file=sys.stderr, flush=True)))
     stem = "-".join(filter(None, (chosen.name, chosen.variant)))
-    path = page.write(folder, stem)
+    path = page.write_page(folder, stem)
     print(page.in_words(page.read(folder, stem)))
     print(f"page: {path}")
 

@@ -235,7 +235,7 @@ def test_a_try_that_cannot_be_trained_is_recorded_as_such(tiny, tmp_path, monkey
     assert found["tries"][1] == {"learning_rate": RATES[1], "failed": "step 1: loss nan"} and found["learning_rate"] == RATES[0]
     with pytest.raises(UserError, match="sft cannot be trained at any of these rates: step 1: loss nan"):
         compare(shipped(tiny), tmp_path, objectives=("sft",), **given)
-    text = comparison.write(tmp_path, "exp2_tldr-hand").read_text()
+    text = comparison.write_page(tmp_path, "exp2_tldr-hand").read_text()
     assert "| sami | 0.001 | failed | failed | failed | 0 of 1 |" in text
 
 
@@ -252,7 +252,7 @@ def test_a_pool_is_compared_where_some_principles_have_no_rule(tiny, tmp_path):
     path = compare(pool, tmp_path, objectives=("sami",), rates=RATES[:1], say=print)
     values = read_json(path)["objectives"]["sami"]["values"]
     assert len(values["bound"]) == 4 and None not in values["bound"]
-    assert comparison.write(tmp_path, path.stem.split("-seed")[0]).read_text().count("nan") == 0
+    assert comparison.write_page(tmp_path, path.stem.split("-seed")[0]).read_text().count("nan") == 0
 
 
 def test_a_run_with_ends_scored_scores_none_where_an_answer_was_cut(tiny, tmp_path):
@@ -271,7 +271,7 @@ def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
     for seed in (0, 1):
         record = read_json(path) | {"seed": seed}
         (tmp_path / f"exp2_tldr-hand-seed-{seed}.json").write_text(json.dumps(record))
-    page = comparison.write(tmp_path, "exp2_tldr-hand")
+    page = comparison.write_page(tmp_path, "exp2_tldr-hand")
     text = page.read_text()
     values = read_json(path)["objectives"]["mipo"]["values"]["steerability"]
     assert "| mipo | " in text and f"{np.mean(values):.2f} [" in text and "Seeds: 0, 1." in text
@@ -281,7 +281,7 @@ def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
     assert first.value == pytest.approx(1 / 3) and first.n == 3  # queries, not queries times seeds
     (tmp_path / "exp2_tldr-hand-seed-1.json").write_text(json.dumps(read_json(path) | {"seed": 1, "rates": [1.0]}))
     with pytest.raises(UserError, match="seed 0, with other rates"):
-        comparison.write(tmp_path, "exp2_tldr-hand")
+        comparison.write_page(tmp_path, "exp2_tldr-hand")
 
 
 @pytest.mark.parametrize("argv, said", [

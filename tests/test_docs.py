@@ -84,7 +84,7 @@ def unknown_flags(pages: dict[str, str], scripts: str) -> list[str]:
     wrong = [f"{page}: {flag}" for page, text in pages.items() for flag in FLAG.findall(text) if flag not in every]
     for page, text in pages.items():
         for command, rest, target, arguments in CALL.findall(text):
-            kind = COMMANDS[command or {"verify": "verify", "figures": "figures"}.get(target, "run")]
+            kind = COMMANDS[command or (target if target in COMMANDS else "run")]
             wrong += [f"{page}: repro {kind.__name__.lower()} {flag}" for flag in FLAG.findall(rest + arguments) if flag not in flags_of(kind) | {"--help"}]
     return wrong
 

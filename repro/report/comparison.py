@@ -118,7 +118,7 @@ def in_words(records: list[dict]) -> str:
     return " ".join(parts)
 
 
-def write(folder: Path, stem: str) -> Path:
+def write_page(folder: Path, stem: str) -> Path:
     """`folder`/<stem>.md and its figures, of all seeds there."""
     records = read(folder, stem)
     first, labels = records[0], _labels(records)
