@@ -186,6 +186,30 @@ def test_parts_are_cut_by_the_order_alone_as_few_and_as_even_as_can_be():
         assert max(map(sum, found)) == min(max(map(sum, parts)) for parts in fewest)
 
 
+def test_a_query_with_more_tokens_than_a_pass_stays_whole_up_to_a_limit(monkeypatch):
+    """Its constitutions share more than the cache is worth; beyond the limit as many of them as fit stand together."""
+    rng, seen, model = random.Random(3), [], tiny_family("llama").double()
+    model.get_input_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
+    logprobs.settled(model, "shared")
+
+    def ids(n):
+        return [rng.randrange(3, 259) for _ in range(n)]
+
+    query, replies = ids(60), [ids(9) for _ in range(6)]
+    pairs = [[Scored(query + own + reply, 60 + len(own)) for reply in replies] for own in (ids(7) for _ in range(6))]
+    with torch.no_grad():
+        truth = logprobs.matrix_of("reference", model, [pairs], length_normalize=False)
+        seen.clear()
+        whole = logprobs.matrix_of("shared", model, [pairs], length_normalize=False, budget=40)
+        assert seen == [packed_tokens(pairs)] and seen[0] < 60 + 6 * (7 + 6 * 9) + 1
+        seen.clear()
+        monkeypatch.setattr(logprobs, "QUERY_TOKENS", 250)  # one constitution and its responses take 121
+        parts = logprobs.matrix_of("shared", model, [pairs], length_normalize=False, budget=40)
+        assert seen == [packed_tokens(pairs[k: k + 2]) for k in (0, 2, 4)]
+    torch.testing.assert_close(whole, truth, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts, truth, rtol=1e-9, atol=1e-9)
+
+
 def test_the_same_packs_give_the_same_bits_whatever_came_before():
     """Of 12 queries by position, as a stage hands them over: again, and after other packs."""
     model = tiny_family("llama")

@@ -31,6 +31,7 @@ from repro.core.tree import Packed, Pairs, Scored, pack, packed_tokens, tokenise
 from repro.models.load import dropouts, steady_length
 
 BATCH_TOKENS = 1024  # tokens in one forward: on a CPU more only leave the cache; where a backward follows, all at once
+QUERY_TOKENS = 8192  # up to as many a query stays whole even so: its constitutions share more than the cache is worth
 ATTENTION = "shared_prefix"  # begins the names under which transformers finds kernels/attention.py
 WAYS = (*probe.SHARED, "reference")
 
@@ -79,8 +80,8 @@ def way_for(config, longest: int, dropout: str = "off") -> probe.Found:
 
 def matrix_of(way: str, model, queries: Sequence[Pairs], *, length_normalize: bool, budget: int | None = None) -> Tensor:
     """`logprob_matrix` of tokenised queries (`core.tree.tokenised`), in one of WAYS, whose being right for the model is
-    settled. `budget`: tokens in one forward, at least those of one query, or of one constitution where a query has more;
-    None: all in one, as where a backward follows."""
+    settled. `budget`: tokens in one forward, at least those of one query (of some of its constitutions where it has more
+    than QUERY_TOKENS); None: all in one, as where a backward follows."""
     groups = [group for pairs in queries for group in pairs]
     steady, longest = steady_length(model.config), max(len(p.ids) for g in groups for p in g)
     if steady is not None and longest > steady:
@@ -102,7 +103,9 @@ def _parts(queries: Sequence[Pairs], budget: int) -> list[Pairs]:
     pieces = []
     for pairs in queries:
         size = packed_tokens(pairs)
-        pieces += [(pairs, size)] if size <= budget else [([group], packed_tokens([group])) for group in pairs]
+        cuts = [slice(None)] if size <= max(budget, QUERY_TOKENS) else slices(
+            [packed_tokens([group]) for group in pairs], QUERY_TOKENS)
+        pieces += [(pairs[cut], packed_tokens(pairs[cut])) for cut in cuts]
     return [[group for piece, _ in pieces[part] for group in piece] for part in slices([n for _, n in pieces], budget)]
 
 

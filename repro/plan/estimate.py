@@ -199,12 +199,13 @@ def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, 
 
 def scoring_bytes(shape: Shape, spec: Experiment, texts: Texts, step: Step, gpus: int = 1) -> dict[str, int]:
     """Bytes by kind on each of `gpus` GPUs, the weights in the form of training."""
-    from repro.core.logprobs import BATCH_TOKENS
+    from repro.core.logprobs import BATCH_TOKENS, QUERY_TOKENS
 
     item = step.item
     rounded = item == 4 and step.precision == "fp32_master"
     query = math.ceil(matrix_tokens(texts.C, texts.C, texts.prompt[1], texts.response[1], texts.common[1]))
-    tokens = max(step.pack_tokens, query) if gpus > 1 else max(BATCH_TOKENS, texts.prompt[1] + texts.C * texts.response[1])
+    tokens = max(step.pack_tokens, query) if gpus > 1 else max(BATCH_TOKENS, min(query, QUERY_TOKENS),
+                                                               texts.prompt[1] + texts.C * texts.response[1])
     if step.reference:
         tokens = texts.prompt[1] + texts.response[1]
     rows = tokens if step.reference else texts.C * texts.response[1]

@@ -1,7 +1,7 @@
 """The experiments' own prompts through the core: this checkout, an older one beside it, and the reference path, interleaved.
 
-    .venv/bin/python tests/perf/trees.py --before ../older_checkout [--pairs 5] [--cases exp1-2 exp2-4 ...] > trees.json
-    .venv/bin/python tests/perf/trees.py --curve [--pairs 3] > trees_curve.json
+    .venv/bin/python tests/perf/trees.py --before ../older_checkout --out trees.json [--pairs 5] [--cases exp1-2 exp2-4 ...]
+    .venv/bin/python tests/perf/trees.py --curve --out trees_curve.json [--pairs 3]
     .venv/bin/python tests/perf/trees.py --draw trees_curve.json results/bench/trees
 
 One process a way, each with SmolLM2-135M and the same token ids; each round runs all of them once, in an order that turns.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
@@ -240,9 +241,14 @@ def compared(name: str, workers: dict, pairs: int) -> dict:
 CURVES = {"C": (2, 4, 8, 16), "queries": (1, 2, 4, 8)}  # C = R of one query; queries of one pack
 
 
-def curve(workers: dict, pairs: int) -> list[dict]:
+def cases(names: list[str], workers: dict, pairs: int) -> Iterator[dict]:
+    for name in names:
+        some = {k: v for k, v in workers.items() if k != "reference" or not name.startswith(("plain", "two_level"))}
+        yield compared(name, some, pairs)
+
+
+def curve(workers: dict, pairs: int) -> Iterator[dict]:
     """What a query costs: rows of seconds of each way and of the floor, median and range. The reference at C = R = 16 once."""
-    rows = []
     for axis, values in CURVES.items():
         for value in values:
             queries, what = (made(f"long-{value}")[0], "score") if axis == "C" else (packed(value), "pack")
@@ -253,12 +259,11 @@ def curve(workers: dict, pairs: int) -> list[dict]:
                    "rate": rate, "floor": (counts["tree"]["linear"] + counts["tree"]["head"]) / rate / len(queries),
                    "seconds": {way: [statistics.median(s) / len(queries), min(s) / len(queries), max(s) / len(queries)]
                                for way, s in seconds.items()}}
-            rows.append(row)
             print(f"{axis} {value}: " + ", ".join(
                 f"{way} {s[0]:.2f} s a query ({counts[way]['tokens'] // len(queries)} tokens)" for way, s in row["seconds"].items())
                 + f"; floor {row['floor']:.2f} s, reference / tree "
                 f"{row['seconds']['reference'][0] / row['seconds']['tree'][0]:.2f}", file=sys.stderr, flush=True)
-    return rows
+            yield row
 
 
 def draw(record: Path, stem: Path) -> None:
@@ -292,6 +297,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("trees.json"))
     parser.add_argument("--draw", nargs=2, type=Path, metavar=("RECORD", "FIGURE"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -307,15 +313,13 @@ def main() -> None:
     if args.before:
         workers["before"] = Worker(args.before.resolve(), "shared")
     workers["reference"] = Worker(HERE, "reference")
-    if args.curve:
-        rows = curve(workers, args.pairs)
-    else:
-        rows = []
-        for name in args.cases:
-            some = {k: v for k, v in workers.items() if k != "reference" or not name.startswith(("plain", "two_level"))}
-            rows.append(compared(name, some, args.pairs))
-    print(json.dumps({"benchmark": "trees", "model": "smollm2-135m", "precision": "fp32_master", "machine": platform.machine(),
-                      "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(), "rows": rows}))
+    record = {"benchmark": "trees", "model": "smollm2-135m", "precision": "fp32_master", "machine": platform.machine(),
+              "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(), "rows": []}
+    if args.before:
+        record["before"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.before, text=True, capture_output=True).stdout.strip()
+    for row in curve(workers, args.pairs) if args.curve else cases(args.cases, workers, args.pairs):
+        record["rows"].append(row)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")  # what is done stays where it is stopped
 
 
 if __name__ == "__main__":
