@@ -238,7 +238,8 @@ def compared(name: str, workers: dict, pairs: int) -> dict:
     return row
 
 
-CURVES = {"C": (2, 4, 8, 16), "queries": (1, 2, 4, 8)}  # C = R of one query; queries of one pack
+# What is varied: C = R of one query, queries of one pack. The longest last: what is done before stays.
+CURVES = (("C", 2), ("C", 4), ("C", 8), ("queries", 1), ("queries", 2), ("queries", 4), ("queries", 8), ("C", 16))
 
 
 def cases(names: list[str], workers: dict, pairs: int) -> Iterator[dict]:
@@ -249,21 +250,20 @@ def cases(names: list[str], workers: dict, pairs: int) -> Iterator[dict]:
 
 def curve(workers: dict, pairs: int) -> Iterator[dict]:
     """What a query costs: rows of seconds of each way and of the floor, median and range. The reference at C = R = 16 once."""
-    for axis, values in CURVES.items():
-        for value in values:
-            queries, what = (made(f"long-{value}")[0], "score") if axis == "C" else (packed(value), "pack")
-            rounds = 1 if value == 16 else pairs
-            counts, seconds, scored = timed(workers, queries, what, rounds)
-            rate = statistics.median(workers["tree"]("rate") for _ in range(5))
-            row = {"axis": axis, "value": value, "queries": len(queries), "rounds": rounds, "scored": scored, "counts": counts,
-                   "rate": rate, "floor": (counts["tree"]["linear"] + counts["tree"]["head"]) / rate / len(queries),
-                   "seconds": {way: [statistics.median(s) / len(queries), min(s) / len(queries), max(s) / len(queries)]
-                               for way, s in seconds.items()}}
-            print(f"{axis} {value}: " + ", ".join(
-                f"{way} {s[0]:.2f} s a query ({counts[way]['tokens'] // len(queries)} tokens)" for way, s in row["seconds"].items())
-                + f"; floor {row['floor']:.2f} s, reference / tree "
-                f"{row['seconds']['reference'][0] / row['seconds']['tree'][0]:.2f}", file=sys.stderr, flush=True)
-            yield row
+    for axis, value in CURVES:
+        queries, what = (made(f"long-{value}")[0], "score") if axis == "C" else (packed(value), "pack")
+        rounds = 1 if value == 16 else pairs
+        counts, seconds, scored = timed(workers, queries, what, rounds)
+        rate = statistics.median(workers["tree"]("rate") for _ in range(5))
+        row = {"axis": axis, "value": value, "queries": len(queries), "rounds": rounds, "scored": scored, "counts": counts,
+               "rate": rate, "floor": (counts["tree"]["linear"] + counts["tree"]["head"]) / rate / len(queries),
+               "seconds": {way: [statistics.median(s) / len(queries), min(s) / len(queries), max(s) / len(queries)]
+                           for way, s in seconds.items()}}
+        print(f"{axis} {value}: " + ", ".join(
+            f"{way} {s[0]:.2f} s a query ({counts[way]['tokens'] // len(queries)} tokens)" for way, s in row["seconds"].items())
+            + f"; floor {row['floor']:.2f} s, reference / tree "
+            f"{row['seconds']['reference'][0] / row['seconds']['tree'][0]:.2f}", file=sys.stderr, flush=True)
+        yield row
 
 
 def draw(record: Path, stem: Path) -> None:
@@ -272,7 +272,7 @@ def draw(record: Path, stem: Path) -> None:
     rows = json.loads(record.read_text())["rows"]
     with look.style():
         figure, panels = look.subplots(1, 2, (7.2, 3.0))
-        for axes, axis, label in zip(panels, CURVES, ("constitutions = responses of a query", "queries in one pack (2 x 2)")):
+        for axes, axis, label in zip(panels, ("C", "queries"), ("constitutions = responses of a query", "queries in one pack (2 x 2)")):
             part = [row for row in rows if row["axis"] == axis]
             x = [row["value"] for row in part]
             for way, name, colour, marker in (("reference", "reference: every text in full", look.ORANGE, "s"),
