@@ -49,7 +49,7 @@ def test_the_loop_trains_each_objective(name, tiny):
         before = (matrix(other, batch) + 3 * torch.randn(12, 2, 2, generator=torch.Generator().manual_seed(0))).tolist()
     batch = [dataclasses.replace(p, initial=tuple(map(tuple, m))) for p, m in zip(batch, before)] if name in NEEDS_INITIAL else batch
     sums, means = matrix(other, batch[:2]), matrix(other, batch[:2], length_normalize=True)
-    loss = losses.objective(spec, sums, (sums / means).detach().round(), initial=torch.tensor(before[:2]), progress=0.0)
+    loss = losses.objective(spec, sums, (sums / means).detach().round(), initial=torch.tensor(before[:2]), progress=1 / 6)
     loss.backward()
     trace = train(model, byte_tokenizer(), batch, spec, 1)
     assert trace[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -152,7 +152,7 @@ def numbers(path) -> dict:
 def test_a_comparison_holds_what_it_says(compared):
     experiment, path = compared
     record, work = numbers(path), path.parent / "work" / path.stem
-    assert path.name == "exp2_tldr-hand-seed-0.json" and list(record["objectives"]) == list(CHOSEN) and record["rates"] == list(RATES)
+    assert path.name == "exp2_tldr-hand-seed-0.json" and set(record["objectives"]) == set(CHOSEN) and record["rates"] == list(RATES)
     for found in record["objectives"].values():
         tries = {t["learning_rate"]: t["steerability"] for t in found["tries"]}
         assert list(tries) == list(RATES)

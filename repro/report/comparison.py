@@ -11,6 +11,7 @@ import numpy as np
 from repro.base import metrics
 from repro.base.metrics import Estimate
 from repro.base.records import UserError, read_json, write_text
+from repro.base.training import OBJECTIVES
 from repro.report import look
 
 MEASURES = {  # name -> what it is, in words; the least and the most that a query's value can be
@@ -85,12 +86,12 @@ def _difference(records: list[dict], label: str, name: str) -> Estimate:
 
 
 def _labels(records: list[dict]) -> list[str]:
-    """What all seeds have, SAMI's objective first. Raises UserError where that is nothing."""
+    """What all seeds have, in the order of OBJECTIVES. Raises UserError where that is nothing."""
     found = [label for label in records[0]["objectives"] if all(label in r["objectives"] for r in records)]
     if not found:
         raise UserError(f"{records[0]['experiment']}: its seeds have no objective in common, so nothing can be set side "
                         "by side; give the same --objectives for all")
-    return sorted(found, key=lambda label: label != BASE)
+    return sorted(found, key=[*OBJECTIVES, *found].index)
 
 
 def _said(e, digits: int = 2, sign: str = "") -> str:
