@@ -3,6 +3,7 @@ serve`. What is tested is the protocol; a model of 135M parameters is no judge (
 
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def llama(tmp_path_factory):
         pytest.skip("NOT RUN: xllamacpp is not installed; make setup installs it")
     log = tmp_path_factory.mktemp("llama") / "log"
     with process([str(ROOT / "tests/llama_server.py")], log) as child:
-        yield wait_until(lambda: next((line for line in log.read_text().splitlines() if line.startswith("http")), None), child, log)
+        address = re.compile(r"http://127\.0\.0\.1:\d+/v1")  # amid what the server logs, at times in the same line
+        yield wait_until(lambda: (found := address.search(log.read_text())) and found[0], child, log)
 
 
 @contextmanager
