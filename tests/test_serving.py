@@ -318,8 +318,11 @@ def raw_server(answer: bytes):
                 connection, _ = listener.accept()
             except OSError:
                 return
-            with connection:
-                connection.recv(10**6)
+            with connection, connection.makefile("rb") as request:  # all of it: a close resets what is left unread
+                length = 0
+                while (line := request.readline()).strip():
+                    length = int(line.split(b":")[1]) if line.lower().startswith(b"content-length:") else length
+                request.read(length)
                 connection.sendall(answer)
 
     threading.Thread(target=serve, daemon=True).start()

@@ -90,9 +90,7 @@ def main() -> None:
     from trees import Texts
     texts = Texts("exp2")
     chosen = texts.items[:: len(texts.items) // args.queries][: args.queries]
-    prompts = [texts.prompts(item, 2) for item in chosen]
-    responses = texts.sampled(sum(prompts, []))
-    responses = [responses[2 * k: 2 * k + 2] for k in range(len(chosen))]
+    prompts, responses = texts.answered(chosen, 2)
     said = texts.tokenizer.decode
     rows = [{"prompt": said(p), "chosen": said(r[k]), "rejected": said(r[1 - k])}
             for own, r in zip(prompts, responses) for k, p in enumerate(own)]

@@ -8,7 +8,7 @@ One process a way, each with SmolLM2-135M and the same token ids; each round run
 A line a case: the median of the rounds' ratios with their range, beside the ratio of counted FLOPs (linear layers,
 attention and head apart) and of tokens. "score" is without a backward. --curve: what a query costs, scored, against C = R
 (chat form, TL;DR length) and against the queries in one pack (exp2's, 2 x 2), beside its floor: the linear layers of its
-unique tokens and the head of its scored ones at the rate of one large product, timed in the same rounds. A benchmark, not a test.
+unique tokens and the head of its scored ones at the rate of one large product, timed after the rounds. A benchmark, not a test.
 """
 
 import argparse
@@ -147,6 +147,12 @@ class Texts:
         with torch.inference_mode():
             return greedy(self.model, prompts, self.run.response_tokens(), ends=[self.tokenizer.eos_token_id])
 
+    def answered(self, items, C: int) -> tuple[list, list]:
+        """Of each item its prompts [C], and what the model answers to each."""
+        prompts = [self.prompts(item, C) for item in items]
+        responses = self.sampled(sum(prompts, []))
+        return prompts, [responses[k * C: (k + 1) * C] for k in range(len(items))]
+
     def cut(self, length: int, rng: random.Random) -> list[int]:
         """A response of about `length` tokens out of other posts."""
         ids = sum(rng.sample(self.posts, 16), [])
@@ -166,9 +172,7 @@ def made(name: str) -> tuple[list, str]:
     if kind in ("exp1", "exp2"):
         texts = Texts(kind)
         chosen = texts.items[:: len(texts.items) // 8][: {("exp1", 2): 4, ("exp1", 4): 2, ("exp2", 2): 4, ("exp2", 4): 1}[kind, C]]
-        prompts = [texts.prompts(item, C) for item in chosen]
-        responses = texts.sampled(sum(prompts, []))
-        responses = [responses[k * C: (k + 1) * C] for k in range(len(chosen))]
+        prompts, responses = texts.answered(chosen, C)
     elif kind == "long":
         texts = Texts("exp2")
         prompts = [texts.prompts(texts.longer(texts.items[0], 300, rng), min(C, 4))]
@@ -191,9 +195,8 @@ def made(name: str) -> tuple[list, str]:
 def packed(count: int) -> list:
     """The first queries of exp2's mini, 2 x 2."""
     texts = Texts("exp2")
-    prompts = [texts.prompts(item, 2) for item in texts.items[:count]]
-    responses = texts.sampled(sum(prompts, []))
-    return [[[(p + r, len(p)) for r in responses[2 * q: 2 * q + 2]] for p in own] for q, own in enumerate(prompts)]
+    return [[[(p + r, len(p)) for r in own] for p in query]
+            for query, own in zip(*texts.answered(texts.items[:count], 2))]
 
 
 CASES = ("exp1-2", "exp1-4", "exp2-2", "exp2-4", "long-2", "long-4", "plain-2", "two_level-2")
