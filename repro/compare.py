@@ -32,7 +32,7 @@ from repro.text.principles import load_constitutions
 
 GRID = (0.3, 1.0, 3.0)  # of the experiment's own learning rate
 ANCHORED = ("sami", {"anchor": 0.3})  # one more row: the authors' `beta`, which was never wired, as an anchor
-DEVELOPMENT = 16  # queries by which a rate is chosen
+DEVELOPMENT = 12  # queries by which a rate is chosen
 
 
 def rows_of(names: Sequence[str], pool: bool) -> dict[str, dict]:

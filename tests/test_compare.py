@@ -248,7 +248,7 @@ def test_an_experiments_own_objective_is_no_part_of_the_others(compared, tiny, t
 
 def test_a_pool_is_compared_where_some_principles_have_no_rule(tiny, tmp_path):
     pool = small(load_experiment("exp3", "mini")[0], tiny)
-    pool = dataclasses.replace(pool, cot=None, data=dataclasses.replace(pool.data, train=16, evaluation=4))
+    pool = dataclasses.replace(pool, cot=None, iterations=1, data=dataclasses.replace(pool.data, train=16, evaluation=4))
     path = compare(pool, tmp_path, objectives=("sami",), rates=RATES[:1], say=print)
     values = read_json(path)["objectives"]["sami"]["values"]
     assert len(values["bound"]) == 4 and None not in values["bound"]

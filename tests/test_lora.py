@@ -195,7 +195,7 @@ def work(folder):
 def test_a_killed_iteration_goes_on_and_leaves_the_same_bytes(tiny, alone, tmp_path, capsys):
     """Step checkpoints hold the adapter and its optimizer's state, and no weight of the model."""
     out = job(tiny, tmp_path)
-    assert killed("repro.core.engines", "symmetric_infonce", 4, work, tmp_path) == -signal.SIGKILL
+    assert killed("repro.core.engines", "objective", 4, work, tmp_path) == -signal.SIGKILL
     saved = sorted((tmp_path / jobs.steps_folder(1)).glob("step-*"))
     shard = saved[-1] / "__0_0.distcp"
     numbers = shape_from(json.loads((tiny / "config.json").read_text()), "here").adapters(3)

@@ -323,13 +323,14 @@ def test_what_a_run_counts():
 
 
 def test_an_objective_that_needs_the_initial_model_costs_one_pass_and_no_memory():
-    """A pass without a backward over what trains: a third of its FLOPs, as many tokens."""
+    """A pass without a backward over what trains: as many tokens, a third of its FLOPs, or a fourth where layers are computed again."""
     (spec,), gpu = cli.load_experiment("exp1", "paper"), GPUS["a100"]
     own, other = (plan(dataclasses.replace(spec, train=dataclasses.replace(spec.train, objective=name)), gpu, 8) for name in ("sami", "mipo"))
     more = [s for s in other.stages if s.name not in {s.name for s in own.stages}]
     (training,) = [s for s in other.stages if s.name == "training"]
     assert [s for s in other.stages if s not in more] == own.stages and other.phases == own.phases
-    assert len(more) == 1 and more[0].tokens == training.tokens and more[0].flops == pytest.approx(training.flops / 3, rel=0.01)
+    assert len(more) == 1 and more[0].tokens == training.tokens and more[0].flops == pytest.approx(
+        training.flops / (4 if own.step.checkpointing else 3), rel=0.01)
 
 
 def test_held_out_log_probs_are_sharded_as_training_is():

@@ -376,7 +376,7 @@ def test_a_response_is_scored_behind_the_mark_behind_which_it_was_sampled(tmp_pa
 
 
 def test_the_end_that_was_sampled_is_the_one_that_is_scored(tmp_path, monkeypatch):
-    """Not the tokenizer's; where the cap cut the response, and where the tokenizer's was sampled, that. Through a job's file too."""
+    """Not the tokenizer's, but where that was sampled; none where the cap cut the response. Through a job's file too."""
     from repro.core.engines import TrainingPair
     from repro.stages import jobs
 
@@ -390,8 +390,8 @@ def test_the_end_that_was_sampled_is_the_one_that_is_scored(tmp_path, monkeypatc
     assert [row.get("end") for row in rows] == [50, None, None, 50] and [row["finished"] for row in rows] == [True, True, False, True]
     said, prompt = [draws.said(shared.voice, row) for row in rows], tokenizer("x: ", add_special_tokens=False).input_ids
     found = [p.ids for p in pairs_of(tokenizer, "x: ", said, score_eos=True)]
-    assert found == [[*prompt, close, *row["ids"], end] for row, end in zip(rows, (50, 2, 2, 50))]
-    assert [p.ids for p in pairs_of(tokenizer, "x: ", said, score_eos=False)] == [ids[:-1] for ids in found]
+    assert found == [[*prompt, close, *row["ids"], *end] for row, end in zip(rows, ([50], [2], [], [50]))]
+    assert [p.ids for p in pairs_of(tokenizer, "x: ", said, score_eos=False)] == [[*prompt, close, *row["ids"]] for row in rows]
     assert {p.start for p in pairs_of(tokenizer, "x: ", said, score_eos=True)} == {len(prompt) + 1}
     pair = TrainingPair("q", ("x: ", "y: "), (said[0], (7, 8), "z"))
     (tmp_path / "training").mkdir()
