@@ -275,7 +275,8 @@ def draw(record: Path, stem: Path) -> None:
     rows = json.loads(record.read_text())["rows"]
     with look.style():
         figure, panels = look.subplots(1, 2, (7.2, 3.0))
-        for axes, axis, label in zip(panels, ("C", "queries"), ("constitutions = responses of a query", "queries in one pack (2 x 2)")):
+        for axes, axis, label, ticks in zip(panels, ("C", "queries"), (
+                "constitutions = responses of a query", "queries in one pack (2 x 2)"), ((1, 10, 100), (0.25, 0.5, 1, 2))):
             part = [row for row in rows if row["axis"] == axis]
             x = [row["value"] for row in part]
             for way, name, colour, marker in (("reference", "reference: every text in full", look.ORANGE, "s"),
@@ -283,14 +284,16 @@ def draw(record: Path, stem: Path) -> None:
                 middle, low, high = zip(*(row["seconds"][way] for row in part))
                 axes.errorbar(x, middle, yerr=[[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]],
                               color=colour, marker=marker, label=name)
-                for at, value in zip(x, middle):
-                    axes.annotate(f"{value:.2g}", (at, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+                for at, value, top in zip(x, middle, high):
+                    axes.annotate(f"{value:.0f}" if value > 10 else f"{value:.2g}", (at, top), (0, 5),
+                                  textcoords="offset points", ha="center", fontsize=7)
             axes.plot(x, [row["floor"] for row in part], color=look.GREY, linestyle="--", label="floor: unique tokens at full rate")
             axes.set(xscale="log", yscale="log", xlabel=label, xticks=x, xticklabels=x)
+            axes.set_yticks(ticks, labels=[f"{t:g}" for t in ticks])
             axes.minorticks_off()
         panels[0].set_ylabel("seconds to score a query")
         panels[0].legend(loc="upper left", fontsize=8)
-        panels[1].margins(y=0.3)
+        panels[1].set_ylim(0.22, 2.4)
         look.save(figure, stem)
 
 
