@@ -99,7 +99,7 @@ def compare_command(args: Compare) -> None:
 
     folder = args.out / "objectives"
     for experiment in experiments:
-        print(compare(experiment, folder, objectives=args.objectives, rates=args.rates,
+        print(compare(experiment, folder, objectives=args.objectives, rates=args.rates, path=args.path,
                       say=lambda text: print(text, file=sys.stderr, flush=True)))
     stem = "-".join(filter(None, (chosen.name, chosen.variant)))
     path = page.write_page(folder, stem)

@@ -6,6 +6,7 @@
    queries; kept is the rate with the highest steerability, of equals the lowest.
 3. The kept weights answer the evaluation queries under every constitution, without any, and under the all-positive one
    where the user's last sentence asks for its opposite.
+4. `path`: the kept rate again with fewer steps, on the development queries.
 
 Every step is a stage of a run folder (stages/folder.py): a comparison that is stopped goes on with the same command.
 Weights are kept while they may still be the best, and not after.
@@ -49,9 +50,9 @@ def rows_of(names: Sequence[str], pool: bool) -> dict[str, dict]:
 
 
 def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = (), rates: Sequence[float] = (),
-            say: Callable[[str], None]) -> Path:
+            path: bool = False, say: Callable[[str], None]) -> Path:
     """The comparison of one seed, worked out in `out`/work; returns its record, `out`/<experiment>-seed-<k>.json, in which
-    what an earlier call has put there stays. Raises UserError."""
+    what an earlier call has put there stays. `path`: of the kept rate also what fewer steps give. Raises UserError."""
     constitutions = load_constitutions(experiment.constitutions)
     if experiment.writer or not any(p.rule for p in constitutions.principles):
         raise UserError("compare: following is measured by rules, and these principles have none; choose others "
@@ -61,6 +62,8 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
     grid = sorted(rates or (factor * experiment.train.learning_rate for factor in GRID))
     if len(set(grid)) < len(grid) or not all(0 < rate <= 0.1 for rate in grid):
         raise UserError(f"--rates {' '.join(f'{r:g}' for r in grid)}: each once, above 0 and at most 0.1")
+    if path and experiment.iterations > 1:
+        raise UserError(f"--path: of one iteration's steps; --iterations: {experiment.iterations}")
     plain = replace(experiment.train, objective="sami", **dict.fromkeys(PARAMETERS))
     wanted = {label: {rate: replace(plain, learning_rate=rate, **settings) for rate in grid}
               for label, settings in rows_of(objectives, bool(constitutions.kinds)).items()}
@@ -68,11 +71,11 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
                    data=replace(experiment.data, evaluation_split="evaluation"))
     tuning = replace(base.data, evaluation_split="development", evaluation=min(DEVELOPMENT, base.data.evaluation))
     stem = "-".join(filter(None, (experiment.name, experiment.variant)))
-    path = Path(out) / f"{stem}-seed-{experiment.seed}.json"
+    file = Path(out) / f"{stem}-seed-{experiment.seed}.json"
     about = {"experiment": stem, "profile": base.profile, "model": base.model.label, "iterations": base.iterations,
              "rates": grid, "train": {k: v for k, v in base.to_json()["train"].items() if k != "learning_rate"}}
     comparison.check(Path(out), about)
-    folder = Path(out) / "work" / path.stem
+    folder = Path(out) / "work" / file.stem
     new = not folder.exists()
     with locked(folder):
         try:
@@ -92,7 +95,7 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
             "queries": list(dict.fromkeys(item.query.id for item in test.items())),
             "constitutions": test.constitutions.count, "initial": held_out_values(test, 0),
             "initial_development": development_values(dev, 0), "objectives": {}}
-        if path.is_file() and (before := read_json(path))["config_hash"] == record["config_hash"]:
+        if file.is_file() and (before := read_json(file))["config_hash"] == record["config_hash"]:
             record["objectives"] = before["objectives"]
         for label, specs in wanted.items():
             tries = _tried(dev, folder, label, specs)
@@ -100,11 +103,14 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
                 raise UserError(f"compare: {label} cannot be trained at any of these rates: {tries[0]['failed']}")
             best = max((t for t in tries if "failed" not in t), key=lambda t: (t["steerability"], -t["learning_rate"]))
             spec = specs[best["learning_rate"]]
-            record["objectives"][label] = {
-                "objective": spec.objective, **spec.parameters, "commit": commit(), "learning_rate": spec.learning_rate,
-                "tries": tries, "values": _held_out(dev, test, folder, label, spec)}
-        write_json(path, record)
-    return path
+            found = {"objective": spec.objective, **spec.parameters, "commit": commit(),
+                     "learning_rate": spec.learning_rate, "tries": tries,
+                     "values": _held_out(dev, test, folder, label, spec)}
+            if path or "path" in record["objectives"].get(label, {}):
+                found["path"] = _path(dev, folder, label, spec)
+            record["objectives"][label] = found
+        write_json(file, record)
+    return file
 
 
 def _begun(experiment: Experiment, folder: Path, say) -> Run:
@@ -126,7 +132,7 @@ def _derived(run: Run, train, folder: Path) -> Run:
 
 def _shared(source: Run, target: Run, stage: str, outputs: list[str], inputs: list[str]) -> None:
     """Take a stage's files over from another run, unless they are there."""
-    if stage in target.record["stages"] and not target.stage(stage, outputs, inputs):
+    if not target.stage(stage, outputs, inputs):
         return
     for output in outputs:
         make_folder((target.folder / output).parent)
@@ -140,19 +146,8 @@ def _tried(dev: Run, folder: Path, label: str, specs: dict) -> list[dict]:
     tries, best = [], None
     for rate, spec in specs.items():
         trial = _derived(dev, spec, folder / "tries" / f"{label}-{rate:g}")
-        done, weights = trial.folder / "values.json", (trial.folder / checkpoint(1)).parent
-        if not done.is_file():
-            dev.say(f"--- {label}, learning rate {rate:g}")
-            try:
-                _trained(dev, trial)
-                evaluate(trial, dev.experiment.iterations)
-                score_bare(trial, dev.experiment.iterations)
-                found = development_values(trial, dev.experiment.iterations)
-            except NotTrainable as e:
-                dev.say(f"{label}, learning rate {rate:g}: {e}")
-                found = {"failed": first_line(e)}
-            write_json(done, found)
-        tries.append({"learning_rate": rate, **read_json(done)})
+        weights = (trial.folder / checkpoint(1)).parent
+        tries.append({"learning_rate": rate, **_development(dev, trial, f"{label}, learning rate {rate:g}")})
         if "failed" not in tries[-1] and (best is None or tries[-1]["steerability"] > best[0]):
             if best:
                 remove_folder(best[1])
@@ -160,6 +155,33 @@ def _tried(dev: Run, folder: Path, label: str, specs: dict) -> list[dict]:
         else:
             remove_folder(weights)
     return tries
+
+
+def _path(dev: Run, folder: Path, label: str, spec) -> list[dict]:
+    """What the kept rate gives with fewer steps, one and more, on the development queries."""
+    found = []
+    for steps in range(1, spec.batches):
+        trial = _derived(dev, replace(spec, batches=steps), folder / "path" / f"{label}-{spec.learning_rate:g}-{steps}")
+        found.append({"steps": steps, **_development(dev, trial, f"{label}, {steps} of {spec.batches} steps")})
+        remove_folder((trial.folder / checkpoint(1)).parent)
+    return found
+
+
+def _development(dev: Run, trial: Run, name: str) -> dict:
+    """The values of a try on the development queries, or why it failed; trained where they are not known yet."""
+    done, last = trial.folder / "values.json", dev.experiment.iterations
+    if not done.is_file():
+        dev.say(f"--- {name}")
+        try:
+            _trained(dev, trial)
+            evaluate(trial, last)
+            score_bare(trial, last)
+            found = development_values(trial, last)
+        except NotTrainable as e:
+            dev.say(f"{name}: {e}")
+            found = {"failed": first_line(e)}
+        write_json(done, found)
+    return read_json(done)
 
 
 def _trained(dev: Run, trial: Run) -> None:

@@ -92,6 +92,8 @@ class Compare:
     """Which: sami, sami_rows, sami_columns, sami_sum, mipo, nca, conspo_rows, sft, distil, sami+anchor; by default all."""
     rates: tuple[float, ...] = ()
     """Learning rates that each is tried at; by default 0.3, 1 and 3 times the experiment's."""
+    path: bool = False
+    """Of the kept rate also what fewer steps give, on the development queries."""
     seeds: tuple[int, ...] = ()
     """Seeds, one after the other, by default 0; the page is of all that lie in OUT/objectives."""
     profile: str | None = None

@@ -141,7 +141,7 @@ RATES = (1e-4, 1e-3)
 @pytest.fixture(scope="module")
 def compared(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
-    return shipped(tiny), compare(shipped(tiny), out, objectives=CHOSEN, rates=RATES, say=lambda text: None)
+    return shipped(tiny), compare(shipped(tiny), out, objectives=CHOSEN, rates=RATES, path=True, say=lambda text: None)
 
 
 def numbers(path) -> dict:
@@ -160,6 +160,10 @@ def test_a_comparison_holds_what_it_says(compared):
         assert found["learning_rate"] == min(rate for rate, value in tries.items() if value == best)
         assert set(found["values"]) == set(comparison.MEASURES) == set(record["initial"])
         assert all(len(v) == len(record["queries"]) == 3 for v in found["values"].values())
+        (fewer,) = found["path"]
+        kept = next(t for t in found["tries"] if t["learning_rate"] == found["learning_rate"])
+        assert fewer["steps"] == 1 and fewer.keys() - {"steps"} == kept.keys() - {"learning_rate"}
+        assert record["initial_development"]["bound"] != fewer["bound"] != kept["bound"]
     assert record["objectives"]["sami+anchor"]["anchor"] == 0.3
     assert not list(work.rglob("*.safetensors"))  # no weights are left
     same = {p.read_bytes() for p in work.rglob("responses/training-1.jsonl")}
@@ -198,7 +202,7 @@ def test_its_values_are_those_of_its_files(compared):
 @pytest.mark.parametrize("function, nth", [("evaluate", 4), ("ask_otherwise", 3), ("remove_folder", 3)])
 def test_a_comparison_that_was_killed_ends_with_the_same_record(compared, function, nth, tmp_path):
     experiment, path = compared
-    again = partial(compare, experiment, tmp_path, objectives=CHOSEN, rates=RATES, say=print)
+    again = partial(compare, experiment, tmp_path, objectives=CHOSEN, rates=RATES, path=True, say=print)
     assert killed("repro.compare", function, nth, again) == -signal.SIGKILL
     assert numbers(again()) == numbers(path)
 
@@ -208,7 +212,7 @@ def test_a_comparison_grows(compared, tmp_path):
     stand beside it is refused before anything is computed."""
     experiment, path = compared
     for chosen in (CHOSEN[1:3], CHOSEN, CHOSEN[:1]):
-        found = numbers(compare(experiment, tmp_path, objectives=chosen, rates=RATES, say=print))
+        found = numbers(compare(experiment, tmp_path, objectives=chosen, rates=RATES, path=chosen == CHOSEN, say=print))
     assert found == numbers(path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     for change, key in (({"iterations": 2}, "iterations"), ({"seed": 1, "model": dataclasses.replace(experiment.model, label="b")}, "model"),
@@ -243,7 +247,7 @@ def test_an_experiments_own_objective_is_no_part_of_the_others(compared, tiny, t
     """What a file sets of its objective does not leak into the rows."""
     experiment = compared[0]
     odd = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, objective="nca", beta=0.7, anchor=0.9))
-    assert numbers(compare(odd, tmp_path, objectives=CHOSEN, rates=RATES, say=print)) == numbers(compared[1])
+    assert numbers(compare(odd, tmp_path, objectives=CHOSEN, rates=RATES, path=True, say=print)) == numbers(compared[1])
 
 
 def test_a_pool_is_compared_where_some_principles_have_no_rule(tiny, tmp_path):
@@ -276,7 +280,11 @@ def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
     values = read_json(path)["objectives"]["mipo"]["values"]["steerability"]
     assert "| mipo | " in text and f"{np.mean(values):.2f} [" in text and "Seeds: 0, 1." in text
     assert re.search(r"## Differences to sami\n.*\n\| mipo \|", text, flags=re.S) and "## Every try" in text
+    assert f"| mipo | 1 of 2 | {', '.join([format(read_json(path)['objectives']['mipo']['path'][0]['bound'], '.2f')] * 2)} |" in text
     assert (tmp_path / "exp2_tldr-hand.png").is_file() and (tmp_path / "exp2_tldr-hand-dose.png").is_file()
+    points = [(t["initial_logprob"], t["steerability"]) for found in read_json(path)["objectives"].values() for t in found["tries"]]
+    front = [p for p in points if all(q == p or q[0] < p[0] or q[1] < p[1] for q in points)]
+    np.testing.assert_allclose(sorted(p[:2] for p in comparison._frontier(comparison.read(tmp_path, "exp2_tldr-hand"))), sorted(front))
     first = comparison.difference([[1.0, 0.0, 0.5]] * 2, [[0.5, 0.0, 0.0]] * 2)
     assert first.value == pytest.approx(1 / 3) and first.n == 3  # queries, not queries times seeds
     (tmp_path / "exp2_tldr-hand-seed-1.json").write_text(json.dumps(read_json(path) | {"seed": 1, "rates": [1.0]}))
@@ -288,7 +296,8 @@ def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
     (["--objectives", "samy"], "--objectives: 'samy'; allowed: sami, "), (["--objectives", "sft", "sft"], "--objectives: sft, sft; each at most once"),
     (["--rates", "1e-6", "1e-6"], "--rates 1e-06 1e-06: each once, above 0"), (["--rates", "-1"], "--rates -1: each once, above 0"),
     (["--seeds", "1", "1"], "--seeds 1 1: each at most once"), (["--variant", "weak"], "these principles have none"),
-    (["--iterations", "0"], "--iterations: 0; must be above 0")])
+    (["--iterations", "0"], "--iterations: 0; must be above 0"),
+    (["--iterations", "2", "--path"], "--path: of one iteration's steps; --iterations: 2")])
 def test_a_mistake_is_one_line_and_leaves_nothing(argv, said, tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", "exp2", "--model", str(tiny), "--out", str(tmp_path / "runs"), *argv])

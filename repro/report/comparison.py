@@ -134,6 +134,9 @@ def write_page(folder: Path, stem: str) -> Path:
     seeds = ", ".join(str(r["seed"]) for r in records)
     queries, constitutions, tuned = len(first["queries"]), first["constitutions"], first["initial_development"]["n"]
     grid, own = ", ".join(f"{r:g}" for r in first["rates"]), " in iteration 1, on its own later" * (first["iterations"] > 1)
+    best = ", ".join(f"{label} at {rate:g} ({drift:.2f}, {steer:.2f})" for drift, steer, label, rate in _frontier(records))
+    fewer = [[label, f"{k} of {first['train']['batches']}", *(", ".join(f"{t[name]:.2f}" for t in tries) for name in TRIED)]
+             for label in labels for k, tries in _steps(records, label)]
     text = f"""# Objectives on the same pairs: {stem}
 
 {in_words(records)}
@@ -155,11 +158,20 @@ On the same queries and seeds, by paired bootstrap over queries.
 """ + _grid(["objective", *SHOWN.values()], apart) if apart else "") + f"""
 ## Every try
 
-Development queries, one number a seed.
+Development queries, one number a seed. The frontier, tries that no other one beats in both, the likelihood of the text
+under the initial model and steerability: {best}.
 
-![Bound, steerability and log-prob under the initial model against the learning rate]({stem}-dose.png)
+![Bound, steerability and log-prob under the initial model against the learning rate; steerability against that log-prob,
+from the initial model on, with the frontier]({stem}-dose.png)
 
 """ + _grid(["objective", "learning rate", "bound", "steerability", "log-prob, initial model", "chosen"], tries)
+    if fewer:
+        text += """
+## Fewer steps
+
+The chosen rate again, trained for fewer steps; development queries, one number a seed.
+
+""" + _grid(["objective", "steps", "bound", "steerability", "log-prob, initial model"], fewer)
     write_text(folder / f"{stem}.md", text)
     look.save(_overview(records), folder / stem)
     look.save(_dose(records), folder / f"{stem}-dose")
@@ -173,6 +185,22 @@ def _tries(records: list[dict], label: str, rate: float) -> list[dict | None]:
     """Of each seed; None for one that failed."""
     return [None if "failed" in t else t for r in records for t in r["objectives"][label]["tries"]
             if t["learning_rate"] == rate]
+
+
+def _steps(records: list[dict], label: str) -> list[tuple[int, list[dict]]]:
+    """(fewer steps than all, its values of each seed), where every seed has them."""
+    paths = [[t for t in r["objectives"][label].get("path", ()) if "failed" not in t] for r in records]
+    return [(tries[0]["steps"], list(tries)) for tries in zip(*paths)]
+
+
+def _frontier(records: list[dict]) -> list[tuple[float, float, str, float]]:
+    """(log-prob under the initial model, steerability, objective, rate), means over the seeds, of the tries than which no
+    other has more of one and as much of the other; most likely text first."""
+    points = [(*(sum(t[name] for t in tries) / len(tries) for name in ("initial_logprob", "steerability")), label, rate)
+              for label in _labels(records) for rate in records[0]["rates"]
+              if None not in (tries := _tries(records, label, rate))]
+    return [(x, y, *which) for x, y, *which in sorted(points, reverse=True)
+            if not any(a >= x and b >= y and (a, b) != (x, y) for a, b, *_ in points)]
 
 
 def _marks(labels: list[str]) -> dict[str, tuple]:
@@ -200,20 +228,32 @@ def _overview(records: list[dict]):
 
 @look.style()
 def _dose(records: list[dict]):
-    figure, panels = look.subplots(1, 4, (10.5, 3.4))
-    labels, rates = _labels(records), records[0]["rates"]
+    labels, rates, stepped = _labels(records), records[0]["rates"], any(_steps(records, of) for of in _labels(records))
+    figure, panels = look.subplots(1, 4 + stepped, (10.5 + 2.6 * stepped, 3.4))
     names = dict(zip(TRIED, ("bound (nats)", "steerability", "log-prob a token, initial model (nats)")))
-    start = {name: sum(r["initial_development"][name] for r in records) / len(records) for name in TRIED}
+
+    def means(name: str, tries: list[list[dict]]) -> list[float]:
+        return [sum(t[name] for t in seeds) / len(seeds) for seeds in tries]
+
+    start = [[r["initial_development"] for r in records]]
     for label, (colour, marker) in _marks(labels).items():
+        mark = {"color": colour, "marker": marker, "linewidth": 1}
         whole = [rate for rate in rates if None not in _tries(records, label, rate)]
-        at = {name: [sum(t[name] for t in _tries(records, label, rate)) / len(records) for rate in whole] for name in TRIED}
+        tries = [_tries(records, label, rate) for rate in whole]
         for axes, name in zip(panels, TRIED):
-            axes.plot(whole, at[name], color=colour, marker=marker, label=label, linewidth=1)
-        path = {name: [start[name], *at[name]] for name in TRIED}
-        panels[3].plot(path["initial_logprob"], path["steerability"], color=colour, marker=marker, linewidth=1)
+            axes.plot(whole, means(name, tries), label=label, **mark)
+        chosen = [next(t for t in found["tries"] if t["learning_rate"] == found["learning_rate"])
+                  for found in (r["objectives"][label] for r in records)]
+        paths = [start + tries, start + [tries for _, tries in _steps(records, label)] + [chosen]]
+        for axes, path in zip(panels[3:], paths):
+            axes.plot(means("initial_logprob", path), means("steerability", path), **mark)
     for axes, name in zip(panels, TRIED):
-        axes.axhline(start[name], color=look.GREY, linestyle=":")
+        axes.axhline(means(name, start)[0], color=look.GREY, linestyle=":")
         axes.set(xscale="log", xlabel="learning rate", ylabel=names[name])
-    panels[3].set(xlabel=names["initial_logprob"], ylabel="steerability")
+    front = _frontier(records)
+    panels[3].plot([x for x, *_ in front], [y for _, y, *_ in front], color=look.GREY, linestyle="--",
+                   drawstyle="steps-post", zorder=0)
+    for axes, title in zip(panels[3:], ("over rates, and the frontier", "over steps, at the chosen rate")):
+        axes.set(xlabel=names["initial_logprob"], ylabel="steerability", title=title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
