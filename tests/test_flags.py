@@ -23,7 +23,7 @@ SPELLED = {
         dose:str? leakage:str? pack_tokens:int? dropout:str? lora:int? ranks:int=1 nodes:int=1 models:Path? sampler:str?
         sampler_url:str? tensor_parallel:int? iterations:int? batch_size:int? learning_rate:float? max_new_tokens:int?
         drop_phrases:str...? score_eos:bool=False objective:str? beta:float? contrast_temperature:float? margin:float? anchor:float?""",
-    "compare": """experiment:str objectives:str...=() rates:float...=() seeds:int...=() profile:str? variant:str? iterations:int?
+    "compare": """experiment:str objectives:str...=() rates:float...=() path:bool=False seeds:int...=() profile:str? variant:str? iterations:int?
         model:str? out:Path=runs""",
     "plan": """experiment:str profile:str? variant:str? gpus:int? gpu_memory:float? gpu:str? fraction:float=0.4 model:str?
         config:Path? lora:int=0 response_tokens:float? judge_model:str? price:float,float? usd_per_gpu_hour:float? out:Path? objective:str?""",
