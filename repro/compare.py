@@ -31,7 +31,7 @@ from repro.stages.run import Run
 from repro.stages.sample import sample, score_initial, train_iteration
 from repro.text.principles import load_constitutions
 
-GRID = (0.3, 1.0, 3.0)  # of the experiment's own learning rate
+GRID = (1.0, 3.0, 10.0)  # of the experiment's own learning rate
 ANCHORED = ("sami", {"anchor": 0.3})  # one more row: the authors' `beta`, which was never wired, as an anchor
 DEVELOPMENT = 12  # queries by which a rate is chosen
 

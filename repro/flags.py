@@ -91,7 +91,7 @@ class Compare:
     objectives: tuple[str, ...] = ()
     """Which: sami, sami_rows, sami_columns, sami_sum, mipo, nca, conspo_rows, sft, distil, sami+anchor; by default all."""
     rates: tuple[float, ...] = ()
-    """Learning rates that each is tried at; by default 0.3, 1 and 3 times the experiment's."""
+    """Learning rates that each is tried at; by default 1, 3 and 10 times the experiment's."""
     path: bool = False
     """Of the kept rate also what fewer steps give, on the development queries."""
     seeds: tuple[int, ...] = ()

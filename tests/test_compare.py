@@ -282,6 +282,7 @@ def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
     assert re.search(r"## Differences to sami\n.*\n\| mipo \|", text, flags=re.S) and "## Every try" in text
     assert f"| mipo | 1 of 2 | {', '.join([format(read_json(path)['objectives']['mipo']['path'][0]['bound'], '.2f')] * 2)} |" in text
     assert (tmp_path / "exp2_tldr-hand.png").is_file() and (tmp_path / "exp2_tldr-hand-dose.png").is_file()
+    assert "beyond which a better rate may lie (in how many seeds): sami (2), mipo (2), distil (2), sami+anchor (2)." in text  # of two rates
     points = [(t["initial_logprob"], t["steerability"]) for found in read_json(path)["objectives"].values() for t in found["tries"]]
     front = [p for p in points if all(q == p or q[0] < p[0] or q[1] < p[1] for q in points)]
     np.testing.assert_allclose(sorted(p[:2] for p in comparison._frontier(comparison.read(tmp_path, "exp2_tldr-hand"))), sorted(front))

@@ -135,6 +135,10 @@ def write_page(folder: Path, stem: str) -> Path:
     queries, constitutions, tuned = len(first["queries"]), first["constitutions"], first["initial_development"]["n"]
     grid, own = ", ".join(f"{r:g}" for r in first["rates"]), " in iteration 1, on its own later" * (first["iterations"] > 1)
     best = ", ".join(f"{label} at {rate:g} ({drift:.2f}, {steer:.2f})" for drift, steer, label, rate in _frontier(records))
+    ends = {first["rates"][0], first["rates"][-1]} if len(first["rates"]) > 1 else ()
+    edges = {label: sum(r["objectives"][label]["learning_rate"] in ends for r in records) for label in labels}
+    beyond = ", ".join(f"{label} ({count})" for label, count in edges.items() if count)
+    beyond = f" At an edge of the grid, beyond which a better rate may lie (in how many seeds): {beyond}." if beyond else ""
     fewer = [[label, f"{k} of {first['train']['batches']}", *(", ".join(f"{t[name]:.2f}" for t in tries) for name in TRIED)]
              for label in labels for k, tries in _steps(records, label)]
     text = f"""# Objectives on the same pairs: {stem}
@@ -159,7 +163,7 @@ On the same queries and seeds, by paired bootstrap over queries.
 ## Every try
 
 Development queries, one number a seed. The frontier, tries that no other one beats in both, the likelihood of the text
-under the initial model and steerability: {best}.
+under the initial model and steerability: {best}.{beyond}
 
 ![Bound, steerability and log-prob under the initial model against the learning rate; steerability against that log-prob,
 from the initial model on, with the frontier]({stem}-dose.png)
