@@ -279,11 +279,15 @@ def test_pages_and_figures_of_two_seeds(compared, tmp_path, tiny):
     text = page.read_text()
     values = read_json(path)["objectives"]["mipo"]["values"]["steerability"]
     assert "| mipo | " in text and f"{np.mean(values):.2f} [" in text and "Seeds: 0, 1." in text
+    change = comparison.difference([values] * 2, [record["initial"]["steerability"]] * 2)
+    assert f"{change.value:+.2f} [{change.ci95[0]:+.2f}, " in re.search(
+        r"to the initial model\n.*?\n(\| mipo \|.*?)\n.*## Differences to sami", text, flags=re.S)[1]
     assert re.search(r"## Differences to sami\n.*\n\| mipo \|", text, flags=re.S) and "## Every try" in text
     assert f"| mipo | 1 of 2 | {', '.join([format(read_json(path)['objectives']['mipo']['path'][0]['bound'], '.2f')] * 2)} |" in text
     assert (tmp_path / "exp2_tldr-hand.png").is_file() and (tmp_path / "exp2_tldr-hand-dose.png").is_file()
     assert "beyond which a better rate may lie (in how many seeds): sami (2), mipo (2), distil (2), sami+anchor (2)." in text  # of two rates
-    points = [(t["initial_logprob"], t["steerability"]) for found in read_json(path)["objectives"].values() for t in found["tries"]]
+    record = read_json(path)
+    points = [(t["initial_logprob"], t["steerability"]) for t in sum((f["tries"] for f in record["objectives"].values()), [record["initial_development"]])]
     front = [p for p in points if all(q == p or q[0] < p[0] or q[1] < p[1] for q in points)]
     np.testing.assert_allclose(sorted(p[:2] for p in comparison._frontier(comparison.read(tmp_path, "exp2_tldr-hand"))), sorted(front))
     first = comparison.difference([[1.0, 0.0, 0.5]] * 2, [[0.5, 0.0, 0.0]] * 2)

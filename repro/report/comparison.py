@@ -80,9 +80,8 @@ def _values(records: list[dict], label: str, name: str) -> list[list[float]]:
     return [(r["initial"] if label == "initial" else r["objectives"][label]["values"])[name] for r in records]
 
 
-def _difference(records: list[dict], label: str, name: str) -> Estimate:
-    """From SAMI's objective."""
-    return difference(_values(records, label, name), _values(records, BASE, name))
+def _difference(records: list[dict], label: str, name: str, base: str = BASE) -> Estimate:
+    return difference(_values(records, label, name), _values(records, base, name))
 
 
 def _labels(records: list[dict]) -> list[str]:
@@ -103,6 +102,16 @@ def _grid(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
 
 
+def _apart(records: list[dict], labels: list[str], name: str, base: str) -> str:
+    """Of which objectives a measure differs from `base`'s, in words."""
+    found = {label: _difference(records, label, name, base) for label in labels}
+    found = {label: d for label, d in found.items() if not d.ci95[0] <= 0 <= d.ci95[1]}
+    ups, downs = (", ".join(f"{label} ({d.value:+.2f})" for label, d in found.items() if (d.value > 0) == up)
+                  for up in (True, False))
+    said = [f"{word} for {which}" for word, which in (("rises", ups), ("falls", downs)) if which]
+    return f"{TOLD[name]} " + (" and ".join(said) if said else "differs for none by more than its 95 % interval") + "."
+
+
 def in_words(records: list[dict]) -> str:
     """What came out, in one paragraph: which objectives differ from SAMI's in following and at which cost."""
     labels = [label for label in _labels(records) if label != BASE]
@@ -110,12 +119,10 @@ def in_words(records: list[dict]) -> str:
     start = estimate("steerability", _values(records, "initial", "steerability"))
     top = max(steer, key=lambda label: steer[label].value)
     parts = [f"The initial model follows {start.value:.2f} of the sides; the highest is {steer[top].value:.2f} ({top})"
-             + (f", SAMI's objective has {steer[BASE].value:.2f}." if BASE in steer else ".")]
-    for name, words in TOLD.items() if BASE in steer else ():
-        apart = {label: _difference(records, label, name) for label in labels}
-        found = ", ".join(f"{label} {d.value:+.2f}" for label, d in apart.items() if not d.ci95[0] <= 0 <= d.ci95[1])
-        parts.append(f"In {words} " + (f"the 95 % interval of a difference from it leaves out 0 for {found}." if found else
-                                       "the 95 % interval of every difference from it holds 0."))
+             + (f", SAMI's objective has {steer[BASE].value:.2f}." if BASE in steer else "."),
+             "Against the initial model, " + _apart(records, [*steer], "steerability", "initial")]
+    if BASE in steer and labels:
+        parts += [f"Against SAMI's objective, {_apart(records, labels, name, BASE)}" for name in TOLD]
     return " ".join(parts)
 
 
@@ -125,8 +132,9 @@ def write_page(folder: Path, stem: str) -> Path:
     first, labels = records[0], _labels(records)
     rows = [[label, *(_said(estimate(name, _values(records, label, name)), 1 if name == "length" else 2) for name in SHOWN)]
             for label in ("initial", *labels)]
-    apart = [[label, *(_said(_difference(records, label, name), 1 if name == "length" else 2, "+") for name in SHOWN)]
-             for label in labels if label != BASE] if BASE in labels else []
+    apart = {base: [[label, *(_said(_difference(records, label, name, base), 1 if name == "length" else 2, "+")
+                              for name in SHOWN)] for label in labels if label != base]
+             for base in ("initial", BASE) if base in ("initial", *labels)}
     tries = [[label, f"{rate:g}", *(", ".join("failed" if t is None else f"{t[name]:.2f}"
                                               for t in _tries(records, label, rate)) for name in TRIED),
               f"{sum(r['objectives'][label]['learning_rate'] == rate for r in records)} of {len(records)}"]
@@ -134,7 +142,7 @@ def write_page(folder: Path, stem: str) -> Path:
     seeds = ", ".join(str(r["seed"]) for r in records)
     queries, constitutions, tuned = len(first["queries"]), first["constitutions"], first["initial_development"]["n"]
     grid, own = ", ".join(f"{r:g}" for r in first["rates"]), " in iteration 1, on its own later" * (first["iterations"] > 1)
-    best = ", ".join(f"{label} at {rate:g} ({drift:.2f}, {steer:.2f})" for drift, steer, label, rate in _frontier(records))
+    best = ", ".join(f"{whose} ({drift:.2f}, {steer:.2f})" for drift, steer, whose in _frontier(records))
     ends = {first["rates"][0], first["rates"][-1]} if len(first["rates"]) > 1 else ()
     edges = {label: sum(r["objectives"][label]["learning_rate"] in ends for r in records) for label in labels}
     beyond = ", ".join(f"{label} ({count})" for label, count in edges.items() if count)
@@ -154,16 +162,16 @@ of each was chosen among {grid} by steerability on {tuned} development queries. 
 over queries, whose seeds are averaged first. Model {first['model']}, profile {first['profile']}.
 
 """ + _grid(["objective", *SHOWN.values()], rows) + """
-""" + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + (f"""
-## Differences to {BASE}
+""" + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + "".join(f"""
+## Differences to {"the initial model" if base == "initial" else base}
 
-On the same queries and seeds, by paired bootstrap over queries.
+On the same queries and seeds, by paired bootstrap over queries; no correction for the number of comparisons.
 
-""" + _grid(["objective", *SHOWN.values()], apart) if apart else "") + f"""
+""" + _grid(["objective", *SHOWN.values()], lines) for base, lines in apart.items() if lines) + f"""
 ## Every try
 
-Development queries, one number a seed. The frontier, tries that no other one beats in both, the likelihood of the text
-under the initial model and steerability: {best}.{beyond}
+Development queries, one number a seed. The frontier, what nothing else beats in both, the likelihood of the text under
+the initial model and steerability: {best}.{beyond}
 
 ![Bound, steerability and log-prob under the initial model against the learning rate; steerability against that log-prob,
 from the initial model on, with the frontier]({stem}-dose.png)
@@ -197,14 +205,16 @@ def _steps(records: list[dict], label: str) -> list[tuple[int, list[dict]]]:
     return [(tries[0]["steps"], list(tries)) for tries in zip(*paths)]
 
 
-def _frontier(records: list[dict]) -> list[tuple[float, float, str, float]]:
-    """(log-prob under the initial model, steerability, objective, rate), means over the seeds, of the tries than which no
-    other has more of one and as much of the other; most likely text first."""
-    points = [(*(sum(t[name] for t in tries) / len(tries) for name in ("initial_logprob", "steerability")), label, rate)
-              for label in _labels(records) for rate in records[0]["rates"]
-              if None not in (tries := _tries(records, label, rate))]
-    return [(x, y, *which) for x, y, *which in sorted(points, reverse=True)
-            if not any(a >= x and b >= y and (a, b) != (x, y) for a, b, *_ in points)]
+def _frontier(records: list[dict]) -> list[tuple[float, float, str]]:
+    """(log-prob under the initial model, steerability, whose), means over the seeds, of the initial model and the tries:
+    those than which no other has more of one and as much of the other; most likely text first."""
+    each = {"the initial model": [r["initial_development"] for r in records]}
+    for label in _labels(records):
+        each |= {f"{label} at {rate:g}": _tries(records, label, rate) for rate in records[0]["rates"]}
+    points = [(*(sum(t[name] for t in tries) / len(tries) for name in ("initial_logprob", "steerability")), whose)
+              for whose, tries in each.items() if None not in tries]
+    return [(x, y, whose) for x, y, whose in sorted(points, reverse=True)
+            if not any(a >= x and b >= y and (a, b) != (x, y) for a, b, _ in points)]
 
 
 def _marks(labels: list[str]) -> dict[str, tuple]:
@@ -255,7 +265,7 @@ def _dose(records: list[dict]):
         axes.axhline(means(name, start)[0], color=look.GREY, linestyle=":")
         axes.set(xscale="log", xlabel="learning rate", ylabel=names[name])
     front = _frontier(records)
-    panels[3].plot([x for x, *_ in front], [y for _, y, *_ in front], color=look.GREY, linestyle="--",
+    panels[3].plot([x for x, *_ in front], [y for _, y, _ in front], color=look.GREY, linestyle="--",
                    drawstyle="steps-post", zorder=0)
     for axes, title in zip(panels[3:], ("over rates, and the frontier", "over steps, at the chosen rate")):
         axes.set(xlabel=names["initial_logprob"], ylabel="steerability", title=title)
