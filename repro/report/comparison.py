@@ -217,57 +217,64 @@ def _frontier(records: list[dict]) -> list[tuple[float, float, str]]:
             if not any(a >= x and b >= y and (a, b) != (x, y) for a, b, _ in points)]
 
 
-def _marks(labels: list[str]) -> dict[str, tuple]:
+def _marks(labels: list[str]) -> dict[str, dict]:
+    """How each is drawn: open markers where the colours begin again."""
     colours, markers = (*look.COLOURS, look.SKY, look.AMBER, "black"), (*look.MARKERS, "v", "P", "X", "*", "<", ">")
-    return {label: (colours[k % len(colours)], markers[k % len(markers)]) for k, label in enumerate(labels)}
+    return {label: {"color": colours[k % len(colours)], "marker": markers[k % len(markers)], "linewidth": 1}
+            | ({"markerfacecolor": "white"} if k >= len(colours) else {}) for k, label in enumerate(labels)}
+
+
+DRAWN = dict(zip(SHOWN, SHOWN)) | {
+    "initial_logprob": "log-prob a token,\ninitial model (nats)", "bound": "bound (nats)",
+    "following_bare": "followed without a constitution", "following_contrary": "followed against the user"}
 
 
 @look.style()
 def _overview(records: list[dict]):
     labels = _labels(records)
-    figure, panels = look.subplots(1, 2, (7.6, 3.6))
-    axes_of = (("initial_logprob", "steerability"), ("following_bare", "following_contrary"))
-    names = {"initial_logprob": "log-prob a token, initial model (nats)", "steerability": "steerability",
-             "following_bare": "followed without a constitution", "following_contrary": "followed against the user"}
-    for axes, (x, y) in zip(panels, axes_of):
-        for label, (colour, marker) in ({"initial": (look.GREY, "o")} | _marks(labels)).items():
+    figure, panels = look.subplots(1, 2, (7.6, 4.0))
+    for axes, (x, y) in zip(panels, (("initial_logprob", "steerability"), ("following_bare", "following_contrary"))):
+        for label, mark in ({"initial": {"color": look.GREY, "marker": "o"}} | _marks(labels)).items():
             a, b = (estimate(name, _values(records, label, name)) for name in (x, y))
             bars = [None if e.ci95 is None else [[e.value - e.ci95[0]], [e.ci95[1] - e.value]] for e in (a, b)]
-            axes.errorbar([a.value], [b.value], xerr=bars[0], yerr=bars[1], color=colour, marker=marker, linestyle="",
-                          label="initial model" if label == "initial" else label, elinewidth=0.6, capsize=0)
-        axes.set(xlabel=names[x], ylabel=names[y])
+            axes.errorbar([a.value], [b.value], xerr=bars[0], yerr=bars[1], **mark | {"linestyle": "", "elinewidth": 0.6},
+                          label="initial model" if label == "initial" else label, capsize=0)
+        axes.set(xlabel=DRAWN[x], ylabel=DRAWN[y])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
 @look.style()
 def _dose(records: list[dict]):
-    labels, rates, stepped = _labels(records), records[0]["rates"], any(_steps(records, of) for of in _labels(records))
-    figure, panels = look.subplots(1, 4 + stepped, (10.5 + 2.6 * stepped, 3.4))
-    names = dict(zip(TRIED, ("bound (nats)", "steerability", "log-prob a token, initial model (nats)")))
+    labels, rates = _labels(records), records[0]["rates"]
+    figure, (over, (by_rate, by_step, corner)) = look.subplots(2, 3, (8.4, 5.4))
 
     def means(name: str, tries: list[list[dict]]) -> list[float]:
         return [sum(t[name] for t in seeds) / len(seeds) for seeds in tries]
 
     start = [[r["initial_development"] for r in records]]
-    for label, (colour, marker) in _marks(labels).items():
-        mark = {"color": colour, "marker": marker, "linewidth": 1}
+    for label, mark in _marks(labels).items():
         whole = [rate for rate in rates if None not in _tries(records, label, rate)]
         tries = [_tries(records, label, rate) for rate in whole]
-        for axes, name in zip(panels, TRIED):
+        for axes, name in zip(over, TRIED):
             axes.plot(whole, means(name, tries), label=label, **mark)
         chosen = [next(t for t in found["tries"] if t["learning_rate"] == found["learning_rate"])
                   for found in (r["objectives"][label] for r in records)]
-        paths = [start + tries, start + [tries for _, tries in _steps(records, label)] + [chosen]]
-        for axes, path in zip(panels[3:], paths):
+        steps = [at for _, at in _steps(records, label)]
+        for axes, path in ((by_rate, start + tries), (by_step, start + steps + [chosen])):
             axes.plot(means("initial_logprob", path), means("steerability", path), **mark)
-    for axes, name in zip(panels, TRIED):
+    for axes, name in zip(over, TRIED):
         axes.axhline(means(name, start)[0], color=look.GREY, linestyle=":")
-        axes.set(xscale="log", xlabel="learning rate", ylabel=names[name])
+        axes.set(xscale="log", xlabel="learning rate", ylabel=DRAWN[name])
+        axes.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+    over[1].set_title("dotted: initial model")
     front = _frontier(records)
-    panels[3].plot([x for x, *_ in front], [y for _, y, _ in front], color=look.GREY, linestyle="--",
-                   drawstyle="steps-post", zorder=0)
-    for axes, title in zip(panels[3:], ("over rates, and the frontier", "over steps, at the chosen rate")):
-        axes.set(xlabel=names["initial_logprob"], ylabel="steerability", title=title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    by_rate.plot([x for x, *_ in front], [y for _, y, _ in front], color=look.GREY, linestyle="--", drawstyle="steps-post",
+                 zorder=0)
+    for axes, title in ((by_rate, "over rates; dashed: the frontier"), (by_step, "over steps, chosen rate")):
+        axes.set(xlabel=DRAWN["initial_logprob"], ylabel="steerability", title=title)
+    by_step.set_visible(any(_steps(records, label) for label in labels))
+    corner.axis("off")
+    corner.legend(*over[0].get_legend_handles_labels(), loc="center", ncols=1 + (len(labels) > 6), fontsize=8)
     return figure
