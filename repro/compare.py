@@ -3,7 +3,8 @@
 1. The initial model answers the training queries under two constitutions each, and the held-out queries of the development
    and the evaluation split: once.
 2. Each objective is trained from the initial weights at each rate of the same grid. Every try answers the development
-   queries; kept is the rate with the highest steerability, of equals the lowest.
+   queries; kept is the rate with the highest steerability, of equals the lowest, among those whose answers still speak of
+   the query (`_rank`).
 3. The kept weights answer the evaluation queries under every constitution, without any, and under the all-positive one
    where the user's last sentence asks for its opposite.
 4. `path`: the kept rate again with fewer steps, on the development queries.
@@ -16,6 +17,7 @@ import copy
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from repro.base.identity import commit
@@ -34,6 +36,7 @@ from repro.text.principles import load_constitutions
 GRID = (1.0, 3.0, 10.0)  # of the experiment's own learning rate
 ANCHORED = ("sami", {"anchor": 0.3})  # one more row: the authors' `beta`, which was never wired, as an anchor
 DEVELOPMENT = 12  # queries by which a rate is chosen
+SPEAKS = 0.75  # of the share of a query's words in the initial model's answers: with less, answers say nothing of it
 
 
 def rows_of(names: Sequence[str], pool: bool) -> dict[str, dict]:
@@ -98,10 +101,10 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
         if file.is_file() and (before := read_json(file))["config_hash"] == record["config_hash"]:
             record["objectives"] = before["objectives"]
         for label, specs in wanted.items():
-            tries = _tried(dev, folder, label, specs)
+            tries = _tried(dev, folder, label, specs, record["initial_development"])
             if all("failed" in t for t in tries):
                 raise UserError(f"compare: {label} cannot be trained at any of these rates: {tries[0]['failed']}")
-            best = max((t for t in tries if "failed" not in t), key=lambda t: (t["steerability"], -t["learning_rate"]))
+            best = max((t for t in tries if "failed" not in t), key=partial(_rank, record["initial_development"]))
             spec = specs[best["learning_rate"]]
             found = {"objective": spec.objective, **spec.parameters, "commit": commit(),
                      "learning_rate": spec.learning_rate, "tries": tries,
@@ -140,7 +143,14 @@ def _shared(source: Run, target: Run, stage: str, outputs: list[str], inputs: li
     target.finish(stage, outputs, inputs, shared=source.folder.name)
 
 
-def _tried(dev: Run, folder: Path, label: str, specs: dict) -> list[dict]:
+def _rank(initial: dict, values: dict) -> tuple:
+    """What a try is chosen by. Answers that fit every query follow well and say nothing: one that has lost the query's words
+    stands behind all that have not, and there the one that has lost fewest is first."""
+    speaks = values["query_words"] >= SPEAKS * initial["query_words"]
+    return speaks, values["steerability" if speaks else "query_words"], -values["learning_rate"]
+
+
+def _tried(dev: Run, folder: Path, label: str, specs: dict, initial: dict) -> list[dict]:
     """What came out at each learning rate on the development split, or why it failed. Of the objective's weights those of
     the best try so far are kept."""
     tries, best = [], None
@@ -148,10 +158,10 @@ def _tried(dev: Run, folder: Path, label: str, specs: dict) -> list[dict]:
         trial = _derived(dev, spec, folder / "tries" / f"{label}-{rate:g}")
         weights = (trial.folder / checkpoint(1)).parent
         tries.append({"learning_rate": rate, **_development(dev, trial, f"{label}, learning rate {rate:g}")})
-        if "failed" not in tries[-1] and (best is None or tries[-1]["steerability"] > best[0]):
+        if "failed" not in tries[-1] and (best is None or _rank(initial, tries[-1]) > best[0]):
             if best:
                 remove_folder(best[1])
-            best = tries[-1]["steerability"], weights
+            best = _rank(initial, tries[-1]), weights
         else:
             remove_folder(weights)
     return tries

@@ -17,6 +17,7 @@ from test_experiments import small
 from test_training import SPEC, pairs
 
 from repro import cli
+from repro import compare as module
 from repro.base import metrics
 from repro.base.identity import config_hash
 from repro.base.records import UserError, read_json, read_jsonl
@@ -154,10 +155,12 @@ def test_a_comparison_holds_what_it_says(compared):
     record, work = numbers(path), path.parent / "work" / path.stem
     assert path.name == "exp2_tldr-hand-seed-0.json" and set(record["objectives"]) == set(CHOSEN) and record["rates"] == list(RATES)
     for found in record["objectives"].values():
-        tries = {t["learning_rate"]: t["steerability"] for t in found["tries"]}
+        tries = {t["learning_rate"]: t for t in found["tries"]}
         assert list(tries) == list(RATES)
-        best = max(tries.values())
-        assert found["learning_rate"] == min(rate for rate, value in tries.items() if value == best)
+        speak = [t for t in found["tries"] if t["query_words"] >= 0.75 * record["initial_development"]["query_words"]]
+        best = max(t["steerability"] for t in speak) if speak else max(t["query_words"] for t in found["tries"])
+        assert found["learning_rate"] == min(t["learning_rate"] for t in speak or found["tries"]
+                                             if t["steerability" if speak else "query_words"] == best)
         assert set(found["values"]) == set(comparison.MEASURES) == set(record["initial"])
         assert all(len(v) == len(record["queries"]) == 3 for v in found["values"].values())
         (fewer,) = found["path"]
@@ -168,6 +171,15 @@ def test_a_comparison_holds_what_it_says(compared):
     assert not list(work.rglob("*.safetensors"))  # no weights are left
     same = {p.read_bytes() for p in work.rglob("responses/training-1.jsonl")}
     assert len(same) == 1 and len({p.read_bytes() for p in work.rglob("logprobs/initial-1.jsonl")}) == 1
+
+
+@pytest.mark.parametrize("tries, chosen", [
+    ([(1, 0.7, 0.30), (3, 0.9, 0.29), (10, 1.0, 0.10)], 3),  # (rate, steerability, words of the query)
+    ([(1, 0.9, 0.30), (3, 0.9, 0.40)], 1), ([(1, 0.7, 0.20), (3, 0.9, 0.21), (10, 1.0, 0.0)], 3)])
+def test_a_rate_whose_answers_have_lost_the_query_is_not_chosen(tries, chosen):
+    """Answers that fit every query follow best and say nothing; of equals the lower rate; where all have lost it, the least lost."""
+    found = [{"learning_rate": rate, "steerability": steered, "query_words": kept} for rate, steered, kept in tries]
+    assert max(found, key=partial(module._rank, {"query_words": 0.36}))["learning_rate"] == chosen
 
 
 def test_its_values_are_those_of_its_files(compared):
@@ -223,8 +235,6 @@ def test_a_comparison_grows(compared, tmp_path):
 
 
 def test_a_try_that_cannot_be_trained_is_recorded_as_such(tiny, tmp_path, monkeypatch):
-    from repro import compare as module
-
     real = module._trained
 
     def trained(dev, trial):
@@ -240,7 +250,7 @@ def test_a_try_that_cannot_be_trained_is_recorded_as_such(tiny, tmp_path, monkey
     with pytest.raises(UserError, match="sft cannot be trained at any of these rates: step 1: loss nan"):
         compare(shipped(tiny), tmp_path, objectives=("sft",), **given)
     text = comparison.write_page(tmp_path, "exp2_tldr-hand").read_text()
-    assert "| sami | 0.001 | failed | failed | failed | 0 of 1 |" in text
+    assert "| sami | 0.001 | failed | failed | failed | failed | 0 of 1 |" in text
 
 
 def test_an_experiments_own_objective_is_no_part_of_the_others(compared, tiny, tmp_path):

@@ -30,7 +30,7 @@ SHOWN = {"bound": "bound, nats", "steerability": "steerability", "following": "f
          "distinct_words": "distinct words", "repetition": "repetition", "query_words": "words of the query"}
 BASE = "sami"
 TOLD = {"steerability": "steerability", "following_bare": "following without a constitution",
-        "initial_logprob": "log-prob under the initial model"}
+        "initial_logprob": "log-prob under the initial model", "query_words": "the share of the query's words"}
 
 
 ALIKE = ("experiment", "profile", "model", "iterations", "rates", "train", "queries", "constitutions")
@@ -158,8 +158,9 @@ user]({stem}.png)
 
 Seeds: {seeds}. Held-out queries: {queries}, under {constitutions} constitutions. Iterations: {first['iterations']}.
 All objectives train on the same sampled pairs{own}, from the same weights, for the same steps. The learning rate
-of each was chosen among {grid} by steerability on {tuned} development queries. In brackets 95 % intervals
-over queries, whose seeds are averaged first. Model {first['model']}, profile {first['profile']}.
+of each was chosen among {grid} by steerability on {tuned} development queries, among those whose answers keep
+three quarters of the words of the query that the initial model's take. In brackets 95 % intervals over queries, whose seeds
+are averaged first. Model {first['model']}, profile {first['profile']}.
 
 """ + _grid(["objective", *SHOWN.values()], rows) + """
 """ + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + "".join(f"""
@@ -176,21 +177,21 @@ the initial model and steerability: {best}.{beyond}
 ![Bound, steerability and log-prob under the initial model against the learning rate; steerability against that log-prob,
 from the initial model on, with the frontier]({stem}-dose.png)
 
-""" + _grid(["objective", "learning rate", "bound", "steerability", "log-prob, initial model", "chosen"], tries)
+""" + _grid(["objective", "learning rate", *(SHOWN[name] for name in TRIED), "chosen"], tries)
     if fewer:
         text += """
 ## Fewer steps
 
 The chosen rate again, trained for fewer steps; development queries, one number a seed.
 
-""" + _grid(["objective", "steps", "bound", "steerability", "log-prob, initial model"], fewer)
+""" + _grid(["objective", "steps", *(SHOWN[name] for name in TRIED)], fewer)
     write_text(folder / f"{stem}.md", text)
     look.save(_overview(records), folder / stem)
     look.save(_dose(records), folder / f"{stem}-dose")
     return folder / f"{stem}.md"
 
 
-TRIED = ("bound", "steerability", "initial_logprob")
+TRIED = ("bound", "steerability", "initial_logprob", "query_words")
 
 
 def _tries(records: list[dict], label: str, rate: float) -> list[dict | None]:
