@@ -144,8 +144,8 @@ def _shared(source: Run, target: Run, stage: str, outputs: list[str], inputs: li
 
 
 def _rank(initial: dict, values: dict) -> tuple:
-    """What a try is chosen by. Answers that fit every query follow well and say nothing: one that has lost the query's words
-    stands behind all that have not, and there the one that has lost fewest is first."""
+    """What a try is chosen by. Answers that fit every query follow well and say nothing: one that has lost the query's
+    words stands behind all that have not, and there the one that has lost fewest is first."""
     speaks = values["query_words"] >= SPEAKS * initial["query_words"]
     return speaks, values["steerability" if speaks else "query_words"], -values["learning_rate"]
 
