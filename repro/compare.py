@@ -36,7 +36,6 @@ from repro.text.principles import load_constitutions
 GRID = (1.0, 3.0, 10.0)  # of the experiment's own learning rate
 ANCHORED = ("sami", {"anchor": 0.3})  # one more row: the authors' `beta`, which was never wired, as an anchor
 DEVELOPMENT = 12  # queries by which a rate is chosen
-SPEAKS = 0.75  # of the share of a query's words in the initial model's answers: with less, answers say nothing of it
 
 
 def rows_of(names: Sequence[str], pool: bool) -> dict[str, dict]:
@@ -146,7 +145,7 @@ def _shared(source: Run, target: Run, stage: str, outputs: list[str], inputs: li
 def _rank(initial: dict, values: dict) -> tuple:
     """What a try is chosen by. Answers that fit every query follow well and say nothing: one that has lost the query's
     words stands behind all that have not, and there the one that has lost fewest is first."""
-    speaks = values["query_words"] >= SPEAKS * initial["query_words"]
+    speaks = values["query_words"] >= comparison.SPEAKS * initial["query_words"]
     return speaks, values["steerability" if speaks else "query_words"], -values["learning_rate"]
 
 

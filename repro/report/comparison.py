@@ -29,6 +29,7 @@ SHOWN = {"bound": "bound, nats", "steerability": "steerability", "following": "f
          "following_contrary": "against the user", "initial_logprob": "log-prob, initial model", "length": "tokens",
          "distinct_words": "distinct words", "repetition": "repetition", "query_words": "words of the query"}
 BASE = "sami"
+SPEAKS = 0.75  # of the share of a query's words in the initial model's answers: with less, answers say nothing of it
 TOLD = {"steerability": "steerability", "following_bare": "following without a constitution",
         "initial_logprob": "log-prob under the initial model", "query_words": "the share of the query's words"}
 
@@ -159,7 +160,7 @@ user]({stem}.png)
 Seeds: {seeds}. Held-out queries: {queries}, under {constitutions} constitutions. Iterations: {first['iterations']}.
 All objectives train on the same sampled pairs{own}, from the same weights, for the same steps. The learning rate
 of each was chosen among {grid} by steerability on {tuned} development queries, among those whose answers keep
-three quarters of the words of the query that the initial model's take. In brackets 95 % intervals over queries, whose seeds
+{SPEAKS:.0%} of the share of the query's words in the initial model's. In brackets 95 % intervals over queries, whose seeds
 are averaged first. Model {first['model']}, profile {first['profile']}.
 
 """ + _grid(["objective", *SHOWN.values()], rows) + """
@@ -225,9 +226,9 @@ def _marks(labels: list[str]) -> dict[str, dict]:
             | ({"markerfacecolor": "white"} if k >= len(colours) else {}) for k, label in enumerate(labels)}
 
 
-DRAWN = dict(zip(SHOWN, SHOWN)) | {
-    "initial_logprob": "log-prob a token,\ninitial model (nats)", "bound": "bound (nats)",
-    "following_bare": "followed without a constitution", "following_contrary": "followed against the user"}
+DRAWN = {"bound": "bound (nats)", "steerability": "steerability",
+         "initial_logprob": "log-prob a token,\ninitial model (nats)", "following_bare": "followed without a constitution",
+         "following_contrary": "followed against the user"}
 
 
 @look.style()
