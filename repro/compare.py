@@ -29,7 +29,7 @@ from repro.stages.evaluate import ask_otherwise, evaluate, score_bare
 from repro.stages.folder import checkpoint, evaluation_file, initial_file, logprob_file, training_file
 from repro.stages.measure import development_values, held_out_values
 from repro.stages.pipeline import write
-from repro.stages.run import Run
+from repro.stages.run import ANSWERS, Run
 from repro.stages.sample import sample, score_initial, train_iteration
 from repro.text.principles import load_constitutions
 
@@ -75,7 +75,8 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
     stem = "-".join(filter(None, (experiment.name, experiment.variant)))
     file = Path(out) / f"{stem}-seed-{experiment.seed}.json"
     about = {"experiment": stem, "profile": base.profile, "model": base.model.label, "iterations": base.iterations,
-             "rates": grid, "train": {k: v for k, v in base.to_json()["train"].items() if k != "learning_rate"}}
+             "counted": ANSWERS, "rates": grid,
+             "train": {k: v for k, v in base.to_json()["train"].items() if k != "learning_rate"}}
     comparison.check(Path(out), about)
     folder = Path(out) / "work" / file.stem
     new = not folder.exists()
@@ -127,7 +128,7 @@ def _derived(run: Run, train, folder: Path) -> Run:
     other = copy.copy(run)
     other.experiment, other.folder, other.record = replace(run.experiment, train=train), folder, {}
     make_folder(folder)
-    facts = ("backend", "spoken", "dropped_queries", "not_run")
+    facts = ("backend", "counted", "spoken", "dropped_queries", "not_run")
     other.bind(run.inputs.digests(run.date), **{k: run.record[k] for k in facts})
     return other
 

@@ -1,5 +1,6 @@
 """Queries: the embedded sample, HH-RLHF's turns, and a user's file with every mistake we could think of."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ import pytest
 from repro.base.records import UserError
 from repro.base.settings import DataSpec
 from repro.text.queries import Query, check_queries, first_human_turn, load_queries, normalize, query_id
+from repro.text.rules import words
 
 
 def everything(source="embedded", **changes):
@@ -19,7 +21,7 @@ def test_the_embedded_sample():
     queries, dropped = everything()
     counts = Counter((q.subset, q.split) for q in queries)
     for subset in ("helpful", "harmless"):
-        assert counts[subset, "train"] >= 96 and counts[subset, "evaluation"] >= 32 and counts[subset, "development"] >= 16
+        assert counts[subset, "train"] == 112 and counts[subset, "evaluation"] == 128 and counts[subset, "development"] == 64
     assert not dropped
     assert len({q.id for q in queries}) == len({normalize(q.text) for q in queries}) == len(queries)
     assert all(q.text.isascii() and 4 <= len(q.text.split()) <= 25 for q in queries)
@@ -28,12 +30,31 @@ def test_the_embedded_sample():
 def test_the_embedded_posts():
     """First-person posts with something to summarise, disjoint from one another and from the dialogue queries."""
     posts, dropped = everything("embedded-tldr", subsets=("tldr",))
-    assert Counter(q.split for q in posts) == {"train": 112, "evaluation": 32, "development": 16} and not dropped
+    assert Counter(q.split for q in posts) == {"train": 112, "evaluation": 128, "development": 64} and not dropped
     dialogue, _ = everything()
-    assert len({normalize(q.text) for q in (*posts, *dialogue)}) == len({q.id for q in (*posts, *dialogue)}) == 480
+    assert len({normalize(q.text) for q in (*posts, *dialogue)}) == len({q.id for q in (*posts, *dialogue)}) == 912
     for q in posts:
         assert q.text.isascii() and 50 <= len(q.text.split()) <= 110, q.text
         assert re.search(r"\b(?:I|we|my|our)\b", q.text, flags=re.I), q.text
+
+
+def shared_runs(queries) -> set[tuple]:
+    """Five words in a row that queries of different splits have in common."""
+    splits = {}
+    for q in queries:
+        found = words(q.text)
+        for k in range(len(found) - 4):
+            splits.setdefault(tuple(found[k: k + 5]), set()).add(q.split)
+    return {run for run, of in splits.items() if len(of) > 1}
+
+
+@pytest.mark.parametrize("source", ["embedded", "embedded-tldr"])
+def test_no_two_splits_share_a_frame(source):
+    """What is held out was written singly: no template that training has shown comes back in it."""
+    queries, _ = everything(source)
+    assert shared_runs(queries) == set()
+    copied = next(q for q in queries if q.split == "train")
+    assert shared_runs([*queries, dataclasses.replace(copied, split="evaluation")])  # the test sees one
 
 
 def tldr_parquet(folder, **splits):

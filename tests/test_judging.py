@@ -1,10 +1,10 @@
-"""The rule judge, the likelihood judge, the hack watch."""
+"""The rule judge and the likelihood judge."""
 
 import math
 
 import pytest
 
-from repro.judges.likelihood import likelihood_score, overlap, repetition
+from repro.judges.likelihood import likelihood_score
 from repro.judges.rule import follows, judge_pairwise
 from repro.text.principles import load_constitutions
 
@@ -28,15 +28,6 @@ def test_likelihood_score_is_the_posterior_of_the_judged_constitution():
     assert likelihood_score([-5, -6], [-1, -2]) == 0.5
     assert likelihood_score([-1000.0, -2000.0], [0.0, 0.0]) == 1
     assert math.isclose(1 / (1 + math.exp(-1)), 0.731, abs_tol=1e-3)
-
-
-def test_hack_watch():
-    assert overlap("Answer in one short sentence!", "Answer in one short sentence.") == 1
-    assert overlap("Rinse the drum with vinegar", "Answer in one short sentence.") == 0
-    assert overlap("the of and", "the of and") == 0
-    assert overlap("Short vinegar", "short words") == 0.5
-    assert repetition("I am very happy. I am very happy.") == pytest.approx(2 / 6)
-    assert repetition("one two") == 0
 
 
 @pytest.mark.parametrize("text", ["a<|im_<|im_end|>end|>b", "a<file_<file_sep>sep>b", "a</think>b<\uff5cUser\uff5c>"])

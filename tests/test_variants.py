@@ -21,6 +21,7 @@ from repro.stages import sample as run_sample
 from repro.stages.pipeline import check_together, run
 from repro.stages.run import Run
 from repro.stages.sample import usable_pairs
+from repro.text.answers import fault
 from repro.text.principles import Pool
 from repro.text.prompts import CHAT_REASON, Form
 from repro.text.rules import RULES
@@ -107,6 +108,13 @@ def test_metrics_of_a_pool_agree_with_the_responses(diverse):
     experiment, folder = diverse
     items, metrics = prepared(experiment, folder).items(), json.loads((folder / "metrics.json").read_text())
     assert all(KEYS <= r.keys() and r["cot"] is False for r in metrics) and {r["subset"] for r in metrics} == {"learned", "held_out"}
+    queries, texts = {q["id"]: q["text"] for q in rows(folder / "queries.jsonl")}, {}
+    for p in (p for i in items for p in i.constitutions[0].principles):
+        texts |= {p.name: p.text, f"not_{p.name}": p.antithesis}
+
+    def answers(row):
+        return fault(row["text"], queries[row["query"]], [texts[part] for part in row["constitution"].split(",")]) is None
+
     for iteration in range(4):
         responses = rows(folder / f"responses/evaluation-{iteration}.jsonl")
         sides = {}
@@ -118,12 +126,12 @@ def test_metrics_of_a_pool_agree_with_the_responses(diverse):
         assert set(found) == {part for part in sides if rules[part.removeprefix("not_")]}
         for part, record in found.items():
             rule = RULES[rules[part.removeprefix("not_")]]
-            want = [bool(r["text"].strip()) and rule(r["text"]) != part.startswith("not_") for r in sides[part]]
+            want = [answers(r) and rule(r["text"]) != part.startswith("not_") for r in sides[part]]
             assert record["n"] == len(want) and record["value"] == pytest.approx(sum(want) / len(want))
         for subset in ("learned", "held_out"):
             by_query = {}
             for item, row in zip(items, responses[::2]):
-                marks = follows(row["text"], item.constitutions[0])
+                marks = follows(row["text"], item.constitutions[0], item.query.text)
                 if item.subset == subset and marks:
                     by_query.setdefault(item.query.id, []).append(sum(marks.values()) / len(marks))
             shares = [sum(each) / len(each) for each in by_query.values()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from repro.base.checks import distinct, not_negative, only_allowed, positive, setting
 from repro.base.records import UserError
-from repro.base.training import YOUNGER, TrainSpec
+from repro.base.training import PARAMETERS, TrainSpec
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -41,6 +41,9 @@ class DataSpec:
     """Training queries per subset, at most."""
     evaluation: int = setting(32, "evaluation_queries")
     """Held-out queries per subset, at most."""
+    scored: int = setting(0, "scored_queries")
+    """Of these per subset, how many get the bound, which takes most of the time, and answers between the first and the last
+    iteration too; 0: all."""
     evaluation_split: str = setting("evaluation", "evaluation_split", allowed=("evaluation", "development"))
     """Which queries are held out: evaluation, or development while choosing settings."""
     leakage: str = setting("remove", "leakage", allowed=("remove", "keep"))
@@ -52,6 +55,7 @@ class DataSpec:
 
     def __post_init__(self):
         positive(self, "train", "evaluation")
+        not_negative(self, "scored")
         distinct(self, "subsets")
         if len(self.draws) != 2 or min(self.draws) < 1:
             raise UserError(f"DataSpec.draws: {self.draws!r}; two numbers above 0: learned, held out")
@@ -172,6 +176,10 @@ class WriterSpec:
                             "letters, digits and _ . -, other than hand")
 
 
+# Settings that are younger than the first runs: left out of a config where they are at their default, so that the hashes
+# of those stay what they are.
+YOUNGER = {"train": {"pack_tokens": None, "lora": None, "objective": "sami", **dict.fromkeys(PARAMETERS)},
+           "data": {"scored": 0}}
 PARTS = {"model": ModelSpec, "data": DataSpec, "sampling": SamplingSpec, "train": TrainSpec, "judge": JudgeSpec,
          "writer": WriterSpec}  # of an Experiment: field -> class
 
@@ -231,7 +239,8 @@ class Experiment:
         """Plain JSON data (tuples as lists). A setting that is younger than the first runs is left out where it is not
         used, so that their hashes stay what they are."""
         data = _plain(dataclasses.asdict(self))
-        data["train"] = {k: v for k, v in data["train"].items() if k not in YOUNGER or v != YOUNGER[k]}
+        for part, younger in YOUNGER.items():
+            data[part] = {k: v for k, v in data[part].items() if k not in younger or v != younger[k]}
         return data
 
     @classmethod

@@ -127,6 +127,3 @@ class TrainSpec:
             (positive if name in ("beta", "temperature") else not_negative)(self, name)
 
 PARAMETERS = ("beta", "temperature", "margin", "anchor")
-# Settings that are younger than the first runs: left out of a config where they are at their default, so that the hashes
-# of those stay what they are.
-YOUNGER = {"pack_tokens": None, "lora": None, "objective": "sami", **dict.fromkeys(PARAMETERS)}

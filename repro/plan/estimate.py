@@ -174,7 +174,7 @@ def sampling(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, gpus: int, 
     The baseline's count as the policy's. Of all servers that `gpus` GPUs hold the smallest that is nearly the fastest; else
     the smallest that there is."""
     train = sum(2 * round(spec.train.queries_needed(k) * (1 + spec.sampling.spare)) for k in range(1, spec.iterations + 1))
-    count = train + (spec.iterations + 1) * texts.items * texts.C + texts.items * bool(spec.baseline)
+    count = train + (texts.items + texts.answered(spec.iterations)) * texts.C + texts.items * bool(spec.baseline)
     P, L = texts.asking[0], texts.response[spec.model.prompt == "plain"] + texts.reasoning
     longest = texts.asking[1] + texts.response[1] + texts.reasoning
     flops, first = sampling_flops(shape, P, L), sampling_flops(shape, P, 0)
@@ -224,8 +224,8 @@ def scored(shape: Shape, spec: Experiment, texts: Texts, gpu: GPU, fraction: flo
     common = None if step.reference else texts.common[0]
     own, first = (matrix_flops(shape, C, R, P, L, common, training=False) for R in (C, 1))
     again = n if "likelihood" in spec.judge.judges else 0  # under the initial model
-    layers, head = (texts.items * ((n + 1) * a + again * b) for a, b in zip(own, first))
-    tokens = texts.items * ((n + 1) * matrix_tokens(C, C, P, L, common) + again * matrix_tokens(C, 1, P, L, common))
+    layers, head = (texts.scored * ((n + 1) * a + again * b) for a, b in zip(own, first))
+    tokens = texts.scored * ((n + 1) * matrix_tokens(C, C, P, L, common) + again * matrix_tokens(C, 1, P, L, common))
     took = seconds(gpu, "bf16" if step.item == 2 else step.precision, fraction, gpus, layers, head)
     gathered = (4 if step.precision == "fp32" else 2) * (shape.parameters - shape.root) * (gpus - 1) / gpus
     took = max(took, math.ceil(tokens / gpus / step.pack_tokens) * gathered / (gpu.link * 1e9))

@@ -30,7 +30,8 @@ def judge_of(spec: Experiment, texts: Texts, model: str | None, price: tuple[flo
 
     Raises UserError where the price of a `model` that was asked for is not known."""
     endpoint = Endpoint(model=model or spec.judge.model or JUDGE, base_url=HOSTED, price=price)
-    comparisons = texts.items * (spec.iterations + (spec.iterations + 1 if spec.baseline else 0))
+    answered = texts.answered(spec.iterations)
+    comparisons = answered + (texts.items + answered) * bool(spec.baseline)
 
     def words(n):
         return " ".join(["word"] * round(n))

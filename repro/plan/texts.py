@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 
 from repro.base.identity import rng
@@ -22,7 +23,7 @@ RESPONSES = {"exp1_dialogue": 155, "exp2_tldr": 85, "exp3_diverse": 214, "exp3_d
 class Texts:
     """Tokens, estimated: (mean, longest) of a training prompt, of what a query's prompts begin with under all
     constitutions, of a prompt that asks for a sample, and of a response; of a query and of a response for the judge; and
-    how many held-out items there are, under how many constitutions each."""
+    how many held-out items there are, of them scored, under how many constitutions each."""
 
     prompt: tuple[float, int]
     common: tuple[float, int]
@@ -31,7 +32,12 @@ class Texts:
     reasoning: int
     query: float
     items: int
+    scored: int
     C: int
+
+    def answered(self, iterations: int) -> int:
+        """Items answered by the models of iterations 1 to the last: all by the last."""
+        return (iterations - 1) * self.scored + self.items
 
 
 class _Spelled:
@@ -53,12 +59,12 @@ def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
     constitutions, every = load_constitutions(spec.constitutions), shown(spec)
     if spec.data.source in QUERIES:
         query, longest = QUERIES[spec.data.source]
-        held_out = spec.data.evaluation * len(spec.data.subsets or SOURCES[spec.data.source])
+        counts = [spec.data.evaluation] * len(spec.data.subsets or SOURCES[spec.data.source])
     else:
         queries, _ = load_queries(spec.data.source, spec=spec.data)
         lengths = [count_tokens(q.text) for q in queries]
         query, longest = statistics.mean(lengths), max(lengths)
-        held_out = sum(q.split == spec.data.evaluation_split for q in queries)
+        counts = [*Counter(q.subset for q in queries if q.split == spec.data.evaluation_split).values()]
     form = Form(spec.model.prompt, spec.task, bool(spec.cot))
 
     def frames(**how):
@@ -68,9 +74,10 @@ def texts_of(spec: Experiment, response_tokens: float | None = None) -> Texts:
     mark = "\0"
     begin = os.path.commonprefix([form.render(_Spelled(), c.statements(), mark, sample=False) for c in every])
     fixed, own = count_tokens(begin.replace(mark, "")), mark in begin
-    most = spec.sampling.max_new_tokens
+    most, each = spec.sampling.max_new_tokens, constitutions.items_per_query(spec.data.draws)
     mean = response_tokens or RESPONSES.get(spec.name + "_cot" * bool(spec.cot), RESPONSES.get(spec.name, most))
     return Texts(prompt=frames(sample=False), common=(fixed + own * query, fixed + own * longest),
                  asking=frames(sample=True, reason=form.cot), response=(min(mean, most), most), query=query,
-                 C=constitutions.count, items=held_out * constitutions.items_per_query(spec.data.draws),
+                 C=constitutions.count, items=each * sum(counts),
+                 scored=each * sum(min(n, spec.data.scored or n) for n in counts),
                  reasoning=spec.sampling.reasoning_tokens if spec.cot or spec.sampling.reasoning else 0)

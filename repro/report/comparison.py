@@ -34,7 +34,7 @@ TOLD = {"steerability": "steerability", "following_bare": "following without a c
         "initial_logprob": "log-prob under the initial model", "query_words": "the share of the query's words"}
 
 
-ALIKE = ("experiment", "profile", "model", "iterations", "rates", "train", "queries", "constitutions")
+ALIKE = ("experiment", "profile", "model", "iterations", "counted", "rates", "train", "queries", "constitutions")
 
 
 def read(folder: Path, stem: str) -> list[dict]:

@@ -22,7 +22,7 @@ STYLE = {
 LABELS = {  # metric -> its name in tables, in their order
     "mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
     "length_tokens": "length (tokens)", "following": "following", "steerability": "steerability",
-    "steerability_change": "change of steerability", "win_rate": "win rate (%)",
+    "steerability_change": "change of steerability", "answered": "responses that answer", "win_rate": "win rate (%)",
     "hack_constitution_overlap": "words taken from the constitution", "hack_query_overlap": "words taken from the query",
     "hack_repetition": "repeated trigrams", "position_rate": "answers that prefer the first response",
     "flip_rate": "verdicts that flip with the order", "parsed_share": "items with a verdict"}

@@ -1,6 +1,7 @@
 """What is sampled, trained and evaluated: pure functions of a run's inputs, its seed and a position."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,13 @@ EVALUATION_ORDER = "evaluation"  # the principles' order at evaluation: the same
 
 @dataclass(frozen=True)
 class Item:
-    """What is evaluated: a held-out query under constitutions [C], the first of which is judged. `subset`: of records."""
+    """What is evaluated: a held-out query under constitutions [C], the first of which is judged. `subset`: of records.
+    `scored`: it gets log-probs, and answers of every iteration."""
 
     query: Query
     subset: str
     constitutions: tuple[Constitution, ...]
+    scored: bool = True
 
 
 def training_plan(spec: Experiment, constitutions: Constitutions, training: Sequence[Query],
@@ -47,8 +50,15 @@ def training_plan(spec: Experiment, constitutions: Constitutions, training: Sequ
 def items(spec: Experiment, constitutions: Constitutions, held_out: Sequence[Query]) -> list[Item]:
     """Of a set: every held-out query under all its constitutions. Of a pool: every held-out query under constitutions
     drawn from the learned, then from the held-out principles, each with its opposite. The same for every iteration
-    and seed."""
-    return [Item(*item) for item in constitutions.evaluated(held_out, spec.data.draws, partial(rng, "evaluation"))]
+    and seed. Those that are scored come first: what is evaluated in between is the beginning of what is evaluated first."""
+    scored, seen = set(), Counter()
+    for query in held_out:
+        seen[query.subset] += 1
+        if not spec.data.scored or seen[query.subset] <= spec.data.scored:
+            scored.add(query.id)
+    found = [Item(*item, item[0].id in scored)
+             for item in constitutions.evaluated(held_out, spec.data.draws, partial(rng, "evaluation"))]
+    return sorted(found, key=lambda item: not item.scored)
 
 
 def prompt(voice, constitution: Constitution, query: Query | None, *keys, sample: bool, reason: bool = False,
@@ -70,9 +80,10 @@ def bare(voice, query: Query) -> str:
 
 
 def held_out_pairs(run, rows: list[dict]) -> Iterator[tuple[Item, list[str], list]]:
-    """Per item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C] (`said`)."""
+    """Per scored item its generation prompts [C] and, of the responses `rows` of an evaluation, what is scored [C]
+    (`said`)."""
     start = 0
-    for item in run.items():
+    for item in run.scored():
         texts = [prompt(run.voice, c, item.query, EVALUATION_ORDER, sample=True) for c in item.constitutions]
         part, start = rows[start: start + len(texts)], start + len(texts)
         yield item, texts, [said(run.voice, row) for row in part]

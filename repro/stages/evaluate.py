@@ -18,13 +18,13 @@ BASELINE = "responses/baseline.jsonl"
 
 
 def evaluate(run: Run, iteration: int) -> None:
-    """Responses to the held-out queries under every constitution, and their log-probs under every constitution."""
+    """Responses to the held-out queries under every constitution, and the log-probs of those that are scored."""
     name = f"evaluate-{iteration}"
     outputs = [evaluation_file(iteration), logprob_file(iteration)]
     inputs = [f"train-{iteration}"] if iteration else run.written()
     if not run.stage(name, outputs, inputs):
         return
-    wanted = [(item.query, c) for item in run.items() for c in item.constitutions]
+    wanted = [(item.query, c) for item in run.items(iteration) for c in item.constitutions]
     texts = [draws.prompt(run.voice, c, q, EVALUATION_ORDER, sample=True, reason=run.voice.form.cot) for q, c in wanted]
     rows = sample_to_file(run, wanted, texts, iteration, run.folder / evaluation_file(iteration), name)
     write_jsonl(run.folder / logprob_file(iteration), _score_held_out(run, iteration, rows, name))
@@ -68,7 +68,7 @@ CONTRARY = "For this one answer, do the opposite of what these principles ask."
 
 
 def score_bare(run: Run, iteration: int) -> None:
-    """The log-probs of all responses under the initial model without a constitution: how far the text has drifted."""
+    """The log-probs of what is scored under the initial model without a constitution: how far the text has drifted."""
     from repro.core.engines import TrainingPair
 
     name, inputs, outputs = f"bare-{iteration}", [f"evaluate-{iteration}"], [bare_file(iteration)]
@@ -77,7 +77,7 @@ def score_bare(run: Run, iteration: int) -> None:
     rows, C = read_jsonl(run.folder / evaluation_file(iteration)), run.constitutions.count
     pairs = [TrainingPair(item.query.id, (draws.bare(run.voice, item.query),),
                           tuple(draws.said(run.voice, row) for row in rows[k * C: (k + 1) * C]))
-             for k, item in enumerate(run.items())]
+             for k, item in enumerate(run.scored())]
     scored = score_pairs(run, 0, pairs, name, "under the initial model")
     write_jsonl(run.folder / outputs[0], [{"query": p.query, "logprobs": m[0], "tokens": n}
                                           for p, (m, n) in zip(pairs, scored)])
@@ -138,20 +138,20 @@ def judge(run: Run) -> None:
 
 def judged_here(run: Run, judge: str) -> list[dict]:
     """The judgments of the judge "rule" or "likelihood", which the files of the run alone decide."""
-    items, rows = run.items(), []
+    rows = []
     logprobs = {i: read_jsonl(run.folder / logprob_file(i)) for i in range(run.experiment.iterations + 1)}
     for i, label, ours, theirs in _comparisons(run):
-        for k, item in enumerate(items):
-            a, b = ours[k], theirs[k]
+        for k, (item, a, b) in enumerate(zip(run.items(i), ours, theirs)):
             if judge == "rule":
                 constitution = run.ruled(item.constitutions[0])
                 if constitution is None:
                     continue  # no item: there is nothing that it could go by
-                score = rule.judge_pairwise(a["text"], b["text"], constitution)
-            elif label == run.experiment.model.label:
+                told = item.constitutions[0].statements()
+                score = rule.judge_pairwise(a["text"], b["text"], constitution, run.asked(item), told)
+            elif item.scored and label == run.experiment.model.label:
                 score = likelihood.likelihood_score(_normalized(logprobs[i][k]), _normalized(logprobs[0][k]))
             else:
-                continue  # the baseline's responses have no log-probs under the initial model
+                continue  # no log-probs under the initial model: of the baseline's responses, or of what is not scored
             if a["text"] == b["text"]:
                 score = 0.5  # identical texts tie: their scores differ by rounding alone
             rows.append(_judgment(judge, item, label, a, b) | {
@@ -203,8 +203,8 @@ def add_judgments(run: Run, judge: str, rows: list[dict]) -> None:
 def llm_judgments(run: Run, spec: JudgeSpec, *, dry_run: bool = False, reparse: bool = False) -> list[dict]:
     """As `judge`, by an LLM behind an endpoint, in both orders. Its answers are appended to judge_requests.jsonl as
     they arrive; what lies there already is not asked again."""
-    compared = [(item, label, a, b) for _, label, ours, theirs in _comparisons(run)
-            for item, a, b in zip(run.items(), ours, theirs)]
+    compared = [(item, label, a, b) for i, label, ours, theirs in _comparisons(run)
+            for item, a, b in zip(run.items(i), ours, theirs)]
     pairs = [Pair(id=item.query.id, query=item.query.text, principles=tuple(item.constitutions[0].statements()),
                   ours=a["text"], theirs=b["text"]) for item, _, a, b in compared]
     verdicts, facts = ask_judge(spec, pairs, run.endpoint, run.folder / REQUESTS, run.say, seed=run.experiment.seed,

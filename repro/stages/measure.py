@@ -1,77 +1,109 @@
-"""metrics.json from the files of a run: every metric with n, SEM and a 95 % interval."""
+"""metrics.json from the files of a run: every metric with n, SEM and a 95 % interval; and following.jsonl: which sides each
+response follows, by rule, from which changes over several seeds can be told without the responses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import log
 
 import numpy as np
 
 from repro.base import metrics
-from repro.base.records import read_jsonl, write_json
-from repro.judges import likelihood, rule
+from repro.base.records import read_jsonl, write_json, write_jsonl
+from repro.judges import rule
 from repro.judges.llm import judge_shares
 from repro.judges.record import read_judgments
 from repro.stages.draws import Item
 from repro.stages.evaluate import BASELINE, judge_inputs, judged_responses
-from repro.stages.folder import bare_file, evaluation_file, logprob_file, otherwise_file
+from repro.stages.folder import FOLLOWING, bare_file, evaluation_file, logprob_file, otherwise_file
 from repro.stages.run import Run
+from repro.text.answers import fault, hack_watch, overlap, repetition
+from repro.text.principles import Constitution
 from repro.text.rules import words
 
 
 def measure(run: Run) -> None:
-    """metrics.json from the files of the stages before it (design: one flat list of records)."""
-    inputs = ["judge", *judge_inputs(run)]
-    if not run.stage("metrics", ["metrics.json"], inputs):
+    """metrics.json from the files of the stages before it (design: one flat list of records), and following.jsonl."""
+    inputs, outputs = ["judge", *judge_inputs(run)], ["metrics.json", FOLLOWING]
+    if not run.stage("metrics", outputs, inputs):
         return
     write_json(run.folder / "metrics.json", list(records(run)))
-    run.finish("metrics", ["metrics.json"], inputs)
+    write_jsonl(run.folder / FOLLOWING, following(run))
+    run.finish("metrics", outputs, inputs)
+
+
+def following(run: Run) -> list[dict]:
+    """A row for each held-out item: {"query", "subset", "constitutions": ids [C], "sides": {iteration: marks [C]}}. A mark
+    has 1 or 0 for each principle of the constitution with a rule, in its order: the response is on its side. Behind it
+    stands why the response is no answer, where it is none ("11 loop"): then neither side counts as followed."""
+    rows = [{"query": item.query.id, "subset": item.subset, "constitutions": [c.id for c in item.constitutions],
+             "sides": {}} for item in run.items()]
+    for iteration in range(run.experiment.iterations + 1):
+        for row, (item, responses) in zip(rows, _answered(run, iteration)):
+            row["sides"][str(iteration)] = [_mark(r["text"], item.query.text, c)
+                                            for r, c in zip(responses, item.constitutions)]
+    return rows
+
+
+def _mark(text: str, query: str, constitution: Constitution) -> str:
+    sides = "".join("01"[holds] for holds in rule.met(text, constitution).values())
+    return " ".join(filter(None, (sides or "-", fault(text, query, constitution.statements()))))
+
+
+def _answered(run: Run, iteration: int) -> list[tuple[Item, list[dict]]]:
+    """(item, its responses [C]) of an iteration."""
+    rows, C = read_jsonl(run.folder / evaluation_file(iteration)), run.constitutions.count
+    return [(item, rows[k * C: (k + 1) * C]) for k, item in enumerate(run.items(iteration))]
 
 
 def records(run: Run) -> Iterator[dict]:
     """Every metric of the run with n, SEM and 95 % interval. The unit of n is the held-out query, over whose items (of a
     pool it may have several) values are averaged first; of a win rate it is the item, of one principle the response."""
-    spec, items = run.experiment, run.items()
+    spec = run.experiment
     constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
     judgments = read_judgments(run.folder)
-    C, initial = len(items[0].constitutions), {}
+    C, initial = run.constitutions.count, {}
     for iteration in range(spec.iterations + 1):
-        responses = read_jsonl(run.folder / evaluation_file(iteration))
-        scored = read_jsonl(run.folder / logprob_file(iteration))
-        for subset in dict.fromkeys(item.subset for item in items):
-            at = [k for k, item in enumerate(items) if item.subset == subset]
-            here, groups = [items[k] for k in at], [responses[k * C: (k + 1) * C] for k in at]
-            sums = np.array([scored[k]["logprobs"] for k in at])
-            means = sums / np.array([scored[k]["tokens"] for k in at])[:, None, :]
+        answered, scored = _answered(run, iteration), read_jsonl(run.folder / logprob_file(iteration))
+        for subset in dict.fromkeys(item.subset for item, _ in answered):
+            at = [k for k, (item, _) in enumerate(answered) if item.subset == subset]
+            here, groups = ([answered[k][part] for k in at] for part in (0, 1))
+            core = [item for item in here if item.scored]
+            sums = np.array([scored[k]["logprobs"] for k in at if k < len(scored)])
+            means = sums / np.array([scored[k]["tokens"] for k in at if k < len(scored)])[:, None, :]
             fixed = constants | {"subset": subset, "iteration": iteration}
 
-            def by_query(values, queries=tuple(item.query.id for item in here)) -> list[float]:
-                found: dict[str, list[float]] = {}
-                for query, value in zip(queries, values):
-                    if value is not None:
-                        found.setdefault(query, []).append(value)
-                return [sum(each) / len(each) for each in found.values()]
+            def by_query(values, items=tuple(here)) -> list[float]:
+                return list(_means(items, values).values())
+
+            of_core = partial(by_query, items=tuple(core))
 
             ceiling = float(np.log(C))
             for estimator, logprobs, most in (("infonce", means, ceiling), ("symmetric_infonce", means, ceiling),
                                               ("mean_of_logs", sums, np.inf)):
-                yield _record("mi", metrics.mean(by_query(getattr(metrics, estimator)(logprobs)), most), fixed,
+                yield _record("mi", metrics.mean(of_core(getattr(metrics, estimator)(logprobs)), most), fixed,
                               estimator=estimator)
-            yield _record("accuracy_row", metrics.share(by_query(metrics.accuracy_row(means))), fixed)
-            yield _record("accuracy_col", metrics.share(by_query(metrics.accuracy_col(means))), fixed)
+            yield _record("accuracy_row", metrics.share(of_core(metrics.accuracy_row(means))), fixed)
+            yield _record("accuracy_col", metrics.share(of_core(metrics.accuracy_col(means))), fixed)
             yield _length(run, by_query([g[0]["tokens"] for g in groups]), fixed)
-            sides = by_query([c and rule.sides_followed(g[0]["text"], c) for g, c in
-                              ((g, run.ruled(item.constitutions[0])) for g, item in zip(groups, here))])
+            sides = by_query([c and _share(rule.follows(g[0]["text"], c, run.asked(item), _told(item)))
+                              for g, item, c in ((g, item, run.ruled(item.constitutions[0]))
+                                                 for g, item in zip(groups, here))])
             if sides:
                 yield _record("following", metrics.share(sides), fixed)
-            steered = by_query([steerability(item, g) for item, g in zip(here, groups)]) if not spec.writer else []
+            steered = _means(here, [steerability(run, item, g) for item, g in zip(here, groups)]) if not spec.writer else {}
             if steered:
-                yield _record("steerability", metrics.share(steered), fixed)
+                yield _record("steerability", metrics.share([*steered.values()]), fixed)
                 before = initial.setdefault(subset, steered)
                 if iteration:
-                    yield _record("steerability_change", metrics.change([a - b for a, b in zip(steered, before)]), fixed)
+                    yield _record("steerability_change", metrics.change([steered[q] - before[q] for q in steered]), fixed)
+            if run.asked(here[0]):
+                yield _record("answered", metrics.share(by_query([sum(
+                    fault(r["text"], item.query.text, c.statements()) is None for r, c in zip(g, item.constitutions)) / C
+                    for item, g in zip(here, groups)])), fixed)
             yield from _following(run, here, groups, fixed)
             if run.constitutions.kinds:
-                yield from _by_principle(here, metrics.infonce(means), fixed)
-            watch = [[likelihood.hack_watch(r["text"], " ".join(c.statements()), item.query.text)
+                yield from _by_principle(core, metrics.infonce(means), fixed)
+            watch = [[hack_watch(r["text"], " ".join(c.statements()), item.query.text)
                       for r, c in zip(g, item.constitutions)] for g, item in zip(groups, here)]
             for metric in watch[0][0]:
                 yield _record(metric, metrics.share(by_query([sum(w[metric] for w in g) / C for g in watch])), fixed)
@@ -83,18 +115,36 @@ def records(run: Run) -> Iterator[dict]:
                 for metric, values in judge_shares(rows).items():
                     yield _record(metric, metrics.share(values), fixed, baseline=baseline, judge=judge)
     if spec.baseline:
-        rows = judged_responses(run, BASELINE, 1)
+        rows, items = judged_responses(run, BASELINE, 1), run.items()
         for subset in dict.fromkeys(item.subset for item in items):
             lengths = [row["tokens"] for row, item in zip(rows, items) if item.subset == subset]
             yield _length(run, lengths, constants | {"model": spec.baseline.label, "subset": subset, "iteration": 0})
 
 
-def steerability(item: Item, responses: list[dict]) -> float | None:
+def steerability(run: Run, item: Item, responses: list[dict]) -> float | None:
     """The share of sides followed, by rule, over all constitutions of the item, each in its own response; None where no
     principle has a rule."""
-    shares = [rule.sides_followed(r["text"], c) for c, r in zip(item.constitutions, responses)]
+    shares = [rule.sides_followed(r["text"], c, run.asked(item)) for c, r in zip(item.constitutions, responses)]
     known = [s for s in shares if s is not None]
     return sum(known) / len(known) if known else None
+
+
+def _share(followed: Mapping[str, bool]) -> float | None:
+    return sum(followed.values()) / len(followed) if followed else None
+
+
+def _told(item: Item) -> list[str]:
+    """The sentences under which the judged response was asked."""
+    return item.constitutions[0].statements()
+
+
+def _means(items: Sequence[Item], values: Iterable[float | None]) -> dict[str, float]:
+    """Query -> the mean of its items' values, less those that are not known."""
+    found: dict[str, list[float]] = {}
+    for item, value in zip(items, values):
+        if value is not None:
+            found.setdefault(item.query.id, []).append(float(value))
+    return {query: sum(each) / len(each) for query, each in found.items()}
 
 
 def _length(run: Run, tokens: list[float], fixed: dict) -> dict:
@@ -111,14 +161,14 @@ def _following(run: Run, items: list[Item], groups: list[list[dict]], fixed: dic
     if run.experiment.writer:
         for name in (p.name for p in run.by_hand.principles if p.rule):
             yield _record("following", metrics.share([
-                float(rule.follows(group[0]["text"], run.by_hand.positive)[name]) for group in groups]), fixed,
-                principle=name)
+                float(rule.follows(group[0]["text"], run.by_hand.positive, run.asked(item), _told(item))[name])
+                for group, item in zip(groups, items)]), fixed, principle=name)
         return
     found: dict[tuple[str, bool], list[float]] = {}
     for group, item in zip(groups, items):
         for p in (p for p in item.constitutions[0].principles if p.rule):
             for side in (True, False):
-                values = [rule.follows(r["text"], c)[p.name] for r, c in zip(group, item.constitutions)
+                values = [rule.follows(r["text"], c, run.asked(item))[p.name] for r, c in zip(group, item.constitutions)
                           if c.sides[c.principles.index(p)] == side]
                 values = values[:1] if side else values
                 found.setdefault((p.name, side), []).append(sum(values) / len(values))
@@ -165,45 +215,37 @@ def _record(metric: str, estimate: metrics.Estimate, fixed: dict, **extra) -> di
 
 # ---- a value a query: what objectives are compared by (report/comparison.py)
 
-def _groups(run: Run, iteration: int) -> list[tuple]:
-    """(item, its responses, its log-prob row)."""
-    rows, scored = read_jsonl(run.folder / evaluation_file(iteration)), read_jsonl(run.folder / logprob_file(iteration))
-    C = len(run.items()[0].constitutions)
-    return [(item, rows[k * C: (k + 1) * C], scored[k]) for k, item in enumerate(run.items())]
-
-
 def _by_query(run: Run, values: Sequence[float | None]) -> list[float | None]:
-    """None for a query of which nothing is known: of all its principles none has a rule."""
-    found: dict[str, list[float]] = {}
-    for item, value in zip(run.items(), values):
-        found.setdefault(item.query.id, []).extend([] if value is None else [float(value)])
-    return [sum(each) / len(each) if each else None for each in found.values()]
+    """None for a query of which nothing is known: of all its principles none has a rule, or it was not scored."""
+    found = _means(run.items(), values)
+    return [found.get(query) for query in dict.fromkeys(item.query.id for item in run.items())]
 
 
 def _texts(run: Run, iteration: int) -> dict[str, list[float]]:
-    groups = _groups(run, iteration)
-    sums, tokens = (np.array([scored[key] for *_, scored in groups]) for key in ("logprobs", "tokens"))
+    groups, scored = _answered(run, iteration), read_jsonl(run.folder / logprob_file(iteration))
+    sums, tokens = (np.array([row[key] for row in scored]) for key in ("logprobs", "tokens"))
     bare = read_jsonl(run.folder / bare_file(iteration))
 
     def over(of) -> list[float]:
-        return [sum(of(r["text"], item) for r in rows) / len(rows) for item, rows, _ in groups]
+        return [sum(of(r["text"], item) for r in rows) / len(rows) for item, rows in groups]
 
     return {
         "bound": metrics.infonce(sums / tokens[:, None, :]).tolist(),
-        "steerability": [steerability(item, rows) for item, rows, _ in groups],
-        "following": [rule.sides_followed(rows[0]["text"], item.constitutions[0]) for item, rows, _ in groups],
+        "steerability": [steerability(run, item, rows) for item, rows in groups],
+        "following": [rule.sides_followed(rows[0]["text"], item.constitutions[0], run.asked(item))
+                      for item, rows in groups],
         "initial_logprob": [float(np.mean(np.divide(r["logprobs"], r["tokens"]))) for r in bare],
-        "length": [sum(r["tokens"] for r in rows) / len(rows) for _, rows, _ in groups],
+        "length": [sum(r["tokens"] for r in rows) / len(rows) for _, rows in groups],
         "distinct_words": over(lambda text, item: len(set(words(text))) / len(words(text)) if words(text) else 0.0),
-        "repetition": over(lambda text, item: likelihood.repetition(text)),
-        "query_words": over(lambda text, item: likelihood.overlap(text, item.query.text))}
+        "repetition": over(lambda text, item: repetition(text)),
+        "query_words": over(lambda text, item: overlap(text, item.query.text))}
 
 
 def development_values(run: Run, iteration: int) -> dict[str, float]:
     """Means over the development queries, and their number: what a try is judged by."""
     found = {name: _by_query(run, values) for name, values in _texts(run, iteration).items()}
     known = {name: [v for v in values if v is not None] for name, values in found.items()}
-    return {"n": len(found["bound"])} | {name: sum(values) / len(values) for name, values in known.items()}
+    return {"n": len(found["steerability"])} | {name: sum(values) / len(values) for name, values in known.items()}
 
 
 def held_out_values(run: Run, iteration: int) -> dict[str, list[float | None]]:
@@ -211,6 +253,6 @@ def held_out_values(run: Run, iteration: int) -> dict[str, list[float | None]]:
     found = _texts(run, iteration)
     for kind in ("bare", "contrary"):
         rows = read_jsonl(run.folder / otherwise_file(kind, iteration))
-        found[f"following_{kind}"] = [rule.sides_followed(r["text"], item.constitutions[0])
+        found[f"following_{kind}"] = [rule.sides_followed(r["text"], item.constitutions[0], run.asked(item))
                                       for r, item in zip(rows, run.items())]
     return {name: _by_query(run, values) for name, values in found.items()}

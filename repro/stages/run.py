@@ -19,6 +19,8 @@ from repro.stages.inputs import Inputs, Voice, as_baseline, large_step, read_inp
 from repro.text.principles import Constitution, Constitutions, constitutions_of
 from repro.text.queries import Query
 
+ANSWERS = "sides followed by a text that answers"  # what following counts
+
 
 @dataclass
 class Run(Folder):
@@ -55,7 +57,7 @@ class Run(Folder):
         """Check every input; then bind the directory to this configuration."""
         self.check()
         found = self.inputs
-        self.bind(found.digests(self.date), backend=found.backend,
+        self.bind(found.digests(self.date), backend=found.backend, counted=ANSWERS,
                   spoken={k: s.facts() for k, s in found.speakers.items() if s.cue},
                   dropped_queries=dict(found.dropped), not_run=[*self.experiment.not_run, *self._without_rule()])
         if found.unsaid:
@@ -115,15 +117,25 @@ class Run(Folder):
         return draws.training_plan(self.experiment, self.constitutions, self.inputs.training, self.inputs.subsets,
                                    iteration)
 
-    def items(self) -> list[Item]:
-        """As of `draws`."""
-        return draws.items(self.experiment, self.constitutions, self.held_out)
+    def items(self, iteration: int = 0) -> list[Item]:
+        """What is answered at an iteration, as of `draws`: everything first and last, what is scored in between."""
+        every = draws.items(self.experiment, self.constitutions, self.held_out)
+        return every if iteration in (0, self.experiment.iterations) else [item for item in every if item.scored]
+
+    def scored(self) -> list[Item]:
+        """What gets log-probs: of `items` the first."""
+        return [item for item in self.items() if item.scored]
 
     def ruled(self, constitution: Constitution) -> Constitution | None:
         """The constitution whose rules judge a response under `constitution`: itself, or, since what a writer wrote has
         no rules, the hand-written all-positive one. None where it has no rule."""
         ruled = self.by_hand.positive if self.experiment.writer else constitution
         return ruled if any(p.rule for p in ruled.principles) else None
+
+    def asked(self, item: Item) -> str | None:
+        """The query that a text has to answer for its principles to count as followed; None in a run that is older than
+        that."""
+        return item.query.text if self.record.get("counted") == ANSWERS else None
 
     # ---- models
 

@@ -16,9 +16,9 @@ from repro.judges.record import read_judgments
 from repro.report.publish import leaves
 from repro.servers.endpoint import HOSTED, Endpoint
 from repro.stages.evaluate import judged_here, llm_judgments
-from repro.stages.folder import BY_HAND
-from repro.stages.measure import records
-from repro.stages.run import open_run
+from repro.stages.folder import BY_HAND, FOLLOWING
+from repro.stages.measure import following, records
+from repro.stages.run import ANSWERS, open_run
 from repro.text.principles import constitutions_of
 
 
@@ -147,18 +147,21 @@ def _judgments(folder: Path) -> tuple[str, int, str]:
     return _verdict(wrong, len(kept))
 
 
-YOUNGER = ("steerability", "steerability_change")  # metrics that a run of an older version has none of
+YOUNGER = ("steerability", "steerability_change", "answered")  # metrics that an older run has not, or otherwise
 
 
 def _metrics(folder: Path) -> tuple[str, int, str]:
-    kept, again = read_json(folder / "metrics.json"), list(records(open_run(folder, lambda line: None)))
-    known = {row.get("metric") for row in kept}
-    again = [row for row in again if row["metric"] in known or row["metric"] not in YOUNGER]
+    run = open_run(folder, lambda line: None)
+    kept, again = read_json(folder / "metrics.json"), list(records(run))
+    if not (counts := run.record.get("counted") == ANSWERS):
+        kept, again = ([row for row in rows if row.get("metric") not in YOUNGER] for rows in (kept, again))
     off = [a for a, b in zip(kept, again) if not _same(a, b)]
     wrong = [f"metrics.json: {a.get('metric')} of {a.get('subset')} at iteration {a.get('iteration')}: {a.get('value')}"
              for a in off]
     if len(kept) != len(again):
         wrong.append(f"metrics.json: {len(kept)} records; {len(again)} are due")
+    if counts and not _same(read_jsonl(folder / FOLLOWING), following(run)):
+        wrong.append(f"{FOLLOWING}: not what the responses give")
     return _verdict(wrong + _lengths(folder), len(again))
 
 
