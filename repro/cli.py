@@ -1,4 +1,4 @@
-"""The command line: `repro run | compare | plan | judge | publish | verify | figures`. The Makefile calls it.
+"""The command line: `repro run | compare | probe | plan | judge | publish | verify | figures`. The Makefile calls it.
 
 Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify, judge
 --strict); 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from repro.base import commandline
 from repro.base.records import UserError, read_json
-from repro.base.settings import JudgeSpec, safe_name
+from repro.base.settings import JudgeSpec, ModelSpec, prompt_for, safe_name
 from repro.experiment import configure, load_experiment, only_variant, paper_models, shipped, told_of
-from repro.flags import Compare, Figures, Judge, Plan, Publish, Run, Verify, endpoint, held
+from repro.flags import Compare, Figures, Judge, Plan, Probe, Publish, Run, Verify, endpoint, held
+from repro.models.embedded import accept
 from repro.report.figures import select, series, telling
 from repro.report.page import cut_answers, dropped_pairs, worsened
 from repro.report.publish import leaves
@@ -86,16 +87,17 @@ def compare_command(args: Compare) -> None:
         runs, args.variant, args.experiment)
     if not by_hand:
         raise UserError(f"compare: {args.experiment} has no run whose principles are a person's")
-    chosen = by_hand[0] if args.model is None else dataclasses.replace(
-        by_hand[0], model=dataclasses.replace(by_hand[0].model, name=args.model, label=safe_name(Path(args.model).name)))
+    chosen = by_hand[0] if args.model is None else dataclasses.replace(by_hand[0], model=dataclasses.replace(
+        by_hand[0].model, name=args.model, label=safe_name(Path(args.model).name),
+        prompt=prompt_for(args.model, None) or by_hand[0].model.prompt))
     seeds = args.seeds or (0,)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: each at most once")
     with told_of(args):
         experiments = [dataclasses.replace(chosen, seed=seed, iterations=1 if args.iterations is None else args.iterations)
                        for seed in seeds]
-    from repro.compare import compare
-    from repro.report import comparison as page
+    from repro.studies import comparison as page
+    from repro.studies.compare import compare
 
     folder = args.out / "objectives"
     for experiment in experiments:
@@ -105,6 +107,20 @@ def compare_command(args: Compare) -> None:
     path = page.write_page(folder, stem)
     print(page.in_words(page.read(folder, stem)))
     print(f"page: {path}")
+
+
+def probe_command(args: Probe) -> None:
+    from repro.studies import probed
+    from repro.studies.probe import probe
+
+    prompt = prompt_for(args.model, args.prompt) or "chat"
+    with told_of(args):
+        model = ModelSpec(name=args.model, prompt=prompt, label=safe_name(Path(args.model).name))
+        page = probe(args.principles, args.out, task=args.task, model=model, source=args.queries,
+                     queries=args.probe_queries, max_new_tokens=args.max_new_tokens,
+                     say=lambda text: print(text, file=sys.stderr, flush=True))
+    print("\n".join(probed.in_words(read_json(page.with_suffix(".json")))))
+    print(f"page: {page}")
 
 
 PLANNED = ((8, "a100"), (1, "h200"), (1, "rtx4090"))  # what `repro plan all` is made for: GPUs and their kind
@@ -200,8 +216,8 @@ def figures_command(args: Figures) -> None:
     print(f"{len(written)} files in {args.out}")
 
 
-COMMANDS = {Run: run_command, Compare: compare_command, Plan: plan_command, Judge: judge_command, Publish: publish_command,
-            Verify: verify_command, Figures: figures_command}
+COMMANDS = {Run: run_command, Compare: compare_command, Probe: probe_command, Plan: plan_command, Judge: judge_command,
+            Publish: publish_command, Verify: verify_command, Figures: figures_command}
 
 
 def parse(argv: list[str]):
@@ -235,6 +251,8 @@ def main(argv: list[str] | None = None) -> None:
             print(version())
             raise SystemExit(0)
         args = parse(argv)
+        if getattr(args, "accept_licence", None):
+            accept(args.accept_licence)
         raise SystemExit(COMMANDS[type(args)](args) or 0)
     except UserError as e:
         print(f"repro: {e}", file=sys.stderr)

@@ -13,7 +13,7 @@ from repro.base import settings, training
 from repro.base.checks import choose
 from repro.base.places import EXPERIMENTS
 from repro.base.records import UserError, first_line, read_json
-from repro.base.settings import NAME, WRITERS, Experiment, WriterSpec
+from repro.base.settings import NAME, WRITERS, Experiment, WriterSpec, prompt_for
 from repro.base.training import LoraSpec
 from repro.text.queries import SOURCES
 
@@ -159,6 +159,8 @@ def _with_flags(base: Experiment, args) -> Experiment:
         given["data"]["subsets"] = ()  # all that these queries have
     if args.model is not None:
         given["model"]["label"] = Path(args.model).name
+        if prompt := prompt_for(args.model, args.prompt):
+            given["model"]["prompt"] = prompt
     if lora := given.pop("lora", None):
         given["train"] = {"learning_rate": LORA_RATE, "lora": LoraSpec(**lora, alpha=2 * args.lora)} | given["train"]
     name = base.name + "_cot" * bool(args.cot and not base.cot) + "_lora" * bool(lora)

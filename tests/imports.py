@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Bottom up: a room imports only what stands before it.
 ROOMS = ("kernels", "base", "config", "models", "servers", "text", "core", "sampling", "judges",
-         "report", "paper", "plan", "stages", "compare", "flags", "experiment", "cli", "experiments")
+         "report", "paper", "plan", "stages", "studies", "flags", "experiment", "cli", "experiments")
 
 
 def modules() -> dict[str, Path]:

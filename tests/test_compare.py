@@ -17,22 +17,22 @@ from test_experiments import small
 from test_training import SPEC, pairs
 
 from repro import cli
-from repro import compare as module
 from repro.base import metrics
 from repro.base.identity import config_hash
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.base.settings import Experiment
 from repro.base.training import NEEDS_INITIAL, OBJECTIVES, NotTrainable
-from repro.compare import compare
 from repro.core import losses
 from repro.core.logprobs import logprob_matrix
 from repro.core.loop import train
 from repro.experiment import load_experiment
 from repro.models import load
-from repro.report import comparison
 from repro.stages import draws
 from repro.stages.pipeline import run
 from repro.stages.run import Run
+from repro.studies import compare as module
+from repro.studies import comparison
+from repro.studies.compare import compare
 
 
 def matrix(model, batch, *, length_normalize=False):
@@ -215,7 +215,7 @@ def test_its_values_are_those_of_its_files(compared):
 def test_a_comparison_that_was_killed_ends_with_the_same_record(compared, function, nth, tmp_path):
     experiment, path = compared
     again = partial(compare, experiment, tmp_path, objectives=CHOSEN, rates=RATES, path=True, say=print)
-    assert killed("repro.compare", function, nth, again) == -signal.SIGKILL
+    assert killed("repro.studies.compare", function, nth, again) == -signal.SIGKILL
     assert numbers(again()) == numbers(path)
 
 

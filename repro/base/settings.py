@@ -10,6 +10,12 @@ from repro.base.records import UserError
 from repro.base.training import PARAMETERS, TrainSpec
 
 EMBEDDED = "smollm2-135m-instruct"
+GEMMA = "gemma3-270m"  # a base model: it takes the prompt "plain"
+
+
+def prompt_for(model: str | None, asked: str | None) -> str | None:
+    """The form of prompts that is asked for; where none is, and the model is known to be a base one, plain."""
+    return "plain" if asked is None and model == GEMMA else asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +23,8 @@ class ModelSpec:
     """The policy. `label`: its name in metrics.json."""
 
     name: str = setting(EMBEDDED, "model")
-    """The policy: smollm2-135m-instruct (embedded), a folder in Hugging Face format, or a hub name."""
+    """The policy: smollm2-135m-instruct (embedded), gemma3-270m (a base model, with --accept-licence), a folder in Hugging
+    Face format, or a hub name."""
     label: str = EMBEDDED
     prompt: str = setting("chat", "prompt", allowed=("chat", "plain"))
     """chat: the tokenizer's chat template (instruction-tuned models); plain: the System / Human / Assistant text that base

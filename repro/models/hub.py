@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from repro.base.records import MARKER, UserError, file_sha256, first_line
-from repro.base.settings import EMBEDDED
 from repro.models import files
-from repro.models.embedded import embedded_model
+from repro.models.embedded import PACKAGES, embedded_model
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one of them is in any copy that we load
 
@@ -19,8 +18,8 @@ def resolve_model(name: str) -> str:
 
     Raises UserError for a name that is none of these, with the nearest that is; and with the step that is missing.
     """
-    if name == EMBEDDED:
-        return str(embedded_model())
+    if name in PACKAGES:
+        return str(embedded_model(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -30,9 +29,10 @@ def resolve_model(name: str) -> str:
         if step := missing_step(name, "model"):
             raise UserError(f"--model {name}: {step}")
         return name
-    near = difflib.get_close_matches(name, [EMBEDDED], n=1, cutoff=0.3)
+    near = difflib.get_close_matches(name, PACKAGES, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"--model {name!r}: unknown. Allowed: {EMBEDDED!r}, a folder, or a hub name owner/model{hint}")
+    known = ", ".join(map(repr, PACKAGES))
+    raise UserError(f"--model {name!r}: unknown. Allowed: {known}, a folder, or a hub name owner/model{hint}")
 
 
 @functools.cache

@@ -31,13 +31,13 @@ def measure(run: Run) -> None:
     run.finish("metrics", outputs, inputs)
 
 
-def following(run: Run) -> list[dict]:
+def following(run: Run, iterations: Iterable[int] | None = None) -> list[dict]:
     """A row for each held-out item: {"query", "subset", "constitutions": ids [C], "sides": {iteration: marks [C]}}. A mark
     has 1 or 0 for each principle of the constitution with a rule, in its order: the response is on its side. Behind it
     stands why the response is no answer, where it is none ("11 loop"): then neither side counts as followed."""
     rows = [{"query": item.query.id, "subset": item.subset, "constitutions": [c.id for c in item.constitutions],
              "sides": {}} for item in run.items()]
-    for iteration in range(run.experiment.iterations + 1):
+    for iteration in range(run.experiment.iterations + 1) if iterations is None else iterations:
         for row, (item, responses) in zip(rows, _answered(run, iteration)):
             row["sides"][str(iteration)] = [_mark(r["text"], item.query.text, c)
                                             for r, c in zip(responses, item.constitutions)]
@@ -51,18 +51,18 @@ def _mark(text: str, query: str, constitution: Constitution) -> str:
 
 def _answered(run: Run, iteration: int) -> list[tuple[Item, list[dict]]]:
     """(item, its responses [C]) of an iteration."""
-    rows, C = read_jsonl(run.folder / evaluation_file(iteration)), run.constitutions.count
-    return [(item, rows[k * C: (k + 1) * C]) for k, item in enumerate(run.items(iteration))]
+    rows = iter(read_jsonl(run.folder / evaluation_file(iteration)))
+    return [(item, [next(rows) for _ in item.constitutions]) for item in run.items(iteration)]
 
 
-def records(run: Run) -> Iterator[dict]:
+def records(run: Run, iterations: Iterable[int] | None = None) -> Iterator[dict]:
     """Every metric of the run with n, SEM and 95 % interval. The unit of n is the held-out query, over whose items (of a
     pool it may have several) values are averaged first; of a win rate it is the item, of one principle the response."""
     spec = run.experiment
     constants = {"model": spec.model.label, "writer": run.constitutions.writer, "cot": spec.cot, "seed": spec.seed}
-    judgments = read_judgments(run.folder)
-    C, initial = run.constitutions.count, {}
-    for iteration in range(spec.iterations + 1):
+    judgments = read_judgments(run.folder) if iterations is None else []
+    C, initial = len(run.items()[0].constitutions), {}
+    for iteration in range(spec.iterations + 1) if iterations is None else iterations:
         answered, scored = _answered(run, iteration), read_jsonl(run.folder / logprob_file(iteration))
         for subset in dict.fromkeys(item.subset for item, _ in answered):
             at = [k for k, (item, _) in enumerate(answered) if item.subset == subset]
@@ -213,7 +213,7 @@ def _record(metric: str, estimate: metrics.Estimate, fixed: dict, **extra) -> di
                "ci95": None if estimate.ci95 is None else list(estimate.ci95)})
 
 
-# ---- a value a query: what objectives are compared by (report/comparison.py)
+# ---- a value a query: what objectives are compared by (studies/comparison.py)
 
 def _by_query(run: Run, values: Sequence[float | None]) -> list[float | None]:
     """None for a query of which nothing is known: of all its principles none has a rule, or it was not scored."""

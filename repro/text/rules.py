@@ -85,6 +85,57 @@ def question(text: str) -> bool:
     return last.endswith("?") and text.rstrip(" \n\"')]\u201d\u2019").endswith("?") and len(words(last)) >= 2
 
 
+def bullets(text: str) -> bool:
+    """At least two lines with text behind a bullet (- * + or a dot)."""
+    return len(re.findall(r"^[ \t]*[-*+\u2022][ \t]+\S*[^\W_]", text, flags=re.M)) >= 2
+
+
+def titled(text: str) -> bool:
+    """A first line of 1 to 10 words that does not end a sentence, and text of at least four words below it."""
+    first, _, rest = text.strip().partition("\n")
+    sentence = re.search(r"[.!?,;][\"')\]]*$", first.strip().rstrip("*_ "))
+    return 0 < len(words(first)) <= 10 and not sentence and len(words(rest)) >= OTHER_WORDS
+
+
+def letter(text: str) -> bool:
+    """Begins with Dear or Hi and a name, or Hello and a name, on a line of its own or before a comma; words follow."""
+    found = re.match(r"\W*(?:dear|hi|hello|hey)\b[^\n,.!?:]{0,40}(?:[,:!]|\n)", text.strip(), flags=re.I)
+    return bool(found) and len(words(text[found.end():])) >= OTHER_WORDS
+
+
+def quotes(text: str) -> bool:
+    """At least two words in a row between double quotation marks, and four others outside of all such."""
+    spans = re.findall(r"[\"\u201c]([^\"\u201c\u201d\n]+)[\"\u201d]", text)
+    inside = [len(words(span)) for span in spans]
+    return max(inside, default=0) >= 2 and len(words(text)) - sum(inside) >= OTHER_WORDS
+
+
+def exclaims(text: str) -> bool:
+    """At least one exclamation mark behind a word."""
+    return bool(re.search(r"[^\W_][\"')\]*]*!", text))
+
+
+def numbers(text: str) -> bool:
+    """A number above one, in digits or as a word, and four other words; the marks of a list do not count."""
+    plain = re.sub(r"^[ \t]*\(?\d{1,3}[.):]\s", " ", text, flags=re.M)
+    found = re.findall(r"\d+(?:[.,:]\d+)*|\b(?:" + _NUMBER + r")\b", plain, flags=re.I)
+    return bool(found) and len(words(plain)) - len(found) >= OTHER_WORDS
+
+
+_NUMBER = ("two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|"
+           "thirty|forty|fifty|sixty|seventy|eighty|ninety|hundreds?|thousands?|millions?|dozens?|twice|half")
+
+
+def first_person(text: str) -> bool:
+    """At least six words, one of them of the first person (I, my, we, our)."""
+    return len(words(text)) >= 6 and bool(re.search(r"\b(?:I|(?i:me|my|mine|myself|we|our|ours|ourselves)|us)\b", text))
+
+
+def to_the_reader(text: str) -> bool:
+    """At least six words, one of them you or your."""
+    return len(words(text)) >= 6 and bool(re.search(r"\b(?:you|your|yours|yourself)\b", text, flags=re.I))
+
+
 # Shown as pictures by themselves (Unicode's Emoji_Presentation), or by the selector U+FE0F, unless U+FE0E asks for text.
 _EMOJI = re.compile(
     "[\U0001f1e6-\U0001f1ff]{2}|[0-9#*]\ufe0f\u20e3|"
@@ -160,6 +211,42 @@ _PHILOSOPHICAL = _vocabulary(
     "self-discovery", "the human", "profound(?:ly)?")
 
 
+_FEELINGS = _vocabulary(
+    "(?:un)?happ(?:y|ily|iness|ier)", "sad(?:ly|ness|der)?", "ang(?:ry|er|rily)", "afraid", "fears?", "scared",
+    "joy(?:ful(?:ly)?)?", "proud(?:ly)?", "pride", "asham(?:ed)", "shame", "embarrass(?:ed|ment|ing)",
+    "annoy(?:ed|ance|ing)", "frustrat(?:ed|ion|ing)", "excit(?:ed|ement|ing)", "nervous(?:ly)?", "anxious(?:ly)?",
+    "anxiety", "worr(?:y|ied|ies)", "relie(?:f|ved)", "lonel(?:y|iness)", "grateful", "gratitude", "guilt(?:y)?",
+    "jealous(?:y)?", "envy", "surpris(?:e|ed|ing)", "disappoint(?:ed|ment|ing)", "touched", "moved", "hurt",
+    "regret(?:s|ted)?", "delight(?:ed|ful)?", "upset", "cr(?:y|ied|ying)", "tears?", "laugh(?:s|ed|ing|ter)?",
+    "smil(?:e|es|ed|ing)", "feel(?:s|ing|ings)?", "felt", "emotions?", "emotional(?:ly)?", "love[sd]?", "hate[sd]?",
+    "grief", "hopes?", "hopeful", "confused", "overwhelm(?:ed|ing)", "satisf(?:ied|action)", "content(?:ed|ment)",
+    "enjoy(?:s|ed|ing)?", "thrilled")
+_LESSON = _vocabulary(
+    "lessons?", "moral(?: of)?", "learn(?:s|ed|t|ing)?", "reminds? (?:us|me|you|that)", "(?:a|the) reminder",
+    "teach(?:es|ing)?", "taught", "shows? (?:us|that)", "takeaway", "importance of", "important to", "we should",
+    "you should", "one should", "never too late")
+_FAIRY_TALE = _vocabulary(
+    "once upon a time", "(?:long|many years|a long time) ago", "happily ever after", "(?:far[- ]?away|distant) land",
+    "there (?:once )?lived", "there once was", "there was once", "kingdoms?", "castles?", "magic(?:al)?",
+    "(?:in|of) a (?:small|little|quiet|faraway) (?:village|town)", "enchanted", "princess(?:es)?", "princes?", "kings?",
+    "queens?", "fair(?:y|ies)", "spells?", "dragons?")
+
+
+def feelings(text: str) -> bool:
+    """A word for what someone feels (proud, afraid, felt, tears), one every 60 words."""
+    return signs(text, _FEELINGS, kinds=1, every=SPARSE)
+
+
+def lesson(text: str) -> bool:
+    """Says what is to be learned (a lesson, the moral, a reminder, we should)."""
+    return signs(text, _LESSON, kinds=1, every=SPARSE)
+
+
+def fairy_tale(text: str) -> bool:
+    """A turn of fairy tales (once upon a time, long ago, in a small village, magic)."""
+    return signs(text, _FAIRY_TALE, kinds=1, every=SPARSE)
+
+
 def pirate(text: str) -> bool:
     """Two different words of stage pirates (ahoy, matey, ye, arr); ships, crews and pirates themselves do not count."""
     return signs(text, _PIRATE, kinds=2, every=DENSE)
@@ -206,5 +293,6 @@ def neutral(text: str) -> bool:
 
 
 RULES: dict[str, Callable[[str], bool]] = {rule.__name__: rule for rule in (
-    brief, few_words, simple_words, technical_words, verse, numbered_list, lower_case, question, emoji,
-    pirate, archaic, sceptical, encouraging, empathetic, philosophical, neutral)}
+    brief, few_words, simple_words, technical_words, verse, numbered_list, bullets, titled, letter, quotes, exclaims,
+    numbers, first_person, to_the_reader, lower_case, question, emoji, feelings, lesson, fairy_tale, pirate, archaic,
+    sceptical, encouraging, empathetic, philosophical, neutral)}

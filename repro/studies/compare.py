@@ -24,13 +24,13 @@ from repro.base.identity import commit
 from repro.base.records import UserError, first_line, locked, make_folder, read_json, remove_folder, write_json
 from repro.base.settings import Experiment
 from repro.base.training import OBJECTIVES, PARAMETERS, WITHOUT_CONSTITUTION, NotTrainable
-from repro.report import comparison
 from repro.stages.evaluate import ask_otherwise, evaluate, score_bare
 from repro.stages.folder import checkpoint, evaluation_file, initial_file, logprob_file, training_file
 from repro.stages.measure import development_values, held_out_values
 from repro.stages.pipeline import write
 from repro.stages.run import ANSWERS, Run
 from repro.stages.sample import sample, score_initial, train_iteration
+from repro.studies import comparison
 from repro.text.principles import load_constitutions
 
 GRID = (1.0, 3.0, 10.0)  # of the experiment's own learning rate

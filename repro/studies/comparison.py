@@ -1,4 +1,4 @@
-"""Records of a comparison of objectives (repro/compare.py), one a seed -> its page (Markdown) and figures.
+"""Records of a comparison of objectives (repro/studies/compare.py), one a seed -> its page (Markdown) and figures.
 
 A value is of one held-out query, over whose items, of a pool, it is averaged.
 """

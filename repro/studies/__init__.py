@@ -1,0 +1,1 @@
+"""Around a run: objectives on the same pairs, with their page; what a model can do with principles before any training."""
