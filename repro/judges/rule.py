@@ -9,6 +9,8 @@ from repro.text.answers import fault
 from repro.text.principles import Constitution
 from repro.text.rules import RULES
 
+FOLLOWING = "following.jsonl"  # in a run's folder: which sides each response follows (repro/stages/measure.py)
+
 
 def met(text: str, constitution: Constitution) -> dict[str, bool]:
     """Principle name -> whether the text is on the constitution's side of its rule; principles without a rule are left out.

@@ -13,6 +13,7 @@ from repro.base.records import (
     write_jsonl,
 )
 from repro.judges.record import JUDGMENTS, read_judgments
+from repro.judges.rule import FOLLOWING
 from repro.report.figures import draw, draw_principles, draw_win_rate, language_models
 from repro.report.look import save
 from repro.report.page import constitutions_in, figure_names, principles_figures, write_page
@@ -137,6 +138,8 @@ def publish(folders: list[Path], results: Path, *, page: bool = True) -> Path:
             record = read_json(run / "run.json")
             stem = "-".join(filter(None, (variant, f"seed-{record['config']['seed']}")))
             write_json(out / f"run-{stem}.json", _without_places(record))
+            if (run / FOLLOWING).is_file():
+                write_bytes(out / f"following-{stem}.jsonl", (run / FOLLOWING).read_bytes())
             if (run / "writing.jsonl").is_file():
                 write_bytes(out / f"writing-{stem}.jsonl", (run / "writing.jsonl").read_bytes())
                 write_json(out / f"constitutions-{stem}.json", read_json(run / "constitutions.json"))

@@ -30,7 +30,6 @@ from repro.base.records import (
 )
 from repro.base.settings import Experiment
 
-FOLLOWING = "following.jsonl"
 BY_HAND = "by_hand.json"  # beside constitutions that a model wrote: those whose rules measure following
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 

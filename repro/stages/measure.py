@@ -12,9 +12,10 @@ from repro.base.records import read_jsonl, write_json, write_jsonl
 from repro.judges import rule
 from repro.judges.llm import judge_shares
 from repro.judges.record import read_judgments
+from repro.judges.rule import FOLLOWING
 from repro.stages.draws import Item
 from repro.stages.evaluate import BASELINE, judge_inputs, judged_responses
-from repro.stages.folder import FOLLOWING, bare_file, evaluation_file, logprob_file, otherwise_file
+from repro.stages.folder import bare_file, evaluation_file, logprob_file, otherwise_file
 from repro.stages.run import Run
 from repro.text.answers import fault, hack_watch, overlap, repetition
 from repro.text.principles import Constitution

@@ -13,10 +13,11 @@ from repro.base.identity import config_hash
 from repro.base.records import MARKER, UserError, digest, file_sha256, read_json, read_jsonl, sealed
 from repro.base.settings import Experiment, JudgeSpec
 from repro.judges.record import read_judgments
+from repro.judges.rule import FOLLOWING
 from repro.report.publish import leaves
 from repro.servers.endpoint import HOSTED, Endpoint
 from repro.stages.evaluate import judged_here, llm_judgments
-from repro.stages.folder import BY_HAND, FOLLOWING
+from repro.stages.folder import BY_HAND
 from repro.stages.measure import following, records
 from repro.stages.run import ANSWERS, open_run
 from repro.text.principles import constitutions_of

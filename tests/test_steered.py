@@ -1,0 +1,93 @@
+"""The table of what training did to following, from published runs: by hand, and from runs of the tiny model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from repro.base.records import write_json, write_jsonl
+from repro.studies import steered
+
+SET = {"principles": [{"name": "short", "rule": "brief"}, {"name": "kind", "rule": None}, {"name": "plain", "rule": "simple_words"}]}
+
+
+def published(folder, seeds):
+    """A published experiment: of each seed the marks of two queries under two constitutions, first and last."""
+    write_json(folder / "constitutions.json", SET)
+    metrics = []
+    for seed, marks in enumerate(seeds):
+        write_jsonl(folder / f"following-seed-{seed}.jsonl", [
+            {"query": f"q{k}", "subset": "helpful", "constitutions": ["short,kind,plain", "not_short,not_kind,plain"],
+             "sides": {"0": before, "3": after}} for k, (before, after) in enumerate(marks)])
+        for iteration, value in ((0, 0.1), (3, 0.3 + seed / 10)):
+            metrics.append({"metric": "mi", "estimator": "infonce", "subset": "helpful", "iteration": iteration, "value": value, "n": 2,
+                            "writer": "hand", "model": "m", "seed": seed})
+    write_json(folder / "metrics.json", metrics)
+    return folder
+
+
+def test_values_by_hand(tmp_path):
+    """Two seeds, two queries, two constitutions, two sides with a rule each. Query 0 goes from 2 of 4 to 4 of 4 and from 2 of 4
+    to 2 of 4; query 1 from 0 (loops) to 1 of 4 and to 3 of 4."""
+    folder = published(tmp_path / "exp1_x/mini", [
+        [(["11", "00"], ["11", "11"]), (["11 loop", "11 loop"], ["10", "00"])],
+        [(["10", "10"], ["01", "01"]), (["11 off", "00"], ["11", "10"])]])
+    (line,) = steered.read(folder)
+    assert line.by_query(steered.followed, "0") == {"q0": 0.5, "q1": 0} and line.by_query(steered.followed, "3") == {"q0": 0.75, "q1": 0.5}
+    change = line.change(steered.followed)
+    assert (change.value, change.n) == (0.375, 2) and change.sem == pytest.approx(np.std([0.25, 0.5], ddof=1) / 2**0.5)
+    assert line.seeds(steered.followed) == [pytest.approx((0.5 + 0.25) / 2), pytest.approx((0 + 0.75) / 2)]
+    assert line.before(steered.answers).value == pytest.approx((1 + (0 + 0.5) / 2) / 2)
+    ruled = steered.ruled(folder)
+    assert ruled == {"short": "brief", "plain": "simple_words"}
+    assert line.by_query(steered.of_side("plain", set(ruled)), "3") == {"q0": 1.0, "q1": 0.25}
+    assert line.by_query(steered.of_side("not_short", set(ruled)), "3") == {"q0": 0.5, "q1": 0.5}
+    assert line.by_query(steered.of_side("not_plain", set(ruled)), "3") == {}
+    said = steered.write(tmp_path)
+    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-1.00, +1.00] (n 2, 2 seeds); "
+                    "as many responses answer, or more (+0.38)"]
+    page = (tmp_path / "steered.md").read_text()
+    assert "| exp1_x | helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-1.00, +1.00] | +0.38 to +0.38 | 0.10 -> 0.35 | NOT RUN |" in page
+    assert "| exp1_x | helpful | plain | 2 | 0.12 -> 0.62 |" in page and (tmp_path / "steered.png").stat().st_size > 5000
+
+
+def test_more_queries_make_it_certain(tmp_path):
+    """A gain of a quarter of the sides in most of 128 queries is told; queries that two seeds share are counted once."""
+    rng = np.random.default_rng(0)
+    seeds = [[(["10", "00"], ["11", "00"] if rng.random() < 0.8 else ["10", "00"]) for _ in range(128)] for _ in range(2)]
+    published(tmp_path / "exp1_x/mini", seeds)
+    (line,) = steered.read(tmp_path / "exp1_x/mini")
+    change = line.change(steered.followed)
+    assert change.n == 128 and change.ci95[0] > 0.15 and change.ci95[1] < 0.25
+    assert steered.detectable(change) < 0.05
+    assert "is followed more" in steered.write(tmp_path)[0]
+
+
+def test_nothing_published_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "repro.studies.steered", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no published run with following-*.jsonl" in done.stderr
+
+
+def test_a_published_run_takes_its_marks_along(tmp_path, tiny):
+    import dataclasses
+
+    from test_experiments import small
+
+    from repro.experiment import load_experiment
+    from repro.report.publish import publish
+    from repro.stages.pipeline import run
+
+    experiment = small(load_experiment("exp3", "mini")[0], tiny)
+    experiment = dataclasses.replace(experiment, iterations=1)
+    out = publish([run(experiment, tmp_path / "runs", say=lambda line: None)], tmp_path / "results", page=False)
+    rows = [json.loads(line) for line in (out / "following-seed-0.jsonl").read_text().splitlines()]
+    metrics = json.loads((out / "metrics.json").read_text())
+    lines = {line.subset: line for line in steered.read(out)}
+    for subset in {row["subset"] for row in rows}:
+        found = [r for r in metrics if (r["metric"], r["subset"], r["iteration"]) == ("steerability", subset, 1)]
+        values = lines[subset].by_query(steered.followed, "1")
+        assert bool(found) == bool(values)
+        if found:
+            assert (found[0]["value"], found[0]["n"]) == (pytest.approx(np.mean(list(values.values()))), len(values))
