@@ -6,7 +6,7 @@ iterations; at iteration 3, raw win rates against the own base model of 71 and 6
 against mistral-7b-instruct 47 and 65 %, 44 and 68 %; 8 x A100 80 GB. `paper` is that setting, with Table 1's
 dose (README, "Faithful, by name") and the weak writer. The strong one is retired: ARGS='--name exp2_strong --writer openai
 --writer-model NAME' has another model write.
-`mini` keeps the structure with the embedded 135M model, which is also its weak writer, and 160 posts of ours; beside it
+`mini` keeps the structure with the embedded 135M model, which is also its weak writer, and 304 posts of ours; beside it
 stand two principles written by hand (`hand`, never "strong") that this model can follow. Its numbers are its own, never the
 paper's.
 

@@ -6,7 +6,7 @@ three iterations with batches doubled; at iteration 3, raw win rates against the
 out), with chain of thought 69 and 67 %; 8 x A100 80 GB. `paper` is that setting, without and with chain of thought, with
 Table 1's dose and principles in our wording (README, "Faithful, by name"); without chain of thought the authors sampled
 with training's short prompt, here with the example of the format.
-`mini` keeps the structure with the embedded 135M model and 160 posts of ours. Many of the styles are beyond it: the report
+`mini` keeps the structure with the embedded 135M model and 304 posts of ours. Many of the styles are beyond it: the report
 says for each principle whether the initial model follows it. Its numbers are its own, never the paper's.
 
 Run: make exp3 [PROFILE=mini|paper] [OUT=runs]; with chain of thought in mini: ARGS=--cot

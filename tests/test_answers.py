@@ -1,10 +1,15 @@
 """Does a text answer? The hack watch and what keeps a followed principle from counting; where the whole suite counts it."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from repro.judges.rule import follows, judge_pairwise, met, sides_followed
 from repro.text.answers import FAULTS, fault, hack_watch, kept, overlap, repetition
 from repro.text.principles import load_constitutions
+from repro.text.rules import RULES
 
 MINI = load_constitutions("dialogue_mini")
 POSITIVE = MINI.constitutions[0]
@@ -77,3 +82,32 @@ def test_the_hack_watch():
     found = hack_watch("Short words on moss.", "Use short words.", "Is moss bad?")
     assert found == {"hack_constitution_overlap": pytest.approx(2 / 3), "hack_query_overlap": pytest.approx(1 / 3),
                      "hack_repetition": 0}
+
+
+def agreement(a, b) -> tuple[int, float]:
+    """(how many of the pairs agree, Cohen's kappa)."""
+    a, b = np.array(a), np.array(b)
+    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
+    return int((a == b).sum()), float(((a == b).mean() - chance) / (1 - chance))
+
+
+def test_the_rules_against_reading():
+    """results/README.md's table again, from the labels and the rules as they are now."""
+    results = Path(__file__).parent.parent / "results"
+    rows = [json.loads(line) for line in (results / "reading/labels.jsonl").read_text().splitlines()]
+    rules = {p.name: p.rule for name in ("dialogue_mini", "tldr_mini", "diverse_mini") for p in load_constitutions(name).principles}
+    answers = [fault(r["text"], r["question"], r["told"]) is None for r in rows]
+    rule = [a and RULES[rules[r["side"].removeprefix("not_")]](r["text"]) != r["side"].startswith("not_") for a, r in zip(answers, rows)]
+    read = [[r["readers"][k]["answers"] and r["readers"][k]["follows"] for r in rows] for k in (0, 1)]
+    assert len(rows) == len({r["id"] for r in rows}) == 100 and sum(rule) == 50
+    page = (results / "README.md").read_text()
+    for name, pair in (("followed by rule and by reading", (True, True)), ("by rule alone", (True, False)),
+                       ("by reading alone", (False, True)), ("neither", (False, False))):
+        counts = [sum((a, b) == pair for a, b in zip(rule, column)) for column in read]
+        assert f"| {name} | {counts[0]} | {counts[1]} |" in page
+    found = [agreement(rule, column) for column in read]
+    guard = [agreement(answers, [r["readers"][k]["answers"] for r in rows]) for k in (0, 1)]
+    for name, both in (("agreement with the rules (kappa)", found), ("of the guard alone: does it answer?", guard)):
+        assert f"| {name} | {both[0][0]} ({both[0][1]:.2f}) | {both[1][0]} ({both[1][1]:.2f}) |" in page
+    count, kappa = agreement(*read)
+    assert f"on {count} of 100 (kappa {kappa:.2f})" in page

@@ -1,0 +1,105 @@
+"""Settings tried on the development split: what each does to following and to the text -> results/search/<experiment>.json.
+
+A variation is a name and changes to an experiment's parts. Each is one run of one seed, its held-out queries the development
+ones, of which few are scored; a search that is stopped goes on. Nothing is chosen on the evaluation split.
+
+Run: .venv/bin/python tests/studies/settings.py exp1 [--variant hand] [--only NAME ...] [--out results/search] [--work OUT]
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+from repro.base.identity import commit
+from repro.base.records import read_json, read_jsonl, write_json
+from repro.experiment import load_experiment, only_variant
+from repro.stages.folder import checkpoint
+from repro.stages.pipeline import run
+from repro.studies import steered
+
+RATES = {"exp1": (5e-7, 1e-6, 2e-6, 4e-6), "exp2": (5e-7, 1e-6, 2e-6, 4e-6), "exp3": (1e-6, 2e-6, 4e-6, 8e-6)}
+POOL = {"constitutions": "diverse_mini", "sampling": {"max_new_tokens": 64}}
+
+
+def variations(name: str) -> dict[str, dict]:
+    """Name -> changes: of the experiment's own fields, and by part."""
+    own = POOL if name == "exp3" else {}
+    found = {"as it is": {}} | ({"other styles": own} if own else {})
+    for objective in ("sami", "sami_columns", "nca"):
+        for rate in RATES[name]:
+            found[f"{objective} {rate:g}"] = own | {"train": {"objective": objective, "learning_rate": rate}}
+    return found | {
+        "sami 2e-06, end scored": own | {"train": {"learning_rate": 2e-6, "score_eos": True}},
+        "sami 2e-06, one iteration": own | {"iterations": 1, "train": {"learning_rate": 2e-6}},
+        "sami 2e-06, steps 4 each": own | {"train": {"learning_rate": 2e-6, "batches": 4, "batches_increment": 0}},
+        "sami 2e-06, anchor 0.1": own | {"train": {"learning_rate": 2e-6, "anchor": 0.1}}}
+
+
+def changed(experiment, changes: dict, scored: int):
+    """The experiment with the changes, on the development split."""
+    parts = {k: dataclasses.replace(getattr(experiment, k), **v) for k, v in changes.items() if isinstance(v, dict)}
+    own = {k: v for k, v in changes.items() if not isinstance(v, dict)}
+    data = dataclasses.replace(parts.get("data", experiment.data), evaluation_split="development", evaluation=64, scored=scored)
+    judge = dataclasses.replace(experiment.judge, judges=("rule",))
+    return dataclasses.replace(experiment, **own | parts | {"data": data, "judge": judge})
+
+
+def told(folder: Path) -> dict:
+    """Of each subset, what came out: the initial model, the last iteration, and the change with its interval."""
+    metrics = read_json(folder / "metrics.json")
+    last, found = max(r["iteration"] for r in metrics), {}
+    rows = read_jsonl(folder / "following.jsonl")
+    for subset in dict.fromkeys(row["subset"] for row in rows):
+        line = steered.Line(folder.name, subset, {0: [row for row in rows if row["subset"] == subset]},
+                            [r for r in metrics if r["subset"] == subset])
+        if not line.by_query(steered.followed, "0"):
+            continue
+        found[subset] = {"n": len(line.by_query(steered.followed, "0"))}
+        for name, of in (("steerability", steered.followed), ("answered", steered.answers)):
+            change = line.change(of)
+            found[subset][name] = {"before": line.before(of).value, "after": line.before(of, str(last)).value,
+                                   "change": change.value, "ci95": list(change.ci95), "sem": change.sem}
+        for name, metric, fixed in (("bound", "mi", {"estimator": "infonce"}), ("length", "length_tokens", {})):
+            ends = [line.mean(metric, k, **fixed) for k in (0, last)]
+            found[subset][name] = {"before": ends[0][0], "after": ends[1][0], "n": ends[0][1]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("experiment", choices=tuple(RATES))
+    parser.add_argument("--variant")
+    parser.add_argument("--only", nargs="*", help="names of variations; by default all")
+    parser.add_argument("--model", help="another policy than the experiment's")
+    parser.add_argument("--scored", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("results/search"))
+    parser.add_argument("--work", type=Path, default=Path("runs/search"))
+    args = parser.parse_args()
+    base = only_variant(load_experiment(args.experiment, "mini"), args.variant, args.experiment)[-1]
+    known = variations(args.experiment)
+    if unknown := set(args.only or ()) - set(known):
+        print(f"settings: --only {sorted(unknown)[0]!r}: unknown; allowed: {', '.join(map(repr, known))}", file=sys.stderr)
+        raise SystemExit(2)
+    file = args.out / f"{'-'.join(filter(None, (args.experiment, base.variant)))}.json"
+    record = read_json(file) if file.is_file() else {}
+    for k, (name, changes) in enumerate(known.items()):
+        if name in record or (args.only and name not in args.only):
+            continue
+        experiment = dataclasses.replace(changed(base, changes, args.scored), name=f"search_{args.experiment}_{k}")
+        folder = run(experiment, args.work)
+        record[name] = {"changes": changes, "commit": commit(), "subsets": told(folder),
+                        "seconds": sum(s["seconds"] for s in read_json(folder / "run.json")["stages"].values())}
+        write_json(file, record)
+        for iteration in range(1, experiment.iterations + 1):
+            shutil.rmtree(folder / checkpoint(iteration), ignore_errors=True)
+        for subset, row in record[name]["subsets"].items():
+            print(f"{name}, {subset}: steerability {row['steerability']['before']:.2f} -> {row['steerability']['after']:.2f} "
+                  f"({row['steerability']['change']:+.3f} +- {row['steerability']['sem']:.3f}), answers {row['answered']['before']:.2f} -> "
+                  f"{row['answered']['after']:.2f}, bound {row['bound']['before']:.2f} -> {row['bound']['after']:.2f}, "
+                  f"tokens {row['length']['before']:.0f} -> {row['length']['after']:.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
