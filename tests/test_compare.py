@@ -327,3 +327,13 @@ def test_a_mistake_that_is_found_later_leaves_nothing_either(tiny, tmp_path):
     with pytest.raises(UserError, match="nothing"):
         compare(bad, tmp_path / "out", rates=RATES, say=print)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_of_an_older_version_is_not_gone_on_with(tiny, tmp_path):
+    """It counted following by the rule alone: its values would stand beside others of the same name."""
+    experiment = shipped(tiny)
+    run = module._begun(experiment, tmp_path / "work", lambda line: None)
+    del run.record["counted"]
+    (tmp_path / "work/run.json").write_text(json.dumps(run.record))
+    with pytest.raises(UserError, match="begun by an older version, which counted following otherwise; choose another --out"):
+        module._begun(experiment, tmp_path / "work", lambda line: None)

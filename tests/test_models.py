@@ -121,6 +121,22 @@ def test_a_licence_is_accepted_before_anything_is_fetched(tmp_path, monkeypatch)
         embedded.accept("mit")
 
 
+def test_a_base_model_is_spoken_to_plainly_and_its_size_is_known(tmp_path):
+    """Wherever it is named; 268,098,176 parameters, as its publisher says."""
+    from repro import flags
+    from repro.experiment import configure
+    from repro.plan.gpus import shape_of
+
+    models = tmp_path / "models.json"
+    models.write_text(f'{{"{EMBEDDED}": "{GEMMA}"}}')
+    for args in (flags.Run("exp1", model=GEMMA), flags.Run("exp1", models=models)):
+        (experiment,) = configure(args)
+        assert (experiment.model.name, experiment.model.label, experiment.model.prompt) == (GEMMA, GEMMA, "plain")
+    (asked,) = configure(flags.Run("exp1", model=GEMMA, prompt="chat"))
+    assert asked.model.prompt == "chat"  # what is asked for is told apart later: it has no template
+    assert shape_of(GEMMA).parameters == 268_098_176
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(embedded._made(GEMMA) is None, reason="gemma3-270m is not on this machine: its licence is accepted by a person, "
                                                           "with --accept-licence gemma")

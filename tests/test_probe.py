@@ -32,12 +32,13 @@ def run(file, tiny, out, **more):
 def test_a_page_of_every_principle_alone(file, tiny, tmp_path):
     page = run(file, tiny, tmp_path / "out")
     found = read_json(page.with_suffix(".json"))
-    assert page == tmp_path / "out/mine/probe.md" and (found["file"], found["model"], found["queries"]) == ("mine.json", "tiny", 3)
-    rows = read_jsonl(page.parent / evaluation_file(0))
+    assert page == tmp_path / "out/mine.md" and (found["file"], found["model"], found["queries"]) == ("mine.json", "tiny", 3)
+    (work,) = (tmp_path / "out/work").iterdir()
+    rows = read_jsonl(work / evaluation_file(0))
     assert len(rows) == 3 * 3 * 2 and {r["constitution"] for r in rows} == {"short", "not_short", "kind", "not_kind", "asking", "not_asking"}
     asked = {side: [r["query"] for r in rows if r["constitution"] == side] for side in ("short", "not_asking")}
     assert asked["short"] == asked["not_asking"]  # the same queries, of both subsets
-    queries = {q["id"]: q for q in read_jsonl(page.parent / "queries.jsonl")}
+    queries = {q["id"]: q for q in read_jsonl(work / "queries.jsonl")}
     assert [queries[q]["subset"] for q in asked["short"]] == ["helpful", "harmless", "helpful"]
     assert {queries[q]["split"] for q in asked["short"]} == {"development"}
     for row in found["principles"]:
@@ -53,6 +54,20 @@ def test_a_page_of_every_principle_alone(file, tiny, tmp_path):
     again = page.read_bytes()
     run(file, tiny, tmp_path / "out", say=said.append)
     assert "evaluate-0: done before, skipped" in said and page.read_bytes() == again
+    assert not any("sampled pairs" in line for line in said)  # nothing is trained
+
+
+def test_another_probe_of_the_same_file_is_another_one(file, tiny, tmp_path):
+    """More queries, or principles that were edited: the page is made anew, and no answer is taken for another one's."""
+    first = read_json(run(file, tiny, tmp_path / "out").with_suffix(".json"))
+    file.write_text(json.dumps(PRINCIPLES).replace("Answer at length.", "Answer in many words."))
+    edited = read_json(run(file, tiny, tmp_path / "out").with_suffix(".json"))
+    assert edited["principles"][0]["antithesis"] == "Answer in many words." and len(list((tmp_path / "out/work").iterdir())) == 2
+    assert edited["principles"][1] == first["principles"][1]
+    more = read_json(probe(str(file), tmp_path / "out", model=ModelSpec(name=str(tiny), label="tiny"), queries=4, max_new_tokens=6,
+                           say=lambda line: None).with_suffix(".json"))
+    assert more["queries"] == 4 and [row["marks"]["short"][:3] for row in more["principles"][:1]] == [
+        row["marks"]["short"] for row in edited["principles"][:1]]
 
 
 @pytest.mark.parametrize("of, against, bound, said", [
@@ -73,9 +88,10 @@ def test_the_verdict_in_words(of, against, bound, said):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["probe", "nowhere.json"], "--constitutions nowhere.json: no such file"),
+    (["probe", "nowhere.json"], "principles nowhere.json: no such file"),
     (["probe", "dialogue_mini", "--probe-queries", "1"], "--probe-queries 1: must be 2 or more"),
     (["probe", "dialogue_mini", "--queries", "nowhere.jsonl"], "--queries nowhere.jsonl: no such file"),
+    (["probe", "dialogue_mini", "--task", "poem"], "--task"),
     (["probe", "dialogue_mini", "--model", "nowhere"], "--model 'nowhere': unknown"),
     (["probe", "dialogue_mini", "--max-new-tokens", "0"], "--max-new-tokens: 0; must be above 0"),
     (["probe", "dialogue_mini", "--accept-licence", "mine"], "--accept-licence: 'mine' is unknown; allowed: 'gemma'"),
@@ -89,10 +105,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(argv, said, tmp_path, capsys, 
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
-def test_queries_without_a_development_split_are_not_chosen_on(file, tiny, tmp_path):
-    """Principles are not chosen on what is held out."""
+def test_principles_are_not_chosen_on_what_is_held_out(file, tiny, tmp_path):
+    """Two development queries are needed, and nothing else."""
     queries = tmp_path / "queries.jsonl"
-    queries.write_text('{"query": "Is it late?", "split": "train"}\n{"query": "Is it early?", "split": "evaluation"}\n')
-    with pytest.raises(UserError, match="no row has the split development"):
+    queries.write_text('{"query": "Is it late?", "split": "development"}\n{"query": "Is it early?", "split": "evaluation"}\n')
+    with pytest.raises(UserError, match="1 of its rows have the split development, and at least 2 are needed"):
         run(file, tiny, tmp_path / "out", source=str(queries))
     assert not (tmp_path / "out").exists()
+    queries.write_text('{"query": "Is it late?", "split": "development"}\n{"query": "Is it early?", "split": "development"}\n')
+    assert read_json(run(file, tiny, tmp_path / "out", source=str(queries)).with_suffix(".json"))["queries"] == 2

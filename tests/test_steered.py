@@ -16,6 +16,8 @@ SET = {"principles": [{"name": "short", "rule": "brief"}, {"name": "kind", "rule
 def published(folder, seeds):
     """A published experiment: of each seed the marks of two queries under two constitutions, first and last."""
     write_json(folder / "constitutions.json", SET)
+    for seed in range(len(seeds)):
+        write_json(folder / f"run-seed-{seed}.json", {"config": {"model": {"label": "m"}, "cot": None}})
     metrics = []
     for seed, marks in enumerate(seeds):
         write_jsonl(folder / f"following-seed-{seed}.jsonl", [
@@ -23,7 +25,7 @@ def published(folder, seeds):
              "sides": {"0": before, "3": after}} for k, (before, after) in enumerate(marks)])
         for iteration, value in ((0, 0.1), (3, 0.3 + seed / 10)):
             metrics.append({"metric": "mi", "estimator": "infonce", "subset": "helpful", "iteration": iteration, "value": value, "n": 2,
-                            "writer": "hand", "model": "m", "seed": seed})
+                            "writer": "hand", "model": "m", "cot": None, "seed": seed})
     write_json(folder / "metrics.json", metrics)
     return folder
 
@@ -46,8 +48,8 @@ def test_values_by_hand(tmp_path):
     assert line.by_query(steered.of_side("not_short", set(ruled)), "3") == {"q0": 0.5, "q1": 0.5}
     assert line.by_query(steered.of_side("not_plain", set(ruled)), "3") == {}
     said = steered.write(tmp_path)
-    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-1.00, +1.00] (n 2, 2 seeds); "
-                    "as many responses answer, or more (+0.38)"]
+    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-1.00, +1.00] (n 2, seeds 2); "
+                    "as many responses are seen to answer: +0.38 [-1.00, +1.00]"]
     page = (tmp_path / "steered.md").read_text()
     assert "| exp1_x | helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-1.00, +1.00] | +0.38 to +0.38 | 0.10 -> 0.35 | NOT RUN |" in page
     assert "| exp1_x | helpful | plain | 2 | 0.12 -> 0.62 |" in page and (tmp_path / "steered.png").stat().st_size > 5000

@@ -101,12 +101,9 @@ def share(values) -> Estimate:
 
 
 def change(values) -> Estimate:
-    """Mean of `[N]` differences of shares, each from -1 to 1, of the same items, with Student's t interval within these
-    ends: `bounded` is about two and a half times as wide here, since most differences are small. That one where they are
-    all equal, and of a single one: without a spread there is no other."""
+    """Mean of `[N]` differences of shares, each from -1 to 1, of the same items. See `bounded`."""
     shifted = bounded(_vector(values, "values") + 1, 2)
-    around = mean(values).ci95 or tuple(end - 1 for end in shifted.ci95)
-    return replace(shifted, value=shifted.value - 1, ci95=(max(around[0], -1.0), min(around[1], 1.0)))
+    return replace(shifted, value=shifted.value - 1, ci95=tuple(end - 1 for end in shifted.ci95))
 
 
 # ---- mutual information: logprobs [N, C, C] -> [N]

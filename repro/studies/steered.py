@@ -85,14 +85,15 @@ def of_side(side: str, ruled: set[str]) -> Callable[[str, list[str]], list[float
 
 
 def read(folder: Path) -> list[Line]:
-    """The lines of one published experiment, by variant, then subset."""
+    """The lines of one published experiment, by variant, then subset. (Runs whose principles a model wrote have none.)"""
     runs: dict[str, dict[int, list[dict]]] = {}
     for path in sorted(folder.glob(PUBLISHED)):
         variant, _, seed = path.stem.removeprefix("following-").rpartition("seed-")
         runs.setdefault(variant.strip("-"), {})[int(seed)] = read_jsonl(path)
     known, lines = read_json(folder / "metrics.json") if runs else [], []
     for variant, seeds in runs.items():
-        own = [r for r in known if not variant or (r["writer"] == "hand") == (variant == "hand")]
+        config = read_json(folder / f"run-{'-'.join(filter(None, (variant, f'seed-{min(seeds)}')))}.json")["config"]
+        own = [r for r in known if (r["model"], r["cot"], r["writer"]) == (config["model"]["label"], config["cot"], "hand")]
         for subset in dict.fromkeys(row["subset"] for rows in seeds.values() for row in rows):
             lines.append(Line("-".join(filter(None, (folder.parent.name, variant))), subset,
                               {seed: [row for row in rows if row["subset"] == subset] for seed, rows in seeds.items()},
@@ -118,7 +119,7 @@ def _said(e: Estimate, sign: str = "") -> str:
 def _row(line: Line) -> list[str]:
     change, rot, last = line.change(followed), line.change(answers), int(line.last)
     ends = [[line.mean(metric, k, **fixed) for k in (0, last)] for metric, fixed in (
-        ("mi", {"estimator": "infonce"}), ("length_tokens", {"model": line.metrics[0]["model"]} if line.metrics else {}))]
+        ("mi", {"estimator": "infonce"}), ("length_tokens", {}))]
     told = [f"{a[0]:.{digits}f} -> {b[0]:.{digits}f}" if a and b else "NOT RUN" for (a, b), digits in zip(ends, (2, 0))]
     return [line.name, line.subset.replace("_", " "), f"{change.n}, {len(line.rows)}",
             f"{line.before(followed).value:.2f} -> {line.before(followed, line.last).value:.2f}", _said(change, "+"),
@@ -163,7 +164,7 @@ intervals over queries, over whose seeds values are averaged first. Answers: the
 ![Change of steerability of each run and subset](steered.png)
 
 """ + _grid(HEADER, [_row(line) for _, line in lines]) + """
-n: held-out queries of the change (the bound's are fewer: metrics.json); seeds: its range over single seeds.
+n: held-out queries of the change (the bound may be of fewer: metrics.json); seeds: its range over single seeds.
 
 ## Every side
 
@@ -177,10 +178,12 @@ The last column: the change that so many queries would show in four of five such
 def _verdict(line: Line) -> str:
     change, rot = line.change(followed), line.change(answers)
     low, high = change.ci95
-    moved = "is followed more" if low > 0 else "is followed less" if high < 0 else "is not seen to be followed more or less"
-    text = "fewer responses answer" if rot.value < -(rot.sem or 0) else "as many responses answer, or more"
-    return (f"the constitution {moved}: {_said(change, '+')} (n {change.n}, {len(line.rows)} seeds); {text} "
-            f"({rot.value:+.2f})")
+    moved = ("is followed more" if low > 0 else "is followed less" if high < 0
+             else "is not seen to be followed more or less")
+    less, more = rot.ci95[1] < 0, rot.ci95[0] > 0
+    text = "fewer responses answer" if less else "more responses answer" if more else "as many responses are seen to answer"
+    return (f"the constitution {moved}: {_said(change, '+')} (n {change.n}, seeds {len(line.rows)}); {text}: "
+            f"{_said(rot, '+')}")
 
 
 @look.style()

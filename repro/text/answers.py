@@ -51,8 +51,8 @@ def fault(text: str, query: str, sentences: Sequence[str]) -> str | None:
     empty: no word. loop: a quarter of the word trigrams occurred before. recital: five words in a row of one of the
     sentences, or more than three content words in ten from them (two different ones at least). off: too few different words
     of the query (`kept`): one of a question, up to three of a long text. foreign: hardly an English function word. The last
-    two only of a query in English. A text without any of these may still be wrong, or poor; one with them is no answer in
-    whatever style.
+    two only of a query in English. A text without any of these may still be wrong, or poor. A short right answer without a
+    word of its query ("Paris.", "Two.") is taken for none: it cannot be told from one that fits every query ("Hello.").
     """
     found = words(text)
     if not found:

@@ -91,21 +91,23 @@ def bullets(text: str) -> bool:
 
 
 def titled(text: str) -> bool:
-    """A first line of 1 to 10 words that does not end a sentence, and text of at least four words below it."""
+    """A first line of 1 to 10 words that ends no sentence, begins no list and announces nothing (with a colon), and text of
+    at least four words below it."""
     first, _, rest = text.strip().partition("\n")
-    sentence = re.search(r"[.!?,;][\"')\]]*$", first.strip().rstrip("*_ "))
+    sentence = re.search(r"[.!?,;:][\"')\]]*$", first.strip().rstrip("*_ ")) or _LIST_MARK.match(first)
     return 0 < len(words(first)) <= 10 and not sentence and len(words(rest)) >= OTHER_WORDS
 
 
 def letter(text: str) -> bool:
-    """Begins with Dear or Hi and a name, or Hello and a name, on a line of its own or before a comma; words follow."""
-    found = re.match(r"\W*(?:dear|hi|hello|hey)\b[^\n,.!?:]{0,40}(?:[,:!]|\n)", text.strip(), flags=re.I)
+    """Begins with Dear, Hi or Hello and who it is to, up to a comma, colon, exclamation mark or the line's end; words
+    follow."""
+    found = re.match(r"\W*(?:dear|hi|hello|hey) (?!me\b)[\w\[][^\n,.!?:]{0,40}(?:[,:!]|\n)", text.strip(), flags=re.I)
     return bool(found) and len(words(text[found.end():])) >= OTHER_WORDS
 
 
 def quotes(text: str) -> bool:
     """At least two words in a row between double quotation marks, and four others outside of all such."""
-    spans = re.findall(r"[\"\u201c]([^\"\u201c\u201d\n]+)[\"\u201d]", text)
+    spans = re.findall(r"(?<!\w)[\"\u201c]([^\"\u201c\u201d\n]+)[\"\u201d](?!\w)", text)
     inside = [len(words(span)) for span in spans]
     return max(inside, default=0) >= 2 and len(words(text)) - sum(inside) >= OTHER_WORDS
 
@@ -119,11 +121,12 @@ def numbers(text: str) -> bool:
     """A number above one, in digits or as a word, and four other words; the marks of a list do not count."""
     plain = re.sub(r"^[ \t]*\(?\d{1,3}[.):]\s", " ", text, flags=re.M)
     found = re.findall(r"\d+(?:[.,:]\d+)*|\b(?:" + _NUMBER + r")\b", plain, flags=re.I)
+    found = [number for number in found if number.lstrip("0") not in ("", "1")]
     return bool(found) and len(words(plain)) - len(found) >= OTHER_WORDS
 
 
 _NUMBER = ("two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|"
-           "thirty|forty|fifty|sixty|seventy|eighty|ninety|hundreds?|thousands?|millions?|dozens?|twice|half")
+           "thirty|forty|fifty|sixty|seventy|eighty|ninety|hundreds?|thousands?|millions?|dozens?|twice")
 
 
 def first_person(text: str) -> bool:
@@ -216,7 +219,7 @@ _FEELINGS = _vocabulary(
     "joy(?:ful(?:ly)?)?", "proud(?:ly)?", "pride", "asham(?:ed)", "shame", "embarrass(?:ed|ment|ing)",
     "annoy(?:ed|ance|ing)", "frustrat(?:ed|ion|ing)", "excit(?:ed|ement|ing)", "nervous(?:ly)?", "anxious(?:ly)?",
     "anxiety", "worr(?:y|ied|ies)", "relie(?:f|ved)", "lonel(?:y|iness)", "grateful", "gratitude", "guilt(?:y)?",
-    "jealous(?:y)?", "envy", "surpris(?:e|ed|ing)", "disappoint(?:ed|ment|ing)", "touched", "moved", "hurt",
+    "jealous(?:y)?", "envy", "surpris(?:e|ed|ing)", "disappoint(?:ed|ment|ing)", "hurt",
     "regret(?:s|ted)?", "delight(?:ed|ful)?", "upset", "cr(?:y|ied|ying)", "tears?", "laugh(?:s|ed|ing|ter)?",
     "smil(?:e|es|ed|ing)", "feel(?:s|ing|ings)?", "felt", "emotions?", "emotional(?:ly)?", "love[sd]?", "hate[sd]?",
     "grief", "hopes?", "hopeful", "confused", "overwhelm(?:ed|ing)", "satisf(?:ied|action)", "content(?:ed|ment)",
