@@ -3,7 +3,7 @@
 A variation is a name and changes to an experiment's parts. Each is one run of one seed, its held-out queries the development
 ones, of which few are scored; a search that is stopped goes on. Nothing is chosen on the evaluation split.
 
-Run: .venv/bin/python tests/studies/settings.py exp1 [--variant hand] [--only NAME ...] [--out results/search] [--work OUT]
+Run: .venv/bin/python tests/studies/settings.py exp1 [--variant hand] [--only NAME ...] [--model NAME] [--constitutions FILE]
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from repro.base.identity import commit
 from repro.base.records import read_json, read_jsonl, write_json
+from repro.base.settings import ModelSpec, prompt_for
 from repro.experiment import load_experiment, only_variant
 from repro.stages.folder import checkpoint
 from repro.stages.pipeline import run
@@ -73,21 +74,29 @@ def main() -> None:
     parser.add_argument("--variant")
     parser.add_argument("--only", nargs="*", help="names of variations; by default all")
     parser.add_argument("--model", help="another policy than the experiment's")
+    parser.add_argument("--constitutions", help="other principles than the experiment's")
     parser.add_argument("--scored", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("results/search"))
     parser.add_argument("--work", type=Path, default=Path("runs/search"))
     args = parser.parse_args()
     base = only_variant(load_experiment(args.experiment, "mini"), args.variant, args.experiment)[-1]
+    if args.model:
+        base = dataclasses.replace(base, model=ModelSpec(
+            name=args.model, label=Path(args.model).name, prompt=prompt_for(args.model, None) or base.model.prompt))
+    if args.constitutions:
+        base = dataclasses.replace(base, constitutions=args.constitutions)
     known = variations(args.experiment)
     if unknown := set(args.only or ()) - set(known):
         print(f"settings: --only {sorted(unknown)[0]!r}: unknown; allowed: {', '.join(map(repr, known))}", file=sys.stderr)
         raise SystemExit(2)
-    file = args.out / f"{'-'.join(filter(None, (args.experiment, base.variant)))}.json"
+    stem = "-".join(filter(None, (args.experiment, base.variant, args.model and base.model.label,
+                                  args.constitutions and Path(args.constitutions).stem)))
+    file = args.out / f"{stem}.json"
     record = read_json(file) if file.is_file() else {}
     for k, (name, changes) in enumerate(known.items()):
         if name in record or (args.only and name not in args.only):
             continue
-        experiment = dataclasses.replace(changed(base, changes, args.scored), name=f"search_{args.experiment}_{k}")
+        experiment = dataclasses.replace(changed(base, changes, args.scored), name=f"search_{stem}_{k}")
         folder = run(experiment, args.work)
         record[name] = {"changes": changes, "commit": commit(), "subsets": told(folder),
                         "seconds": sum(s["seconds"] for s in read_json(folder / "run.json")["stages"].values())}
