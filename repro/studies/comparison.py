@@ -161,7 +161,8 @@ Seeds: {seeds}. Held-out queries: {queries}, under {constitutions} constitutions
 All objectives train on the same sampled pairs{own}, from the same weights, for the same steps. The learning rate
 of each was chosen among {grid} by steerability on {tuned} development queries, among those whose answers keep
 {SPEAKS:.0%} of the share of the query's words in the initial model's. In brackets 95 % intervals over queries, whose seeds
-are averaged first. Model {first['model']}, profile {first['profile']}.
+are averaged first. What counts: {first.get('counted', 'sides followed by rule alone, whether or not the text answers')}.
+Model {first['model']}, profile {first['profile']}.
 
 """ + _grid(["objective", *SHOWN.values()], rows) + """
 """ + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + "".join(f"""
@@ -243,6 +244,8 @@ def _overview(records: list[dict]):
                           label="initial model" if label == "initial" else label, capsize=0)
         axes.set(xlabel=DRAWN[x], ylabel=DRAWN[y])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"bars: 95 % intervals over {len(records[0]['queries'])} held-out queries; seeds averaged: "
+                    f"{len(records)}", fontsize=9)
     return figure
 
 
@@ -271,6 +274,8 @@ def _dose(records: list[dict]):
         axes.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
         axes.minorticks_off()
     over[1].set_title("dotted: initial model")
+    figure.suptitle(f"{records[0]['initial_development']['n']} development queries; seeds averaged: {len(records)}",
+                    fontsize=9)
     front = _frontier(records)
     by_rate.plot([x for x, *_ in front], [y for _, y, _ in front], color=look.GREY, linestyle="--", drawstyle="steps-post",
                  zorder=0)
