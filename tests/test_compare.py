@@ -184,6 +184,7 @@ def test_a_rate_whose_answers_have_lost_the_query_is_not_chosen(tries, chosen):
 
 def test_its_values_are_those_of_its_files(compared):
     """Following, bound and drift again, by hand from responses and log-probs."""
+    from repro.text.answers import fault
     from repro.text.rules import RULES
 
     experiment, path = compared
@@ -195,7 +196,8 @@ def test_its_values_are_those_of_its_files(compared):
         rows, scored, bare = (read_jsonl(folder / f"{name}-{k}.jsonl") for name in ("responses/evaluation", "logprobs/evaluation", "logprobs/bare"))
         for q, item in enumerate(shared.items()):
             C = len(item.constitutions)
-            sides = [[bool(r["text"].strip()) and RULES[p.rule](r["text"]) == side for p, side in zip(c.principles, c.sides) if p.rule]
+            sides = [[fault(r["text"], item.query.text, c.statements()) is None and RULES[p.rule](r["text"]) == side
+                      for p, side in zip(c.principles, c.sides) if p.rule]
                      for c, r in zip(item.constitutions, rows[q * C: (q + 1) * C])]
             assert values["steerability"][q] == pytest.approx(np.mean([np.mean(s) for s in sides]))
             assert values["following"][q] == pytest.approx(np.mean(sides[0]))

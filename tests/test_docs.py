@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 from repro import flags
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"run": flags.Run, "compare": flags.Compare, "plan": flags.Plan, "judge": flags.Judge, "publish": flags.Publish, "verify": flags.Verify, "figures": flags.Figures}
+COMMANDS = {"run": flags.Run, "compare": flags.Compare, "probe": flags.Probe, "plan": flags.Plan, "judge": flags.Judge, "publish": flags.Publish, "verify": flags.Verify, "figures": flags.Figures}
 TORCHRUN = {option for action in get_args_parser()._actions for option in action.option_strings}
 FOREIGN = {"--help", "--version", "--exclude", "--no-deps", "--constraint"} | TORCHRUN  # every command's; `hf download`'s; pip's; torchrun's
 TARGET = re.compile(r"(?:^|[\s`(])make ([a-z][a-z0-9-]*)(?=[\s`),.;:]|$)")

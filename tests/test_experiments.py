@@ -323,7 +323,7 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
     (out / "report.html").unlink()
     out = publish([folder], tmp_path / "results", page=False)
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == [
-        "constitutions.json", "iterations.pdf", "iterations.png", "metrics.json", "run-seed-0.json"]
+        "constitutions.json", "following-seed-0.jsonl", "iterations.pdf", "iterations.png", "metrics.json", "run-seed-0.json"]
 
 
 def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_path):

@@ -154,7 +154,8 @@ def secrets(work: Path, quick: bool) -> dict:
     (work / "mine.py").write_text(
         f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom pathlib import Path\nfrom test_experiments import small\n"
         "from repro.cli import load_experiment\nimport dataclasses\n"
-        f"EXPERIMENTS = {{'mini': dataclasses.replace(small(load_experiment('exp1', 'mini')[0], Path({str(tiny)!r})), iterations=1)}}\n")
+        f"whole = small(load_experiment('exp1', 'mini')[0], Path({str(tiny)!r}), learning_rate=1e-3)\n"  # so that responses differ:
+        "EXPERIMENTS = {'mini': dataclasses.replace(whole, iterations=1)}\n")  # pairs that are the same are not asked about
     token = "ghp_canaryT0kenOfARemote77"
     checkout = work / "checkout"  # a remote with a token: the record names a commit and nothing else of git
     for name in ("repro", "kernels", "experiments"):
