@@ -41,7 +41,7 @@ def test_values_by_hand(tmp_path):
     change = line.change(steered.followed)
     assert (change.value, change.n) == (0.375, 2) and change.sem == pytest.approx(np.std([0.25, 0.5], ddof=1) / 2**0.5)
     assert line.seeds(steered.followed) == [pytest.approx((0.5 + 0.25) / 2), pytest.approx((0 + 0.75) / 2)]
-    assert line.before(steered.answers).value == pytest.approx((1 + (0 + 0.5) / 2) / 2)
+    assert line.value(steered.answers).value == pytest.approx((1 + (0 + 0.5) / 2) / 2)
     ruled = steered.ruled(folder)
     assert ruled == {"short": "brief", "plain": "simple_words"}
     assert line.by_query(steered.of_side("plain", set(ruled)), "3") == {"q0": 1.0, "q1": 0.25}

@@ -47,8 +47,9 @@ class Line:
                     found.setdefault(query, []).append(sum(values) / len(values))
         return {query: sum(values) / len(values) for query, values in found.items()}
 
-    def before(self, of: Callable, iteration: str | None = None) -> Estimate:
-        return metrics.share(list(self.by_query(of, iteration or "0").values()))
+    def value(self, of: Callable, iteration: str = "0") -> Estimate:
+        """The mean over queries at an iteration, by default of the initial model."""
+        return metrics.share(list(self.by_query(of, iteration).values()))
 
     def change(self, of: Callable) -> Estimate:
         """Last iteration less the initial model, on the same queries."""
@@ -122,9 +123,9 @@ def _row(line: Line) -> list[str]:
         ("mi", {"estimator": "infonce"}), ("length_tokens", {}))]
     told = [f"{a[0]:.{digits}f} -> {b[0]:.{digits}f}" if a and b else "NOT RUN" for (a, b), digits in zip(ends, (2, 0))]
     return [line.name, line.subset.replace("_", " "), f"{change.n}, {len(line.rows)}",
-            f"{line.before(followed).value:.2f} -> {line.before(followed, line.last).value:.2f}", _said(change, "+"),
+            f"{line.value(followed).value:.2f} -> {line.value(followed, line.last).value:.2f}", _said(change, "+"),
             f"{min(line.seeds(followed)):+.2f} to {max(line.seeds(followed)):+.2f}", told[0], told[1],
-            f"{line.before(answers).value:.2f} -> {line.before(answers, line.last).value:.2f}", _said(rot, "+")]
+            f"{line.value(answers).value:.2f} -> {line.value(answers, line.last).value:.2f}", _said(rot, "+")]
 
 
 HEADER = ["run", "subset", "n, seeds", "steerability", "change", "seeds", "bound, nats", "tokens", "answers", "change"]
@@ -150,7 +151,7 @@ def write(results: Path) -> list[str]:
             if values := line.by_query(of, "0"):
                 change = line.change(of)
                 sides.append([line.name, line.subset.replace("_", " "), side, str(len(values)),
-                              f"{line.before(of).value:.2f} -> {line.before(of, line.last).value:.2f}", _said(change, "+"),
+                              f"{line.value(of).value:.2f} -> {line.value(of, line.last).value:.2f}", _said(change, "+"),
                               f"{detectable(change):.2f}"])
     words = [f"{line.name}, {line.subset}: {_verdict(line)}" for _, line in lines]
     write_text(results / "steered.md", """# What training did to following

@@ -60,7 +60,7 @@ def told(folder: Path) -> dict:
         found[subset] = {"n": len(line.by_query(steered.followed, "0"))}
         for name, of in (("steerability", steered.followed), ("answered", steered.answers)):
             change = line.change(of)
-            found[subset][name] = {"before": line.before(of).value, "after": line.before(of, str(last)).value,
+            found[subset][name] = {"before": line.value(of).value, "after": line.value(of, str(last)).value,
                                    "change": change.value, "ci95": list(change.ci95), "sem": change.sem}
         for name, metric, fixed in (("bound", "mi", {"estimator": "infonce"}), ("length", "length_tokens", {})):
             ends = [line.mean(metric, k, **fixed) for k in (0, last)]
