@@ -46,6 +46,8 @@ def test_a_page_of_every_principle_alone(file, tiny, tmp_path):
         assert len(bound) == 1 and bound[0]["n"] == 3 and bound[0]["value"] <= 0.6932
         assert {side: len(marks) for side, marks in row["marks"].items()} == {row["name"]: 3, f"not_{row['name']}": 3}
     text = page.read_text()
+    probed.write_page(tmp_path / "again.md", found)  # from the record, whose keys are sorted
+    assert (tmp_path / "again.md").read_text() == text
     assert "answers under this side are not shown" in text and "not_kind" not in found["principles"][1]["shown"]
     private = [r["text"] for r in rows if r["constitution"] == "not_kind"]
     assert not any(t in text for t in private if len(t.strip()) > 3)

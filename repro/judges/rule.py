@@ -27,9 +27,10 @@ def follows(text: str, constitution: Constitution, query: str | None = None,
     return {name: answers and holds for name, holds in met(text, constitution).items()}
 
 
-def sides_followed(text: str, constitution: Constitution, query: str | None = None) -> float | None:
-    """The share of the constitution's sides that the text follows; None where no principle has a rule."""
-    found = follows(text, constitution, query).values()
+def sides_followed(text: str, constitution: Constitution, query: str | None = None,
+                   told: Sequence[str] | None = None) -> float | None:
+    """The share of the constitution's sides that the text follows (see `follows`); None where no principle has a rule."""
+    found = follows(text, constitution, query, told).values()
     return sum(found) / len(found) if found else None
 
 

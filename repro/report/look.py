@@ -4,6 +4,7 @@ No torch; matplotlib is loaded when something is drawn. Drawings are `Figure`s, 
 """
 
 import io
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,17 @@ LABELS = {  # metric -> its name in tables, in their order
 AXES = {  # what is drawn -> its axis
     "infonce": "InfoNCE lower bound (nats)", "mean_of_logs": "plotted MI, mean of logs (nats)",
     "length_tokens": "response length (tokens)", "iteration": "iteration (0 = initial model)"}
+
+
+def said(estimate, digits: int = 2, sign: str = "") -> str:
+    """A value with its interval, where it has one; `sign` "+": with the sign of a difference."""
+    around = f" [{estimate.ci95[0]:{sign}.{digits}f}, {estimate.ci95[1]:{sign}.{digits}f}]" if estimate.ci95 else ""
+    return f"{estimate.value:{sign}.{digits}f}{around}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
 
 
 @contextmanager

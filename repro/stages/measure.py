@@ -1,7 +1,7 @@
 """metrics.json from the files of a run: every metric with n, SEM and a 95 % interval; and following.jsonl: which sides each
 response follows, by rule, from which changes over several seeds can be told without the responses."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from math import log
 
@@ -93,7 +93,7 @@ def records(run: Run, iterations: Iterable[int] | None = None) -> Iterator[dict]
             yield _record("accuracy_row", metrics.share(of_core(metrics.accuracy_row(means))), fixed)
             yield _record("accuracy_col", metrics.share(of_core(metrics.accuracy_col(means))), fixed)
             yield _length(run, by_query([g[0]["tokens"] for g in groups]), fixed)
-            sides = by_query([c and _share(rule.follows(g[0]["text"], c, run.asked(item), _told(item)))
+            sides = by_query([c and rule.sides_followed(g[0]["text"], c, run.asked(item), _told(item))
                               for g, item, c in ((g, item, run.ruled(item.constitutions[0]))
                                                  for g, item in zip(groups, here))])
             if sides:
@@ -135,10 +135,6 @@ def steerability(run: Run, item: Item, responses: list[dict]) -> float | None:
     shares = [rule.sides_followed(r["text"], c, run.asked(item)) for c, r in zip(item.constitutions, responses)]
     known = [s for s in shares if s is not None]
     return sum(known) / len(known) if known else None
-
-
-def _share(followed: Mapping[str, bool]) -> float | None:
-    return sum(followed.values()) / len(followed) if followed else None
 
 
 def _told(item: Item) -> list[str]:

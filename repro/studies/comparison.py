@@ -94,15 +94,6 @@ def _labels(records: list[dict]) -> list[str]:
     return sorted(found, key=[*OBJECTIVES, *found].index)
 
 
-def _said(e, digits: int = 2, sign: str = "") -> str:
-    around = f" [{e.ci95[0]:{sign}.{digits}f}, {e.ci95[1]:{sign}.{digits}f}]" if e.ci95 else ""
-    return f"{e.value:{sign}.{digits}f}{around}"
-
-
-def _grid(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
-
-
 def _apart(records: list[dict], labels: list[str], name: str, base: str) -> str:
     """Of which objectives a measure differs from `base`'s, in words."""
     found = {label: _difference(records, label, name, base) for label in labels}
@@ -131,9 +122,10 @@ def write_page(folder: Path, stem: str) -> Path:
     """`folder`/<stem>.md and its figures, of all seeds there."""
     records = read(folder, stem)
     first, labels = records[0], _labels(records)
-    rows = [[label, *(_said(estimate(name, _values(records, label, name)), 1 if name == "length" else 2) for name in SHOWN)]
+    rows = [[label,
+             *(look.said(estimate(name, _values(records, label, name)), 1 if name == "length" else 2) for name in SHOWN)]
             for label in ("initial", *labels)]
-    apart = {base: [[label, *(_said(_difference(records, label, name, base), 1 if name == "length" else 2, "+")
+    apart = {base: [[label, *(look.said(_difference(records, label, name, base), 1 if name == "length" else 2, "+")
                               for name in SHOWN)] for label in labels if label != base]
              for base in ("initial", BASE) if base in ("initial", *labels)}
     tries = [[label, f"{rate:g}", *(", ".join("failed" if t is None else f"{t[name]:.2f}"
@@ -164,13 +156,13 @@ of each was chosen among {grid} by steerability on {tuned} development queries, 
 are averaged first. What counts: {first.get('counted', 'sides followed by rule alone, whether or not the text answers')}.
 Model {first['model']}, profile {first['profile']}.
 
-""" + _grid(["objective", *SHOWN.values()], rows) + """
+""" + look.table(["objective", *SHOWN.values()], rows) + """
 """ + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + "".join(f"""
 ## Differences to {"the initial model" if base == "initial" else base}
 
 On the same queries and seeds, by paired bootstrap over queries; no correction for the number of comparisons.
 
-""" + _grid(["objective", *SHOWN.values()], lines) for base, lines in apart.items() if lines) + f"""
+""" + look.table(["objective", *SHOWN.values()], lines) for base, lines in apart.items() if lines) + f"""
 ## Every try
 
 Development queries, one number a seed. The frontier, what nothing else beats in both, the likelihood of the text under
@@ -179,14 +171,14 @@ the initial model and steerability: {best}.{beyond}
 ![Bound, steerability and log-prob under the initial model against the learning rate; steerability against that log-prob,
 from the initial model on, with the frontier]({stem}-dose.png)
 
-""" + _grid(["objective", "learning rate", *(SHOWN[name] for name in TRIED), "chosen"], tries)
+""" + look.table(["objective", "learning rate", *(SHOWN[name] for name in TRIED), "chosen"], tries)
     if fewer:
         text += """
 ## Fewer steps
 
 The chosen rate again, trained for fewer steps; development queries, one number a seed.
 
-""" + _grid(["objective", "steps", *(SHOWN[name] for name in TRIED)], fewer)
+""" + look.table(["objective", "steps", *(SHOWN[name] for name in TRIED)], fewer)
     write_text(folder / f"{stem}.md", text)
     look.save(_overview(records), folder / stem)
     look.save(_dose(records), folder / f"{stem}-dose")

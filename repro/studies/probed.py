@@ -2,9 +2,11 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 from repro.base import metrics
 from repro.base.records import write_text
+from repro.report import look
 from repro.text.answers import FAULTS
 
 SOMETIMES = 0.1  # share of answers that follow a side, from which on training has something to strengthen
@@ -43,10 +45,6 @@ def _bound(row: dict) -> dict:
     return next(r for r in row["records"] if (r["metric"], r["estimator"]) == ("mi", "infonce"))
 
 
-def _said(value: float, ci95) -> str:
-    return f"{value:.2f}" + (f" [{ci95[0]:.2f}, {ci95[1]:.2f}]" if ci95 else "")
-
-
 def in_words(found: dict) -> list[str]:
     """A line a principle, and what came out in one sentence."""
     verdicts = {row["name"]: verdict(row) for row in found["principles"]}
@@ -61,11 +59,11 @@ def write_page(path: Path, found: dict) -> None:
     header = ["principle", "bound, nats", "followed", "antithesis followed", "answers", "no answer, why", "verdict"]
     rows = []
     for row in found["principles"]:
-        bound, (of, against) = _bound(row), (shares(marks) for marks in row["marks"].values())
+        bound, (of, against) = _bound(row), (shares(row["marks"][side]) for side in (row["name"], f"not_{row['name']}"))
         every = [mark for marks in row["marks"].values() for mark in marks]
         why = Counter(mark.split(" ")[1] for mark in every if " " in mark)
-        sides = [_said(e["followed"].value, e["followed"].ci95) if row["rule"] else "no rule" for e in (of, against)]
-        rows.append([row["name"], _said(bound["value"], bound["ci95"]), *sides,
+        sides = [look.said(e["followed"]) if row["rule"] else "no rule" for e in (of, against)]
+        rows.append([row["name"], look.said(SimpleNamespace(**bound)), *sides,
                      f"{sum(' ' not in mark for mark in every)} of {len(every)}",
                      ", ".join(f"{name} {why[name]}" for name in FAULTS if why[name]) or "none", verdict(row)])
     text = f"""# What {found['model']} can do with {found['file']}
@@ -76,8 +74,7 @@ Each principle was asked for alone, then its antithesis, on the same {found['que
 ({found['source']}; {found['task']}; greedy, at most {found['max_new_tokens']} tokens). Nothing was trained. In brackets
 95 % intervals over queries.
 
-""" + "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + f"""
-
+""" + look.table(header, rows) + f"""
 - bound: InfoNCE lower bound on the information between side and response, at most 0.69; with an interval that holds 0 the
   model does not answer differently.
 - followed: the share of responses that answer the query and are on the principle's side of its rule (of the antithesis: on

@@ -113,26 +113,18 @@ def detectable(change: Estimate) -> float:
     return 2.8 * (change.sem or float("nan"))
 
 
-def _said(e: Estimate, sign: str = "") -> str:
-    return f"{e.value:{sign}.2f} [{e.ci95[0]:{sign}.2f}, {e.ci95[1]:{sign}.2f}]"
-
-
 def _row(line: Line) -> list[str]:
     change, rot, last = line.change(followed), line.change(answers), int(line.last)
     ends = [[line.mean(metric, k, **fixed) for k in (0, last)] for metric, fixed in (
         ("mi", {"estimator": "infonce"}), ("length_tokens", {}))]
     told = [f"{a[0]:.{digits}f} -> {b[0]:.{digits}f}" if a and b else "NOT RUN" for (a, b), digits in zip(ends, (2, 0))]
     return [line.name, line.subset.replace("_", " "), f"{change.n}, {len(line.rows)}",
-            f"{line.value(followed).value:.2f} -> {line.value(followed, line.last).value:.2f}", _said(change, "+"),
+            f"{line.value(followed).value:.2f} -> {line.value(followed, line.last).value:.2f}", look.said(change, sign="+"),
             f"{min(line.seeds(followed)):+.2f} to {max(line.seeds(followed)):+.2f}", told[0], told[1],
-            f"{line.value(answers).value:.2f} -> {line.value(answers, line.last).value:.2f}", _said(rot, "+")]
+            f"{line.value(answers).value:.2f} -> {line.value(answers, line.last).value:.2f}", look.said(rot, sign="+")]
 
 
 HEADER = ["run", "subset", "n, seeds", "steerability", "change", "seeds", "bound, nats", "tokens", "answers", "change"]
-
-
-def _grid(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
 
 
 def write(results: Path) -> list[str]:
@@ -151,8 +143,8 @@ def write(results: Path) -> list[str]:
             if values := line.by_query(of, "0"):
                 change = line.change(of)
                 sides.append([line.name, line.subset.replace("_", " "), side, str(len(values)),
-                              f"{line.value(of).value:.2f} -> {line.value(of, line.last).value:.2f}", _said(change, "+"),
-                              f"{detectable(change):.2f}"])
+                              f"{line.value(of).value:.2f} -> {line.value(of, line.last).value:.2f}",
+                              look.said(change, sign="+"), f"{detectable(change):.2f}"])
     words = [f"{line.name}, {line.subset}: {_verdict(line)}" for _, line in lines]
     write_text(results / "steered.md", """# What training did to following
 
@@ -164,14 +156,14 @@ intervals over queries, over whose seeds values are averaged first. Answers: the
 """ + "".join(f"- {line}.\n" for line in words) + """
 ![Change of steerability of each run and subset](steered.png)
 
-""" + _grid(HEADER, [_row(line) for _, line in lines]) + """
+""" + look.table(HEADER, [_row(line) for _, line in lines]) + """
 n: held-out queries of the change (the bound may be of fewer: metrics.json); seeds: its range over single seeds.
 
 ## Every side
 
 The last column: the change that so many queries would show in four of five such studies.
 
-""" + _grid(["run", "subset", "side", "n", "followed", "change", "detectable"], sides))
+""" + look.table(["run", "subset", "side", "n", "followed", "change", "detectable"], sides))
     look.save(draw([line for _, line in lines]), results / "steered")
     return words
 
@@ -183,8 +175,8 @@ def _verdict(line: Line) -> str:
              else "is not seen to be followed more or less")
     less, more = rot.ci95[1] < 0, rot.ci95[0] > 0
     text = "fewer responses answer" if less else "more responses answer" if more else "as many responses are seen to answer"
-    return (f"the constitution {moved}: {_said(change, '+')} (n {change.n}, seeds {len(line.rows)}); {text}: "
-            f"{_said(rot, '+')}")
+    return (f"the constitution {moved}: {look.said(change, sign='+')} (n {change.n}, seeds {len(line.rows)}); {text}: "
+            f"{look.said(rot, sign='+')}")
 
 
 @look.style()
