@@ -7,7 +7,8 @@ Table 1's dose, principles in our wording, and no training query that is held ou
 Table 1 prints bf16; the authors' code kept float32 weights for mistral-7b, and so does `paper` (`fp32_master`).
 `mini` keeps the structure (2 x 2 constitutions, three iterations that restart from the initial weights, two alternating
 halves of the queries, growing batches) with the embedded 135M model, embedded queries and two principles that it can
-follow; minutes on 2 CPU cores. Its numbers are its own, never the paper's.
+follow; minutes on 2 CPU cores. Of the 128 held-out queries of a subset, answered before training and after the last
+iteration, 32 are scored too, and answered in between. Its numbers are its own, never the paper's.
 
 Run: make exp1 [PROFILE=mini|paper] [OUT=runs]
 """
@@ -20,8 +21,8 @@ MINI = Experiment(
     name="exp1_dialogue",
     profile="mini",
     constitutions="dialogue_mini",
-    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
-    data=DataSpec(source="embedded", subsets=("helpful", "harmless"), train=112, evaluation=32),
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
+    data=DataSpec(source="embedded", subsets=("helpful", "harmless"), train=112, evaluation=128, scored=32),
     sampling=SamplingSpec(batch_size=128, drop_phrases=DROPPED),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired"),
 )

@@ -186,11 +186,15 @@ def judge_command(args: Judge) -> int:
 
 
 def publish_command(args: Publish) -> None:
-    from repro.report.publish import publish
+    from repro.report.publish import again, is_published, publish
 
     if not args.runs:
         raise UserError("publish: name at least one run folder")
-    print(f"published in {publish(list(args.runs), args.results, page=not args.numbers_only)}")
+    published = [folder for folder in args.runs if is_published(folder)]
+    for folder in published:
+        print(f"made again from what it holds: {again(folder)}")
+    if runs := [folder for folder in args.runs if folder not in published]:
+        print(f"published in {publish(runs, args.results, page=not args.numbers_only)}")
 
 
 def verify_run(folder: Path, *, strict: bool = False) -> int:

@@ -190,10 +190,11 @@ class Judge:
 
 @dataclass(frozen=True)
 class Publish:
-    """Copy finished runs (one experiment, one seed each) to results/: numbers, figure and page only."""
+    """Copy finished runs (one experiment, one seed each) to results/: numbers, figures and page only. They join the seeds
+    that are there. Of a published folder, figures and page are made again."""
 
     runs: tuple[Path, ...] = argument(())
-    """Run folders."""
+    """Run folders, or published ones."""
     results: Path = Path("results")
     """Where to."""
     numbers_only: bool = False

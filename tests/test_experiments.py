@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,8 +328,19 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
         "constitutions.json", "following-seed-0.jsonl", "iterations.pdf", "iterations.png", "metrics.json", "run-seed-0.json"]
 
 
-def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_path):
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_path, capsys):
+    """At once or one after the other, in any order: the same files; and figures and page again from these alone."""
+    from repro import cli
     from repro.report.publish import publish
+
+    def command(*argv) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["publish", *map(str, argv)])
+        return stop.value.code, *capsys.readouterr()
 
     experiment, folder = finished
     with unrendered():
@@ -337,8 +350,49 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
     assert {r["seed"] for r in json.loads((out / "metrics.json").read_text())} == {0, 1}
     with pytest.raises(UserError, match="different seeds"):
         publish([folder, folder], tmp_path / "results")
-    with pytest.raises(UserError, match="differs"):
+    with pytest.raises(UserError, match="its config differs in more than the seed: iterations"):
         publish([folder, third], tmp_path / "results")
+    together = files_of(out)
+    assert together["report.html"].count(b"<details") == 2 and b"seed 1: " in together["report.html"]
+    for name, order in (("up", [folder, second]), ("down", [second, folder])):
+        for one in order:
+            assert command(one, "--results", tmp_path / name)[0] == 0
+        assert files_of(tmp_path / name / "exp1_dialogue/mini") == together
+    assert command(second, "--results", tmp_path / "up")[0] == 0  # once more changes nothing
+    assert files_of(tmp_path / "up/exp1_dialogue/mini") == together
+    (out / "figures/iterations.png").unlink()
+    (out / "figures/iterations.pdf").unlink()
+    text = (out / "report.html").read_text()
+    (out / "report.html").write_text(re.sub("<h1>.*?</h1>", "", text).replace("data:image/png;base64,", ""))
+    assert command(out)[:2] == (0, f"made again from what it holds: {out}\n") and files_of(out) == together
+    for argv, said in (([str(third)], "differs in more than the seed: iterations"),
+                       ([str(second), "--numbers-only"], "its runs were published with one; publish these without --numbers-only")):
+        code, _, error = command(*argv, "--results", tmp_path / "results")
+        assert code == 2 and said in error and files_of(out) == together
+    (out / "report.html").write_text("<html>a page of before</html>")
+    for argv in ([str(out)], [str(second), "--results", str(tmp_path / "results")]):
+        assert "report.html: an older page, which does not carry what it shows" in command(*argv)[2]
+
+
+def test_a_page_carries_what_it_shows_and_nothing_private(tiny, tmp_path):
+    from repro.report.page import stories_of
+    from repro.report.publish import again, publish, write_report
+
+    folder = run(small(load_experiment("exp1", "paper")[0], tiny), tmp_path / "runs", say=lambda text: None)
+    path = folder / "responses/evaluation-1.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["text"] = "SECRET" if "not_harmless" in row["constitution"] else "</script><!--<script> \\u003c \u2028 &lt;"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_report(folder)
+    one, = stories_of(folder / "report.html")
+    assert one["shown"][0]["rows"][1] == ["iteration 1", ["</script><!--<script> \\u003c \u2028 &lt;" + " […]" * (not r["finished"])
+                                                          for r in rows[:4] if "not_harmless" not in r["constitution"]]]
+    assert "SECRET" not in (folder / "report.html").read_text() and (folder / "report.html").read_text().count("</script") == 1
+    out = publish([folder], tmp_path / "results")
+    before = files_of(out)
+    shutil.rmtree(folder)
+    assert files_of(again(out)) == before and (out / "report.html").read_text().count("iteration 1</td><td>&lt;/script&gt;") > 0
 
 
 def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):

@@ -348,7 +348,7 @@ def test_held_out_log_probs_are_sharded_as_training_is():
 def test_embedded_queries_are_counted(monkeypatch):
     spec, = cli.load_experiment("exp1", "mini")
     texts = texts_of(spec)
-    assert texts.items == 64 and texts.prompt[0] < texts.prompt[1] and texts.query < 40
+    assert texts.items == 2 * 128 and texts.prompt[0] < texts.prompt[1] and texts.query < 40
 
 
 def test_another_models_shape(tmp_path):

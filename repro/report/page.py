@@ -6,10 +6,13 @@ The pages of paper/ and plan/ are Markdown, sentences around numbers: Python's s
 
 import base64
 import html
+import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from repro.base.records import read_json, read_jsonl, write_text
+from repro.base.records import UserError, read_json, read_jsonl, write_text
 from repro.base.settings import safe_name
 from repro.judges.standing import standing
 from repro.report.figures import SERIES, language_models, named, select, telling
@@ -147,12 +150,9 @@ def _short(commit: str | None) -> str:
     return "unknown" if commit is None else commit[:12] + "-dirty" * commit.endswith("-dirty")
 
 
-def _facts(folders: list[Path], writer_of: str) -> list[str]:
-    records = [read_json(folder / "run.json") for folder in folders]
-    record = records[0]
+def _setting(record: dict, writer_of: str) -> list[str]:
+    """What every run of a variant has in common, whatever its seed."""
     config, train = record["config"], record["config"]["train"]
-    seconds = ", ".join(f"seed {r['config']['seed']}: {sum(s['seconds'] for s in r['stages'].values()) / 60:.1f} min"
-                        for r in records)
     writer = config.get("writer")
     by = f"by {writer_of}" if not writer else (
         f"whose rules measure following; the principles of this run: {writer['label']} was asked for some to "
@@ -163,59 +163,82 @@ def _facts(folders: list[Path], writer_of: str) -> list[str]:
         f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
         f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "
         f"{train['batches_increment']} more in each later one, {train['precision']}"
-        + (f", LoRA adapters of rank {train['lora']['rank']}, all other weights frozen." if train.get("lora") else "."),
-        f"Measured on {record['device']}, {record['threads']} threads, torch {record['packages']['torch']}; {seconds}; "
-        f"config {record['config_hash'][:12]}, commit {_short(record['commit'])}.",
-        "NOT RUN: " + ("; ".join(record["not_run"]) or "nothing") + ".",
-        *(line + "." for folder in folders for line in worsened(folder)),
-        *(line + "." for line in told(record)),
-        *(line + "." for line in cut_answers(folders[0]))]
+        + (f", LoRA adapters of rank {train['lora']['rank']}, all other weights frozen." if train.get("lora") else ".")]
     if config["profile"] == "mini":
         lines.insert(0, "A mini run: its own model, principles and queries. None of these numbers is the paper's.")
     return lines
 
 
-def _principles(folders: list[Path]) -> list[tuple]:
-    """(who wrote them, where a model did, and the principles) of each seed's run; once, where they are the same."""
-    tables = {}
-    for folder in folders:
-        constitutions, data = constitutions_in(folder), read_json(folder / "constitutions.json")
-        rows = tuple((p.name, p.text, p.antithesis, p.rule or "none") for p in constitutions.principles)
-        tables[constitutions.writer if "written" in data else "", rows] = True
-    return list(tables)
+def story(folder: Path) -> dict:
+    """What a page says of a run besides its numbers and figures, as JSON: so that a page, which carries it, can be made
+    again, and runs of other seeds join it, where the run's folder is gone."""
+    record, constitutions = read_json(folder / "run.json"), constitutions_in(folder)
+    config, by = record["config"], constitutions.writer if "written" in read_json(folder / "constitutions.json") else ""
+    note, shown = _responses(folder, record)
+    return {
+        "name": config["name"], "profile": config["profile"], "variant": config.get("variant", ""), "seed": config["seed"],
+        "kinds": list(constitutions.kinds), "setting": _setting(record, constitutions.writer),
+        "measured": f"{record['device']}, {record['threads']} threads, torch {record['packages']['torch']}, commit "
+                    f"{_short(record['commit'])}",
+        "took": f"seed {config['seed']}: {sum(s['seconds'] for s in record['stages'].values()) / 60:.1f} min, config "
+                f"{record['config_hash'][:12]}",
+        "not_run": f"NOT RUN: {'; '.join(record['not_run']) or 'nothing'}.",
+        "worsened": [line + "." for line in worsened(folder)],
+        "notes": [line + "." for line in (*told(record), *cut_answers(folder))],
+        "principles": [by, [[p.name, p.text, p.antithesis, p.rule or "none"] for p in constitutions.principles]],
+        "note": note, "shown": shown}
 
 
-def _group(folders: list[Path]) -> dict:
-    record = read_json(folders[0] / "run.json")
-    note, items = _responses(folders[0], record)
-    return {"variant": record["config"].get("variant"), "facts": _facts(folders, constitutions_in(folders[0]).writer),
-            "principles": _principles(folders), "note": note, "shown": items}
+def _group(stories: list[dict]) -> dict:
+    """What the page says of a variant: responses are those of the first of its runs."""
+    first, measured, written = stories[0], {}, [one["principles"] for one in stories]
+    for one in stories:
+        measured.setdefault(one["measured"], []).append(one["took"])
+    facts = [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
+             first["not_run"], *(line for one in stories for line in one["worsened"]), *first["notes"]]
+    return first | {"facts": facts, "principles": [one for k, one in enumerate(written) if one not in written[:k]]}
 
 
-def write_page(path: Path, groups: list[list[Path]], metrics: list[dict], figures: Path) -> None:
-    """The page of one run, or of an experiment: `groups` has a list for each variant, with a run of each seed (responses of
-    the first)."""
+CARRIED = re.compile(r'<script type="application/json" id="runs">(.*?)</script>', re.DOTALL)
+
+
+def stories_of(path: Path) -> list[dict]:
+    """The stories that a page carries. Raises UserError where it carries none."""
+    found = CARRIED.search(path.read_text())
+    if not found:
+        raise UserError(f"{path}: an older page, which does not carry what it shows; it can only be made from the runs")
+    return json.loads(found[1])
+
+
+def write_page(path: Path, stories: list[dict], metrics: list[dict], figures: Path) -> None:
+    """The page of one run, or of an experiment: `stories` of its runs, those of a variant beside each other, the first of
+    them with responses."""
     import jinja2
     from markupsafe import Markup
 
-    first = read_json(groups[0][0] / "run.json")["config"]
+    groups: dict[str, list[dict]] = {}
+    for one in stories:
+        groups.setdefault(one["variant"], []).append(one)
     pictures = [(name, standing(name.removeprefix("win_rate-")) if name.startswith("win_rate-") else "",
                  base64.b64encode((figures / f"{name}.png").read_bytes()).decode())
-                for name in figure_names(groups[0][0], metrics)]
+                for name in figure_names(stories[0]["kinds"], metrics)]
     head, body = (Path(__file__).parent / "page.html").read_text().split("<h1>")
     body = "".join(map(str.strip, body.splitlines()))  # its lines are for those who read the template
     # The standard library escapes, as it did before there was a template; what it has not seen jinja2 would.
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
                                   finalize=lambda value: Markup(html.escape(str(value)))).from_string(f"{head}<h1>{body}\n")
-    write_text(path, template.render(
-        title=f"{first['name']}, profile {first['profile']}", pictures=pictures, groups=list(map(_group, groups)),
-        values=[_values(metrics, seed) for seed in sorted({r["seed"] for r in metrics})]))
+    text = template.render(
+        title=f"{stories[0]['name']}, profile {stories[0]['profile']}", pictures=pictures,
+        groups=list(map(_group, groups.values())),
+        values=[_values(metrics, seed) for seed in sorted({r["seed"] for r in metrics})])
+    block = json.dumps(stories, ensure_ascii=False).replace("<", "\\u003c")  # no text in it ends the element
+    text, end = text.rsplit("</html>", 1)
+    write_text(path, f'{text}<script type="application/json" id="runs">{block}</script></html>{end}')
 
 
-def figure_names(folder: Path, metrics: list[dict]) -> list[str]:
-    """One figure of all measures, one of a pool's principles, one of each LLM judge's win rate."""
-    pool = constitutions_in(folder).kinds
-    return ["iterations", *(principles_figures(metrics) if pool else ()),
+def figure_names(kinds: Sequence[str], metrics: list[dict]) -> list[str]:
+    """One figure of all measures, one of the principles of a pool (which has kinds), one of each LLM judge's win rate."""
+    return ["iterations", *(principles_figures(metrics) if kinds else ()),
             *(f"win_rate-{j}" for j in language_models(metrics))]
 
 

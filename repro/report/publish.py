@@ -1,4 +1,6 @@
-"""Several runs of an experiment in one folder, and the committed copy of figures, numbers and page."""
+"""Several runs of an experiment in one folder, and the committed copy of figures, numbers and page, which runs of further
+seeds join and from which figures and page can be made again.
+"""
 
 from pathlib import Path
 
@@ -14,20 +16,20 @@ from repro.base.records import (
 )
 from repro.judges.record import JUDGMENTS, read_judgments
 from repro.judges.rule import FOLLOWING
-from repro.report.figures import draw, draw_principles, draw_win_rate, language_models
+from repro.report.figures import SERIES, draw, draw_principles, draw_win_rate, language_models
 from repro.report.look import save
-from repro.report.page import constitutions_in, figure_names, principles_figures, write_page
+from repro.report.page import constitutions_in, figure_names, principles_figures, stories_of, story, write_page
+from repro.text.principles import Constitutions, constitutions_of
 
 
 def report_figures(folder: Path) -> list[str]:
     """The files of the figures of a run's report."""
-    names = figure_names(folder, read_json(folder / "metrics.json"))
+    names = figure_names(list(constitutions_in(folder).kinds), read_json(folder / "metrics.json"))
     return [f"figures/{name}.{kind}" for name in names for kind in ("png", "pdf")]
 
 
-def _save_figures(metrics: list[dict], folder: Path, out: Path) -> None:
-    """The figures of `metrics`, of runs like the one in `folder`, under `out`."""
-    config, constitutions = read_json(folder / "run.json")["config"], constitutions_in(folder)
+def _save_figures(metrics: list[dict], config: dict, constitutions: Constitutions, out: Path) -> None:
+    """The figures of `metrics`, of runs with such a config and such constitutions, under `out`."""
     mini = config["profile"] == "mini"
     title = f"{config['name']}, mini: {config['model']['label']}, not the paper's run" if mini else config["name"]
     save(draw(metrics, constitutions.count, title), out / "iterations")
@@ -41,8 +43,8 @@ def _save_figures(metrics: list[dict], folder: Path, out: Path) -> None:
 def write_report(folder: Path) -> None:
     """figures/ and report.html of one run."""
     metrics = read_json(folder / "metrics.json")
-    _save_figures(metrics, folder, folder / "figures")
-    write_page(folder / "report.html", [[folder]], metrics, folder / "figures")
+    _save_figures(metrics, read_json(folder / "run.json")["config"], constitutions_in(folder), folder / "figures")
+    write_page(folder / "report.html", [story(folder)], metrics, folder / "figures")
 
 
 # ---- several runs
@@ -82,8 +84,8 @@ def gather(folders: list[Path]) -> Path:
         write_json(out / "metrics.json", metrics)
         write_json(out / "constitutions.json", {"variants": {
             name: read_json(folder / "constitutions.json") for name, folder in zip(names, folders)}})
-        _save_figures(metrics, folders[0], out / "figures")
-        write_page(out / "report.html", [[folder] for folder in folders], metrics, out / "figures")
+        _save_figures(metrics, first["config"], constitutions_in(folders[0]), out / "figures")
+        write_page(out / "report.html", list(map(story, folders)), metrics, out / "figures")
         write_json(out / "run.json", {k: first[k] for k in (
             "commit", "packages", "python", "device", "threads", "seeds", "values")} | {
             "variants": names, "config": {name: r["config"] for name, r in zip(names, records)},
@@ -104,48 +106,95 @@ def _without_places(record: dict) -> dict:
         "data": config["data"] | {"source": Path(config["data"]["source"]).name}}}
 
 
+def _run(record: dict) -> tuple[str, int]:
+    return record["config"].get("variant", ""), record["config"]["seed"]
+
+
+def _stem(run: tuple[str, int]) -> str:
+    return "-".join(filter(None, (run[0], f"seed-{run[1]}")))
+
+
+def _alike(record: dict, other: dict, said: str) -> None:
+    """Raises UserError where two runs of a variant differ in more than their seed."""
+    a, b = (_without_places(r)["config"] | {"seed": None} for r in (record, other))
+    if differ := [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]:
+        raise UserError(f"{said} differs in more than the seed: {', '.join(differ)}")
+    if record["inputs"] != other["inputs"]:
+        raise UserError(f"{said} differs in more than the seed: what it read")
+
+
 def publish(folders: list[Path], results: Path, *, page: bool = True) -> Path:
     """Copy runs of one experiment (one seed each) to results/<experiment>/<profile>: numbers, figures, page, and what
-    principle writers wrote.
+    principle writers wrote. Runs that are published there already stay, but those of the same variant and seed.
 
     `page` False leaves out the page, which shows responses: for queries that are not ours to print.
-    Raises UserError where runs differ in more than their seed and variant, or one is unfinished.
+    Raises UserError where runs differ in more than their seed and variant, from those published too, or one is unfinished.
     """
-    groups: dict[str, list[Path]] = {}
-    for folder in [leaf for named_one in folders for leaf in leaves(named_one)]:
-        if not (folder / "metrics.json").is_file():
-            raise UserError(f"{folder}: no metrics.json; only a finished run can be published")
-        groups.setdefault(read_json(folder / "run.json")["config"].get("variant", ""), []).append(folder)
-    for runs in groups.values():
-        records = [read_json(run / "run.json") for run in runs]
-        for run, record in zip(runs, records):
-            if record["config"] | {"seed": None} != records[0]["config"] | {"seed": None} or \
-                    record["inputs"] != records[0]["inputs"]:
-                raise UserError(f"{run}: its config differs from {runs[0]}'s in more than the seed")
-        if len({r["config"]["seed"] for r in records}) < len(records):
-            raise UserError("the runs to publish must have different seeds")
-    every = list(groups.values())
-    first = read_json(every[0][0] / "run.json")["config"]
-    if any(read_json(runs[0] / "run.json")["config"][k] != first[k] for runs in every for k in ("name", "profile")):
+    runs = [leaf for named_one in folders for leaf in leaves(named_one)]
+    for run in runs:
+        if not (run / "metrics.json").is_file():
+            raise UserError(f"{run}: no metrics.json; only a finished run can be published")
+    records = [read_json(run / "run.json") for run in runs]
+    first = records[0]["config"]
+    if any(r["config"][k] != first[k] for r in records for k in ("name", "profile")):
         raise UserError("the runs to publish must be of one experiment and profile")
-    alone = _standing_alone([run for runs in every for run in runs])
+    if len(set(map(_run, records))) < len(records):
+        raise UserError("the runs to publish must have different seeds")
+    out = results / first["name"] / first["profile"]
+    known = {_run(record): record for path in sorted(out.glob("run-*.json")) for record in [read_json(path)]}
+    if known and page != (out / "report.html").is_file():
+        raise UserError(f"{out}: its runs were published {'without a page' if page else 'with one'}; publish these "
+                        f"{'with' if page else 'without'} --numbers-only, or move that folder away")
+    for run, record in zip(runs, records):
+        _alike(record, next(r for r in records if _run(r)[0] == _run(record)[0]), f"{run}: its config")
+        for other in (r for key, r in known.items() if key[0] == _run(record)[0]):
+            _alike(record, other, f"{run}: from what is published in {out} (to publish it anew, move that folder away) it")
+    stories = {(s["variant"], s["seed"]): s for s in (stories_of(out / "report.html") if known and page else ())}
+    stories |= {_run(record): story(run) for run, record in zip(runs, records)} if page else {}
+    alone = _standing_alone(runs)
     metrics = [r for run in alone for r in read_json(run / "metrics.json")]
-    out = make_folder(results / first["name"] / first["profile"])
-    _save_figures(metrics, every[0][0], out / "figures")
-    write_json(out / "metrics.json", metrics)
-    for variant, runs in groups.items():
-        for run in runs:
-            record = read_json(run / "run.json")
-            stem = "-".join(filter(None, (variant, f"seed-{record['config']['seed']}")))
-            write_json(out / f"run-{stem}.json", _without_places(record))
-            if (run / FOLLOWING).is_file():
-                write_bytes(out / f"following-{stem}.jsonl", (run / FOLLOWING).read_bytes())
-            if (run / "writing.jsonl").is_file():
-                write_bytes(out / f"writing-{stem}.jsonl", (run / "writing.jsonl").read_bytes())
-                write_json(out / f"constitutions-{stem}.json", read_json(run / "constitutions.json"))
-    by_file = next((runs[0] for runs in every if not (runs[0] / "writing.jsonl").is_file()), None)
-    if by_file:
-        write_json(out / "constitutions.json", read_json(by_file / "constitutions.json"))
-    if page:
-        write_page(out / "report.html", every, metrics, out / "figures")
+    own = {_line(r) for r in metrics}
+    metrics = [r for r in (read_json(out / "metrics.json") if known else ()) if _line(r) not in own] + metrics
+    make_folder(out)
+    for run, record in zip(runs, records):
+        stem = _stem(_run(record))
+        write_json(out / f"run-{stem}.json", _without_places(record))
+        if (run / FOLLOWING).is_file():
+            write_bytes(out / f"following-{stem}.jsonl", (run / FOLLOWING).read_bytes())
+        if (run / "writing.jsonl").is_file():
+            write_bytes(out / f"writing-{stem}.jsonl", (run / "writing.jsonl").read_bytes())
+            write_json(out / f"constitutions-{stem}.json", read_json(run / "constitutions.json"))
+        else:
+            write_json(out / "constitutions.json", read_json(run / "constitutions.json"))
+    write_json(out / "metrics.json", sorted(metrics, key=lambda r: r["seed"]))
+    _draw_published(out, list(stories.values()))
     return out
+
+
+def _line(row: dict) -> tuple:
+    return row["seed"], *(row[k] for k in SERIES if k != "subset")
+
+
+def again(out: Path) -> Path:
+    """Figures and page of a published folder, made from what it holds."""
+    _draw_published(out, stories_of(out / "report.html") if (out / "report.html").is_file() else [])
+    return out
+
+
+def _draw_published(out: Path, stories: list[dict]) -> None:
+    """Figures and page of what is published in a folder: variants in their order, of each the runs by seed, of the first
+    of which the page has responses."""
+    metrics, record = read_json(out / "metrics.json"), read_json(sorted(out.glob("run-*.json"))[0])
+    path = min(out.glob("constitutions*.json"), key=lambda path: len(path.name))
+    _save_figures(metrics, record["config"], constitutions_of(read_json(path), str(path)), out / "figures")
+    order = list(dict.fromkeys(one["variant"] for one in stories))
+    stories = sorted(stories, key=lambda one: (order.index(one["variant"]), one["seed"]))
+    for before, one in zip(stories, stories[1:]):
+        if before["variant"] == one["variant"]:
+            one["shown"] = []
+    if stories:
+        write_page(out / "report.html", stories, metrics, out / "figures")
+
+
+def is_published(folder: Path) -> bool:
+    return not (folder / "run.json").is_file() and any(folder.glob("run-*.json"))
