@@ -7,8 +7,9 @@ against mistral-7b-instruct 47 and 65 %, 44 and 68 %; 8 x A100 80 GB. `paper` is
 dose (README, "Faithful, by name") and the weak writer. The strong one is retired: ARGS='--name exp2_strong --writer openai
 --writer-model NAME' has another model write.
 `mini` keeps the structure with the embedded 135M model, which is also its weak writer, and 304 posts of ours; beside it
-stand two principles written by hand (`hand`, never "strong") that this model can follow. Its numbers are its own, never the
-paper's.
+stand two principles written by hand (`hand`, never "strong") that this model can follow. Of the 128 held-out posts,
+answered before training and after the last iteration, 32 are scored too, and answered in between. Its numbers are its own,
+never the paper's.
 
 Run: make exp2 [PROFILE=mini|paper] [OUT=runs] [ARGS='--variant hand']
 """
@@ -24,7 +25,7 @@ HAND = Experiment(
     task="summary",
     constitutions="tldr_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
-    data=DataSpec(source="embedded-tldr", train=112, evaluation=32),
+    data=DataSpec(source="embedded-tldr", train=112, evaluation=128, scored=32),
     sampling=SamplingSpec(batch_size=128, drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
     judge=JudgeSpec(judges=("rule",)),
     not_run=("baseline mistral-7b-instruct: no counterpart of the embedded model", "judge gpt-4-0613: retired",

@@ -48,10 +48,10 @@ def test_values_by_hand(tmp_path):
     assert line.by_query(steered.of_side("not_short", set(ruled)), "3") == {"q0": 0.5, "q1": 0.5}
     assert line.by_query(steered.of_side("not_plain", set(ruled)), "3") == {}
     said = steered.write(tmp_path)
-    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-0.75, +0.88] (n 2, seeds 2); "
+    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-0.75, +0.88] (n 2, 2 seeds from +0.38 to +0.38); "
                     "as many responses are seen to answer: +0.38 [-0.79, +0.94]"]
     page = (tmp_path / "steered.md").read_text()
-    assert "| exp1_x | helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | +0.38 to +0.38 | 0.10 -> 0.35 | NOT RUN |" in page
+    assert "| exp1_x, helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | 0.10 -> 0.35 | NOT RUN |" in page
     assert "| exp1_x | helpful | plain | 2 | 0.12 -> 0.62 |" in page and (tmp_path / "steered.png").stat().st_size > 5000
 
 

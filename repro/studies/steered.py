@@ -113,18 +113,18 @@ def detectable(change: Estimate) -> float:
     return 2.8 * (change.sem or float("nan"))
 
 
+HEADER = ["run, subset", "n, seeds", "steerability", "change", "bound, nats", "tokens", "answers"]
+
+
 def _row(line: Line) -> list[str]:
-    change, rot, last = line.change(followed), line.change(answers), int(line.last)
+    last = int(line.last)
     ends = [[line.mean(metric, k, **fixed) for k in (0, last)] for metric, fixed in (
         ("mi", {"estimator": "infonce"}), ("length_tokens", {}))]
     told = [f"{a[0]:.{digits}f} -> {b[0]:.{digits}f}" if a and b else "NOT RUN" for (a, b), digits in zip(ends, (2, 0))]
-    return [line.name, line.subset.replace("_", " "), f"{change.n}, {len(line.rows)}",
-            f"{line.value(followed).value:.2f} -> {line.value(followed, line.last).value:.2f}", look.said(change, sign="+"),
-            f"{min(line.seeds(followed)):+.2f} to {max(line.seeds(followed)):+.2f}", told[0], told[1],
-            f"{line.value(answers).value:.2f} -> {line.value(answers, line.last).value:.2f}", look.said(rot, sign="+")]
-
-
-HEADER = ["run", "subset", "n, seeds", "steerability", "change", "seeds", "bound, nats", "tokens", "answers", "change"]
+    change, (steered, rot) = line.change(followed), (
+        f"{line.value(of).value:.2f} -> {line.value(of, line.last).value:.2f}" for of in (followed, answers))
+    return [f"{line.name}, {line.subset.replace('_', ' ')}", f"{change.n}, {len(line.rows)}", steered,
+            look.said(change, sign="+"), *told, rot]
 
 
 def write(results: Path) -> list[str]:
@@ -157,7 +157,7 @@ intervals over queries, over whose seeds values are averaged first. Answers: the
 ![Change of steerability of each run and subset](steered.png)
 
 """ + look.table(HEADER, [_row(line) for _, line in lines]) + """
-n: held-out queries of the change (the bound may be of fewer: metrics.json); seeds: its range over single seeds.
+n: held-out queries of the change (the bound may be of fewer: metrics.json).
 
 ## Every side
 
@@ -169,13 +169,14 @@ The last column: the change that so many queries would show in four of five such
 
 
 def _verdict(line: Line) -> str:
-    change, rot = line.change(followed), line.change(answers)
+    change, rot, seeds = line.change(followed), line.change(answers), line.seeds(followed)
     low, high = change.ci95
     moved = ("is followed more" if low > 0 else "is followed less" if high < 0
              else "is not seen to be followed more or less")
     less, more = rot.ci95[1] < 0, rot.ci95[0] > 0
     text = "fewer responses answer" if less else "more responses answer" if more else "as many responses are seen to answer"
-    return (f"the constitution {moved}: {look.said(change, sign='+')} (n {change.n}, seeds {len(line.rows)}); {text}: "
+    spread = f"{len(seeds)} seeds from {min(seeds):+.2f} to {max(seeds):+.2f}" if len(seeds) > 1 else "1 seed"
+    return (f"the constitution {moved}: {look.said(change, sign='+')} (n {change.n}, {spread}); {text}: "
             f"{look.said(rot, sign='+')}")
 
 
