@@ -386,8 +386,8 @@ def test_a_page_carries_what_it_shows_and_nothing_private(tiny, tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     write_report(folder)
     one, = stories_of(folder / "report.html")
-    assert one["shown"][0]["rows"][1] == ["iteration 1", ["</script><!--<script> \\u003c \u2028 &lt;" + " […]" * (not r["finished"])
-                                                          for r in rows[:4] if "not_harmless" not in r["constitution"]]]
+    assert one["items"][0]["answers"][1] == ["</script><!--<script> \\u003c \u2028 &lt;" + " […]" * (not r["finished"])
+                                             for r in rows[:4] if "not_harmless" not in r["constitution"]]
     assert "SECRET" not in (folder / "report.html").read_text() and (folder / "report.html").read_text().count("</script") == 1
     out = publish([folder], tmp_path / "results")
     before = files_of(out)

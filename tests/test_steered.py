@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -78,13 +79,19 @@ def test_a_published_run_takes_its_marks_along(tmp_path, tiny):
     from test_experiments import small
 
     from repro.experiment import load_experiment
+    from repro.report.page import stories_of
     from repro.report.publish import publish
     from repro.stages.pipeline import run
 
     experiment = small(load_experiment("exp3", "mini")[0], tiny)
-    experiment = dataclasses.replace(experiment, iterations=1)
-    out = publish([run(experiment, tmp_path / "runs", say=lambda line: None)], tmp_path / "results", page=False)
+    experiment = dataclasses.replace(experiment, iterations=1, data=dataclasses.replace(experiment.data, evaluation=3, scored=2))
+    out = publish([run(experiment, tmp_path / "runs", say=lambda line: None)], tmp_path / "results")
     rows = [json.loads(line) for line in (out / "following-seed-0.jsonl").read_text().splitlines()]
+    (story,) = stories_of(out / "report.html")
+    assert Counter(item["subset"] for item in story["items"]) == {"learned": 4, "held_out": 2}  # of the two that are scored
+    for item in story["items"]:
+        of = [row for row in rows if (row["query"], row["subset"], row["constitutions"]) == (item["id"], item["subset"], item["constitutions"])]
+        assert [[of[0]["sides"][str(i)] for i in (0, 1)]] * len(of) == [item["marks"]] * len(of) and len(of) >= 1
     metrics = json.loads((out / "metrics.json").read_text())
     lines = {line.subset: line for line in steered.read(out)}
     for subset in {row["subset"] for row in rows}:

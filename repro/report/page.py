@@ -14,12 +14,14 @@ from pathlib import Path
 
 from repro.base.records import UserError, read_json, read_jsonl, write_text
 from repro.base.settings import safe_name
+from repro.judges.rule import FOLLOWING
 from repro.judges.standing import standing
 from repro.report.figures import SERIES, language_models, named, select, telling
 from repro.report.look import LABELS
 from repro.text.principles import Constitutions, constitutions_of
 
-SHOWN_QUERIES = 12
+CARRIED_ITEMS = 32  # of each kind of principles: so many are in the page as JSON,
+SHOWN_QUERIES = 12  # of all kinds together so many as a table
 
 
 def told(record: dict) -> list[str]:
@@ -119,31 +121,32 @@ def constitutions_in(folder: Path) -> Constitutions:
 
 
 def _responses(folder: Path, record: dict) -> tuple[str, list[dict]]:
-    """Side by side for the first held-out items: rows are iterations, columns constitutions. Of a set, queries of its
-    first (everyday) subset; of a pool, items of each kind of principles. Before them what they are, in words."""
+    """What the responses are, in words, and those to the first held-out items that every iteration answers: of a set,
+    queries of its first (everyday) subset; of a pool, items of each kind of principles. `answers` and `marks` (what
+    following.jsonl says of each) have a row for every iteration, a column for every constitution that may be shown."""
     constitutions, config = constitutions_in(folder), record["config"]
-    private, pool, C = constitutions.private_sides, bool(constitutions.kinds), constitutions.count
+    private, C = constitutions.private_sides, constitutions.count
     items = read_jsonl(folder / "logprobs/evaluation-0.jsonl")
     queries = {row["id"]: row["text"] for row in read_jsonl(folder / "queries.jsonl")}
     answers = [read_jsonl(folder / f"responses/evaluation-{i}.jsonl") for i in range(config["iterations"] + 1)]
+    marks = read_jsonl(folder / FOLLOWING) if (folder / FOLLOWING).is_file() else []
     kinds = constitutions.kinds or [items[0]["subset"]]
-    shown, left_out = [], set()
+    carried, left_out = [], set()
     for kind in kinds:
-        chosen = [k for k, row in enumerate(items) if row["subset"] == kind][:SHOWN_QUERIES // len(kinds)]
-        for k in chosen:
-            columns = [a for a in range(k * C, k * C + C)
-                       if not private & set(answers[0][a]["constitution"].split(","))]
-            left_out |= {answers[0][a]["constitution"] for a in range(k * C, k * C + C)} - {
-                answers[0][a]["constitution"] for a in columns}
-            rows = [("initial" if i == 0 else f"iteration {i}",
-                     [rows[a]["text"] + ("" if rows[a]["finished"] else " […]") for a in columns])
-                    for i, rows in enumerate(answers)]
-            shown.append({"query": queries[items[k]["query"]], "rows": rows,
-                          "columns": [answers[0][a]["constitution"] for a in columns],
-                          "mark": f"{kind.replace('_', ' ')} principles" if pool else ""})
+        for k in [k for k, row in enumerate(items) if row["subset"] == kind][:CARRIED_ITEMS]:
+            ids = [row["constitution"] for row in answers[0][k * C:k * C + C]]
+            shown = [c for c, of in enumerate(ids) if not private & set(of.split(","))]
+            left_out |= {of for c, of in enumerate(ids) if c not in shown}
+            one = {"id": items[k]["query"], "subset": kind, "query": queries[items[k]["query"]],
+                   "constitutions": [ids[c] for c in shown],
+                   "answers": [[rows[k * C + c]["text"] + ("" if rows[k * C + c]["finished"] else " […]") for c in shown]
+                               for rows in answers]}
+            if marks:
+                one["marks"] = [[marks[k]["sides"][str(i)][c] for c in shown] for i in range(len(answers))]
+            carried.append(one)
     note = f" {len(left_out)} constitutions are left out: their responses stay in the run directory." if left_out else ""
-    return (f"Held-out {'' if pool else kinds[0] + ' '}queries, greedy, at most {config['sampling']['max_new_tokens']} "
-            f"tokens ([…] marks a response cut there).{note}"), shown
+    return (f"Held-out {'' if constitutions.kinds else kinds[0] + ' '}queries, greedy, at most "
+            f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}"), carried
 
 
 def _short(commit: str | None) -> str:
@@ -174,7 +177,7 @@ def story(folder: Path) -> dict:
     again, and runs of other seeds join it, where the run's folder is gone."""
     record, constitutions = read_json(folder / "run.json"), constitutions_in(folder)
     config, by = record["config"], constitutions.writer if "written" in read_json(folder / "constitutions.json") else ""
-    note, shown = _responses(folder, record)
+    note, items = _responses(folder, record)
     return {
         "name": config["name"], "profile": config["profile"], "variant": config.get("variant", ""), "seed": config["seed"],
         "kinds": list(constitutions.kinds), "setting": _setting(record, constitutions.writer),
@@ -186,7 +189,7 @@ def story(folder: Path) -> dict:
         "worsened": [line + "." for line in worsened(folder)],
         "notes": [line + "." for line in (*told(record), *cut_answers(folder))],
         "principles": [by, [[p.name, p.text, p.antithesis, p.rule or "none"] for p in constitutions.principles]],
-        "note": note, "shown": shown}
+        "note": note, "items": items}
 
 
 def _group(stories: list[dict]) -> dict:
@@ -196,7 +199,18 @@ def _group(stories: list[dict]) -> dict:
         measured.setdefault(one["measured"], []).append(one["took"])
     facts = [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
              first["not_run"], *(line for one in stories for line in one["worsened"]), *first["notes"]]
-    return first | {"facts": facts, "principles": [one for k, one in enumerate(written) if one not in written[:k]]}
+    return first | {"facts": facts, "principles": [one for k, one in enumerate(written) if one not in written[:k]],
+                    "shown": _shown(first)}
+
+
+def _shown(one: dict) -> list[dict]:
+    """The first of the items that a story carries, for the template."""
+    each = SHOWN_QUERIES // max(1, len(one["kinds"]))
+    items = [item for kind in dict.fromkeys(item["subset"] for item in one["items"])
+             for item in [item for item in one["items"] if item["subset"] == kind][:each]]
+    return [item | {"mark": f"{item['subset'].replace('_', ' ')} principles" if one["kinds"] else "",
+                    "rows": [("initial" if i == 0 else f"iteration {i}", texts) for i, texts in enumerate(item["answers"])]}
+            for item in items]
 
 
 CARRIED = re.compile(r'<script type="application/json" id="runs">(.*?)</script>', re.DOTALL)

@@ -191,7 +191,7 @@ def _draw_published(out: Path, stories: list[dict]) -> None:
     stories = sorted(stories, key=lambda one: (order.index(one["variant"]), one["seed"]))
     for before, one in zip(stories, stories[1:]):
         if before["variant"] == one["variant"]:
-            one["shown"] = []
+            one["items"] = []
     if stories:
         write_page(out / "report.html", stories, metrics, out / "figures")
 
