@@ -6,8 +6,10 @@ three iterations with batches doubled; at iteration 3, raw win rates against the
 out), with chain of thought 69 and 67 %; 8 x A100 80 GB. `paper` is that setting, without and with chain of thought, with
 Table 1's dose and principles in our wording (README, "Faithful, by name"); without chain of thought the authors sampled
 with training's short prompt, here with the example of the format.
-`mini` keeps the structure with the embedded 135M model and 304 posts of ours. Many of the styles are beyond it: the report
-says for each principle whether the initial model follows it. Its numbers are its own, never the paper's.
+`mini` keeps the structure with the embedded 135M model and 304 posts of ours. Most of the paper's styles are beyond that
+model; these are 7 learned and 4 held-out ones of which it sometimes does either side (`repro probe`), and all have a rule.
+Of the 128 held-out posts, answered before training and after the last iteration, 32 are scored too, and answered in
+between. Its numbers are its own, never the paper's.
 
 Run: make exp3 [PROFILE=mini|paper] [OUT=runs]; with chain of thought in mini: ARGS=--cot
 """
@@ -21,10 +23,11 @@ MINI = Experiment(
     profile="mini",
     task="summary",
     cot=False,
-    constitutions="diverse",
+    constitutions="diverse_mini",
     train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
-    data=DataSpec(source="embedded-tldr", train=112, evaluation=24, draws=(2, 1)),
-    sampling=SamplingSpec(batch_size=128, drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
+    data=DataSpec(source="embedded-tldr", train=112, evaluation=128, scored=32),
+    sampling=SamplingSpec(batch_size=128, max_new_tokens=64,
+                          drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
     judge=JudgeSpec(judges=("rule",)),
     not_run=("judge gpt-4-0613: retired",),
 )
@@ -32,6 +35,7 @@ MINI = Experiment(
 PAPER = replace(
     MINI,
     profile="paper",
+    constitutions="diverse",
     variant="direct",
     model=ModelSpec(name="meta-llama/Meta-Llama-3-70B", label="llama3-70b", prompt="plain"),
     data=DataSpec(source="tldr", train=7_500, evaluation=250),

@@ -17,47 +17,23 @@ from repro.base.settings import JudgeSpec, ModelSpec, prompt_for, safe_name
 from repro.experiment import configure, load_experiment, only_variant, paper_models, shipped, told_of
 from repro.flags import Compare, Figures, Judge, Plan, Probe, Publish, Run, Verify, endpoint, held
 from repro.models.embedded import accept
-from repro.report.figures import select, series, telling
-from repro.report.page import cut_answers, dropped_pairs, worsened
-from repro.report.publish import leaves
+from repro.report.changes import verdict
+from repro.report.publish import changed, leaves
+from repro.report.story import cut_answers, dropped_pairs, worsened
 
 
 def summary(folder: Path) -> list[str]:
-    """The last lines of a run: where the page is, and what happened to MI, length and following."""
-    metrics = read_json(folder / "metrics.json")
-    first, last = 0, max(r["iteration"] for r in metrics)
-    tell, models = telling(metrics), {line["model"] for line in series(metrics)}
-
-    def change(label, digits, **fixed):
-        found = {}
-        for row in select(metrics, **fixed):
-            if row["iteration"] in (first, last) and row["model"] in models:  # not a baseline's
-                found.setdefault(tell(row), {})[row["iteration"]] = row
-        parts = [f"{key} {a[first]['value']:.{digits}f} -> {a[last]['value']:.{digits}f} "
-                 + (f"(n {a[last]['n']})" if a[last]["sem"] is None else f"(±{a[last]['sem']:.{digits}f})")
-                 for key, a in found.items() if {first, last} <= a.keys()]
-        return f"{label}: " + ", ".join(parts) if parts else f"{label}: NOT RUN"
-
-    lines = [change("InfoNCE bound, nats", 3, metric="mi", estimator="infonce", principle=None),
-             change("length, tokens", 1, metric="length_tokens"),
-             change("following, by rule", 2, metric="following", principle=None)]
-    lines += [(f"{leaf.name}: " if leaf != folder else "") + line for leaf in leaves(folder)
-              for line in (*dropped_pairs(leaf), *cut_answers(leaf), *worsened(leaf))]
-    stages = [s for leaf in leaves(folder) for s in read_json(leaf / "run.json")["stages"].values()]
-    lines.append(f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
-                 f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB")
-
-    (line, *others) = series(metrics)
-
-    def ends(digits, **fixed):
-        found = [select(metrics, iteration=i, principle=None, **line, **fixed) for i in (first, last)]
-        return " -> ".join(f"{rows[0]['value']:.{digits}f}" for rows in found) if all(found) else "NOT RUN"
-
-    of = f" of {tell(line)}" if others else ""
-    lines.append(f"report: {folder / 'report.html'} (iterations 0 -> {last}{of}: "
-                 f"bound {ends(2, metric='mi', estimator='infonce')} nats, "
-                 f"length {ends(0, metric='length_tokens')} tokens, following {ends(2, metric='following')})")
-    return lines
+    """The last lines of a run: what training did, in words; what went wrong; where the page is."""
+    lines, parts = [], leaves(folder)
+    for leaf in parts:
+        name = f"{leaf.name}, " if leaf != folder else ""
+        lines += [f"{name}{line.subset.replace('_', ' ')}: {sentence}" for own in changed([leaf]).values() for line in own
+                  for sentence in verdict(line)]
+        lines += [(f"{leaf.name}: " if leaf != folder else "") + line
+                  for line in (*dropped_pairs(leaf), *cut_answers(leaf), *worsened(leaf))]
+    stages = [s for leaf in parts for s in read_json(leaf / "run.json")["stages"].values()]
+    return [*lines, f"{sum(s['seconds'] for s in stages) / 60:.1f} minutes of work in all, peak memory "
+                    f"{max(s['peak_rss_gib'] for s in stages):.1f} GiB", f"report: {folder / 'report.html'}"]
 
 
 def run_command(args: Run) -> None:

@@ -190,23 +190,25 @@ def test_a_query_file_brings_its_own_subsets(tmp_path):
     assert cli.configure(cli.Run("exp1", queries="embedded-tldr", subsets=("helpful",)))[0].data.subsets == ("helpful",)
 
 
-def test_the_last_line_says_where_the_report_is_and_what_happened(tmp_path):
-    rows = [{"metric": m, "subset": s, "iteration": i, "estimator": "infonce" if m == "mi" else None, "value": v + i, "sem": 0.1,
-             "model": "m", "writer": "hand", "cot": None, "n": 3}
-            for m, v in (("mi", 0.5), ("length_tokens", 20.0), ("following", 0.0)) for s in ("helpful", "harmless") for i in (0, 1)]
-    rows += [r | {"principle": "brief", "value": 9.0} for r in rows if r["metric"] == "following"]  # about one: not averaged
-    rows += [r | {"model": "another", "value": 99.0} for r in rows if r["metric"] == "length_tokens"]  # a baseline's
-    (tmp_path / "metrics.json").write_text(json.dumps(rows))
+def test_the_last_lines_say_what_happened_and_where_the_report_is(tmp_path):
+    (tmp_path / "metrics.json").write_text("[]")
     (tmp_path / "run.json").write_text(json.dumps({
-        "stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}}, "config": {"iterations": 1, "sampling": {"max_new_tokens": 8}}}))
+        "stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}},
+        "config": {"name": "mine", "seed": 0, "iterations": 1, "sampling": {"max_new_tokens": 8}}}))
+    rows = [{"query": f"q{k}", "subset": "held_out", "constitutions": ["a", "not_a"], "sides": {"0": ["1", "0 loop"], "1": ["1", "1"]},
+             "tokens": {"0": [9, 9], "1": [4, 4 + k]}, "bound": {"0": 0.25, "1": 0.5}} for k in range(9)]
+    (tmp_path / "following.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "constitutions.json").write_text(json.dumps(GOOD_SET))
     (tmp_path / "responses").mkdir()
     answers = [{"finished": k in (1, 3, 4)} for k in range(6)]  # three queries; the judged ones are 0, 2 and 4
     (tmp_path / "responses/evaluation-1.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
     lines = cli.summary(tmp_path)
     assert "2 of 3 judged answers were cut at 8 tokens (SamplingSpec.max_new_tokens)" in lines
-    assert lines[-1] == (f"report: {tmp_path}/report.html (iterations 0 -> 1 of helpful: bound 0.50 -> 1.50 nats, "
-                         "length 20 -> 21 tokens, following 0.00 -> 1.00)")
+    assert lines[-1] == f"report: {tmp_path}/report.html"
+    assert lines[:3] == [
+        "held out: The bound on mutual information rose: 0.25 -> 0.50, +0.25, in nats (n 9, 1 seed).",
+        "held out: The constitution is followed more: 0.50 -> 1.00, +0.50 [+0.05, +0.64], as the share of its sides (n 9, 1 seed).",
+        "held out: More responses answer: 0.50 -> 1.00, +0.50 [+0.05, +0.64]; their length fell: 9 -> 6, -3.0 [-4.1, -1.9], in tokens."]
     assert lines[-2] == "1.0 minutes of work in all, peak memory 1.5 GiB"
 
 

@@ -392,7 +392,7 @@ def test_a_tokenizers_file_that_cannot_be_read_is_named(capsys, tmp_path, made, 
 
 def test_a_bound_that_training_has_lowered_is_told_with_the_rate(tmp_path):
     from repro.base.records import write_json
-    from repro.report.page import worsened
+    from repro.report.story import worsened
 
     def told(*values):
         write_json(tmp_path / "run.json", {"config": {"train": {"learning_rate": 0.01}}})
@@ -414,7 +414,7 @@ def test_a_rate_whose_steps_are_large_for_the_model_is_told(tmp_path, made, rate
     """At the beginning, and, since the run keeps it, at its end and in its report."""
     from test_experiments import small
 
-    from repro.report.page import worsened
+    from repro.report.story import worsened
     from repro.stages.run import Run
 
     folder = made(edited("config.json", initializer_range=0.02))

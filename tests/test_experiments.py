@@ -255,7 +255,7 @@ def test_two_runs_in_one_directory(finished, tiny):
 
 
 def test_the_report_says_that_a_checkout_was_modified():
-    from repro.report.page import _short
+    from repro.report.story import _short
 
     assert (_short("0123456789abcdef"), _short("0123456789abcdef-dirty"), _short(None)) == ("0123456789ab", "0123456789ab-dirty", "unknown")
 
@@ -274,7 +274,8 @@ def test_no_text_of_users_or_models_becomes_a_part_of_the_page(tiny, tmp_path):
             self.feed(text)
 
         def handle_starttag(self, tag, attrs):
-            self.tags.append((tag, [k for k, _ in attrs]))
+            if tag != "mark":  # words that the initial model did not say: other ones in another text
+                self.tags.append((tag, [k for k, _ in attrs]))
 
         def handle_data(self, data):
             self.text += data
@@ -311,7 +312,7 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
     experiment = small(load_experiment("exp1", "paper")[0], tiny)
     folder = run(experiment, tmp_path / "runs", say=lambda text: None)
     page = (folder / "report.html").read_text()
-    assert "<th>not_helpful,harmless</th>" in page and "not_harmless</th>" not in page
+    assert "<h5>not_helpful,harmless</h5>" in page and "not_harmless</h5>" not in page
     path = folder / "responses/evaluation-1.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
@@ -319,7 +320,7 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     write_report(folder)
     page = (folder / "report.html").read_text()
-    assert "&lt;script&gt;" in page and "<script>" not in page and "SECRET" not in page
+    assert "&lt;script&gt;alert" in page and "<script>alert" not in page and "SECRET" not in page
     out = publish([folder], tmp_path / "results")
     assert "SECRET" not in (out / "report.html").read_text()
     (out / "report.html").unlink()
@@ -353,7 +354,7 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
     with pytest.raises(UserError, match="its config differs in more than the seed: iterations"):
         publish([folder, third], tmp_path / "results")
     together = files_of(out)
-    assert together["report.html"].count(b"<details") == 2 and b"seed 1: " in together["report.html"]
+    assert b"seeds 0, 1: helpful" in together["report.html"] and b"change of each seed" in together["report.html"]
     for name, order in (("up", [folder, second]), ("down", [second, folder])):
         for one in order:
             assert command(one, "--results", tmp_path / name)[0] == 0
@@ -388,11 +389,11 @@ def test_a_page_carries_what_it_shows_and_nothing_private(tiny, tmp_path):
     one, = stories_of(folder / "report.html")
     assert one["items"][0]["answers"][1] == ["</script><!--<script> \\u003c \u2028 &lt;" + " […]" * (not r["finished"])
                                              for r in rows[:4] if "not_harmless" not in r["constitution"]]
-    assert "SECRET" not in (folder / "report.html").read_text() and (folder / "report.html").read_text().count("</script") == 1
+    assert "SECRET" not in (folder / "report.html").read_text() and (folder / "report.html").read_text().count("</script") == 2  # the block, the script
     out = publish([folder], tmp_path / "results")
     before = files_of(out)
     shutil.rmtree(folder)
-    assert files_of(again(out)) == before and (out / "report.html").read_text().count("iteration 1</td><td>&lt;/script&gt;") > 0
+    assert files_of(again(out)) == before and (out / "report.html").read_text().count("<mark>&lt;/script&gt;") > 0
 
 
 def test_sigterm_and_sigint_stop_with_one_line(tiny, tmp_path):

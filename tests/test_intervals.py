@@ -1,6 +1,5 @@
 """The intervals hold the truth 95 times in 100 at every n and rate, and are not wide for it. See tests/intervals.py."""
 
-import json
 
 import intervals
 import numpy as np
@@ -9,9 +8,9 @@ from intervals import P, judged, lengths, normal, ours, scores, simulate, wilson
 from scipy import special, stats
 
 from repro.base import metrics as m
-from repro.cli import summary
+from repro.report.changes import lines, verdict
 from repro.report.figures import draw, draw_principles, draw_win_rate
-from repro.report.page import _interval
+from repro.report.page import _cell
 
 SIZES = (3, 8, 16, 32, 64, 125, 250)
 MIRRORED = sorted({*P, *(round(1 - p, 2) for p in P)})
@@ -183,21 +182,16 @@ def made(sem) -> list[dict]:
     return [row(iteration=i, sem=sem, n=2 if sem else 1, **kind) for i in (0, 1) for kind in kinds]
 
 
-def test_one_query_is_said_to_be_one(tmp_path):
-    """No "±0.000" and no bar of no length where one query has no SEM."""
-    (tmp_path / "metrics.json").write_text(json.dumps(made(None)))
-    (tmp_path / "run.json").write_text(json.dumps({
-        "stages": {"metrics": {"seconds": 60, "peak_rss_gib": 1.5}},
-        "config": {"iterations": 1, "sampling": {"max_new_tokens": 8}}}))
-    (tmp_path / "constitutions.json").write_text(json.dumps({"principles": [
-        {"name": "brief", "text": "Be brief.", "antithesis": "Be long.", "rule": "brief"}]}))
-    (tmp_path / "responses").mkdir()
-    (tmp_path / "responses/evaluation-1.jsonl").write_text('{"finished": true}\n')
-    lines = summary(tmp_path)
-    assert lines[0] == "InfoNCE bound, nats: s 0.500 -> 0.500 (n 1)" and not any("±" in line for line in lines)
-    assert _interval(made(None)[0], 3) == ("0.500", "n 1")
-    (tmp_path / "metrics.json").write_text(json.dumps(made(0.25)))
-    assert summary(tmp_path)[0] == "InfoNCE bound, nats: s 0.500 -> 0.500 (±0.250)"
+def test_one_query_is_said_to_be_one():
+    """No "±0.000", and no change that is seen, where one query has no SEM."""
+    row = {"query": "q", "subset": "s", "constitutions": ["a"], "sides": {"0": ["0"], "1": ["1"]}, "tokens": {"0": [9], "1": [4]},
+           "bound": {"0": 0.25, "1": 0.5}}
+    (line,) = lines("mine", {0: [row]})
+    assert verdict(line) == [
+        "The bound on mutual information is not seen to move: 0.25 -> 0.50, +0.25, in nats (n 1, 1 seed).",
+        "The constitution is not seen to be followed more or less: 0.00 -> 1.00, +1.00 [-0.95, +1.00], as the share of its sides (n 1, 1 seed).",
+        "Neither more nor fewer responses answer: 1.00 -> 1.00, +0.00 [-0.97, +0.97]; their length is not seen to change: 9 -> 4, -5.0, in tokens."]
+    assert _cell(made(None)[0], 3) == {"value": "0.500", "around": "n 1"}
 
 
 def test_no_bar_is_drawn_for_one_query():

@@ -15,7 +15,7 @@ from repro.base.settings import EMBEDDED
 from repro.models import decoding, load
 from repro.models import template as model_template
 from repro.models.speaker import Speaker
-from repro.report.page import told
+from repro.report.story import told
 from repro.stages import draws
 from repro.stages.run import Run
 from repro.text.principles import load_constitutions

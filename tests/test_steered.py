@@ -9,50 +9,49 @@ import numpy as np
 import pytest
 
 from repro.base.records import write_json, write_jsonl
+from repro.report import changes
+from repro.report.changes import ANSWERS, BOUND, FOLLOWED, TOKENS, of_side
 from repro.studies import steered
 
 SET = {"principles": [{"name": "short", "rule": "brief"}, {"name": "kind", "rule": None}, {"name": "plain", "rule": "simple_words"}]}
 
 
-def published(folder, seeds):
-    """A published experiment: of each seed the marks of two queries under two constitutions, first and last."""
+def made(folder, seeds):
+    """A published experiment: of each seed the marks of queries under two constitutions, first and last."""
     write_json(folder / "constitutions.json", SET)
-    for seed in range(len(seeds)):
-        write_json(folder / f"run-seed-{seed}.json", {"config": {"model": {"label": "m"}, "cot": None}})
-    metrics = []
     for seed, marks in enumerate(seeds):
         write_jsonl(folder / f"following-seed-{seed}.jsonl", [
             {"query": f"q{k}", "subset": "helpful", "constitutions": ["short,kind,plain", "not_short,not_kind,plain"],
-             "sides": {"0": before, "3": after}} for k, (before, after) in enumerate(marks)])
-        for iteration, value in ((0, 0.1), (3, 0.3 + seed / 10)):
-            metrics.append({"metric": "mi", "estimator": "infonce", "subset": "helpful", "iteration": iteration, "value": value, "n": 2,
-                            "writer": "hand", "model": "m", "cot": None, "seed": seed})
-    write_json(folder / "metrics.json", metrics)
+             "sides": {"0": before, "3": after}, "tokens": {"0": [20, 10], "3": [10 * k + seed, 12]},
+             "bound": {"0": 0.1, "3": 0.2 + seed / 10 + k / 100} if k < 2 else {}} for k, (before, after) in enumerate(marks)])
     return folder
 
 
 def test_values_by_hand(tmp_path):
     """Two seeds, two queries, two constitutions, two sides with a rule each. Query 0 goes from 2 of 4 to 4 of 4 and from 2 of 4
     to 2 of 4; query 1 from 0 (loops) to 1 of 4 and to 3 of 4."""
-    folder = published(tmp_path / "exp1_x/mini", [
+    folder = made(tmp_path / "exp1_x/mini", [
         [(["11", "00"], ["11", "11"]), (["11 loop", "11 loop"], ["10", "00"])],
         [(["10", "10"], ["01", "01"]), (["11 off", "00"], ["11", "10"])]])
-    (line,) = steered.read(folder)
-    assert line.by_query(steered.followed, "0") == {"q0": 0.5, "q1": 0} and line.by_query(steered.followed, "3") == {"q0": 0.75, "q1": 0.5}
-    change = line.change(steered.followed)
+    (line,) = changes.published(folder)
+    assert line.by_query(FOLLOWED, 0) == {"q0": 0.5, "q1": 0} and line.by_query(FOLLOWED, 3) == {"q0": 0.75, "q1": 0.5}
+    change = line.change(FOLLOWED)
     assert (change.value, change.n) == (0.375, 2) and change.sem == pytest.approx(np.std([0.25, 0.5], ddof=1) / 2**0.5)
-    assert line.seeds(steered.followed) == [pytest.approx((0.5 + 0.25) / 2), pytest.approx((0 + 0.75) / 2)]
-    assert line.value(steered.answers).value == pytest.approx((1 + (0 + 0.5) / 2) / 2)
-    ruled = steered.ruled(folder)
+    assert line.seeds(FOLLOWED) == [pytest.approx((0.5 + 0.25) / 2), pytest.approx((0 + 0.75) / 2)]
+    assert line.value(ANSWERS).value == pytest.approx((1 + (0 + 0.5) / 2) / 2)
+    bound = line.change(BOUND)
+    assert (bound.value, bound.n) == (pytest.approx(0.155), 2) and bound.ci95 == pytest.approx(
+        np.array([0.155, 0.155]) + np.array([-1, 1]) * 12.7062 * 0.005, abs=1e-5)  # Student's t of 0.15 and 0.16
+    assert line.by_query(TOKENS, 3) == {"q0": 6.25, "q1": 11.25} and line.ends(TOKENS) == "15 -> 9"
+    ruled = changes.ruled(folder)
     assert ruled == {"short": "brief", "plain": "simple_words"}
-    assert line.by_query(steered.of_side("plain", set(ruled)), "3") == {"q0": 1.0, "q1": 0.25}
-    assert line.by_query(steered.of_side("not_short", set(ruled)), "3") == {"q0": 0.5, "q1": 0.5}
-    assert line.by_query(steered.of_side("not_plain", set(ruled)), "3") == {}
+    at_the_end = [line.by_query(of_side(side, frozenset(ruled)), 3) for side in ("plain", "not_short", "not_plain")]
+    assert at_the_end == [{"q0": 1.0, "q1": 0.25}, {"q0": 0.5, "q1": 0.5}, {}]
     said = steered.write(tmp_path)
-    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-0.75, +0.88] (n 2, 2 seeds from +0.38 to +0.38); "
-                    "as many responses are seen to answer: +0.38 [-0.79, +0.94]"]
+    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-0.75, +0.88] (n 2, 2 seeds from +0.38 "
+                    "to +0.38); as many responses are seen to answer: +0.38 [-0.79, +0.94]"]
     page = (tmp_path / "steered.md").read_text()
-    assert "| exp1_x, helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | 0.10 -> 0.35 | NOT RUN |" in page
+    assert "| exp1_x, helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | 0.10 -> 0.26 | 15 -> 9 | 0.62 -> 1.00 |" in page
     assert "| exp1_x | helpful | plain | 2 | 0.12 -> 0.62 |" in page and (tmp_path / "steered.png").stat().st_size > 5000
 
 
@@ -60,11 +59,11 @@ def test_more_queries_make_it_certain(tmp_path):
     """A gain of a quarter of the sides in most of 128 queries is told; queries that two seeds share are counted once."""
     rng = np.random.default_rng(0)
     seeds = [[(["10", "00"], ["11", "00"] if rng.random() < 0.8 else ["10", "00"]) for _ in range(128)] for _ in range(2)]
-    published(tmp_path / "exp1_x/mini", seeds)
-    (line,) = steered.read(tmp_path / "exp1_x/mini")
-    change = line.change(steered.followed)
+    made(tmp_path / "exp1_x/mini", seeds)
+    (line,) = changes.published(tmp_path / "exp1_x/mini")
+    change = line.change(FOLLOWED)
     assert change.n == 128 and change.ci95[0] > 0.15 and change.ci95[1] < 0.25
-    assert steered.detectable(change) < 0.05
+    assert changes.detectable(change) < 0.05
     assert "is followed more" in steered.write(tmp_path)[0]
 
 
@@ -93,10 +92,13 @@ def test_a_published_run_takes_its_marks_along(tmp_path, tiny):
         of = [row for row in rows if (row["query"], row["subset"], row["constitutions"]) == (item["id"], item["subset"], item["constitutions"])]
         assert [[of[0]["sides"][str(i)] for i in (0, 1)]] * len(of) == [item["marks"]] * len(of) and len(of) >= 1
     metrics = json.loads((out / "metrics.json").read_text())
-    lines = {line.subset: line for line in steered.read(out)}
+    lines = {line.subset: line for line in changes.published(out)}
+    names = {"steerability": FOLLOWED, "answered": ANSWERS}
     for subset in {row["subset"] for row in rows}:
-        found = [r for r in metrics if (r["metric"], r["subset"], r["iteration"]) == ("steerability", subset, 1)]
-        values = lines[subset].by_query(steered.followed, "1")
-        assert bool(found) == bool(values)
-        if found:
-            assert (found[0]["value"], found[0]["n"]) == (pytest.approx(np.mean(list(values.values()))), len(values))
+        for metric, measure in names.items():
+            (found,) = [r for r in metrics if (r["metric"], r["subset"], r["iteration"]) == (metric, subset, 1)]
+            value = lines[subset].value(measure, 1)
+            assert (value.value, value.n, list(value.ci95)) == (pytest.approx(found["value"]), found["n"], pytest.approx(found["ci95"]))
+        (found,) = [r for r in metrics if r["metric"] == "mi" and r["estimator"] == "infonce" and not r.get("principle")
+                    and (r["subset"], r["iteration"]) == (subset, 1)]
+        assert lines[subset].value(BOUND, 1).value == pytest.approx(found["value"]) and lines[subset].value(BOUND, 1).n == found["n"] == 2

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -96,11 +97,11 @@ def test_the_shipped_evaluation_has_no_item_twice():
     shared = Run(experiment, None, quiet)
     from repro.text.principles import load_constitutions
 
-    shared.constitutions, shared.held_out = load_constitutions("diverse"), [q for q in queries if q.split == "evaluation"]
+    shared.constitutions, shared.held_out = load_constitutions(experiment.constitutions), [q for q in queries if q.split == "evaluation"]
     items = shared.items()
-    assert len(items) == len({(i.query.id, frozenset(p.name for p in i.constitutions[0].principles)) for i in items}) == 72
+    assert len(items) == len({(i.query.id, frozenset(p.name for p in i.constitutions[0].principles)) for i in items}) == 256
     times = Counter(p.name for i in items for p in i.constitutions[0].principles)
-    assert set(times.values()) <= {5, 6, 7, 8, 9, 10, 11}
+    assert set(times.values()) == {36, 37, 64} and len(times) == 11
 
 
 def test_metrics_of_a_pool_agree_with_the_responses(diverse):
@@ -178,9 +179,11 @@ def test_variants_stand_side_by_side_in_one_folder_with_the_files_of_any_run(var
     assert {p.name for p in (folder / "responses").iterdir()} >= {"weak-evaluation-3.jsonl", "hand-training-1.jsonl"}
     assert {r["variant"] for r in rows(folder / "judgments.jsonl")} == {"weak", "hand"}
     page = (folder / "report.html").read_text()
-    assert "Summaries should speak well" in page and "<h2>hand</h2>" in page and (folder / "figures/iterations.png").exists()
+    assert "Summaries should speak well" in page and "<h3>hand seed 0</h3>" in page and (folder / "figures/iterations.png").exists()
     lines = cli.summary(folder)
-    assert f"writer {weak.writer.label}" in lines[0] and "writer hand" in lines[0] and lines[-1].startswith("report: ")
+    assert lines[0].startswith("weak, tldr: The bound") and lines[-1].startswith("report: ")
+    assert any(line.startswith("weak, tldr: Whether the constitution is followed cannot be said") for line in lines)
+    assert any(re.match("hand, tldr: The constitution is .*followed .*as the share of its sides", line) for line in lines)
 
 
 def test_a_writer_that_writes_nothing_usable_leaves_the_hand_written_run_once(tiny, tmp_path, unrendered):
@@ -197,7 +200,8 @@ def test_variants_are_published_together(variants, tmp_path):
     out = publish([variants[1]], tmp_path)
     assert {p.name for p in out.iterdir()} == {
         "metrics.json", "report.html", "figures", "constitutions.json", "constitutions-weak-seed-0.json",
-        "writing-weak-seed-0.jsonl", "run-weak-seed-0.json", "run-hand-seed-0.json", "following-hand-seed-0.jsonl"}
+        "writing-weak-seed-0.jsonl", "run-weak-seed-0.json", "run-hand-seed-0.json", "following-hand-seed-0.jsonl",
+        "following-weak-seed-0.jsonl"}
     assert json.loads((out / "metrics.json").read_text()) == json.loads((variants[1] / "metrics.json").read_text())
 
 

@@ -27,6 +27,28 @@ LABELS = {  # metric -> its name in tables, in their order
     "hack_constitution_overlap": "words taken from the constitution", "hack_query_overlap": "words taken from the query",
     "hack_repetition": "repeated trigrams", "position_rate": "answers that prefer the first response",
     "flip_rate": "verdicts that flip with the order", "parsed_share": "items with a verdict"}
+MEANINGS = {  # metric -> what it is, in a sentence or two
+    "mi": "Mutual information between constitution and response, over all constitutions of a query. infonce: a lower "
+          "bound, at most log C for C constitutions, which training raises; symmetric_infonce: the training objective "
+          "itself; mean_of_logs: what the paper plots, no bound.",
+    "accuracy_row": "How often a constitution's own response is the likeliest under it.",
+    "accuracy_col": "How often a response is likeliest under its own constitution.",
+    "length_tokens": "Tokens of the response to the judged constitution.",
+    "following": "Share of responses that are on a side of a principle, by a program's rule, and still answer the query.",
+    "steerability": "Share of sides followed over all constitutions of a query, each in its own response. A model that "
+                    "hears no constitution follows 0.5 at most.",
+    "steerability_change": "Steerability less the initial model's, on the same queries.",
+    "answered": "Share of responses that answer: not empty, no loop, no recital of the principles, enough words of the "
+                "query, English where the query is.",
+    "win_rate": "How often the response is judged better than the initial model's; half or loss: what a tie counts; raw, "
+                "stratified or logistic: whether and how length is held equal. The rule judge counts sides followed; the "
+                "likelihood judge restates the training objective.",
+    "hack_constitution_overlap": "Share of the response's content words that are the constitution's: recital.",
+    "hack_query_overlap": "Share of the response's content words that are the query's; it falls where the query is lost.",
+    "hack_repetition": "Share of three-word sequences that occurred earlier in the response.",
+    "position_rate": "How often the judge prefers the response that it is shown first; 0.5 is fair.",
+    "flip_rate": "How often the judge's verdict changes when the two responses change places.",
+    "parsed_share": "How many judged items have a verdict that could be read."}
 AXES = {  # what is drawn -> its axis
     "infonce": "InfoNCE lower bound (nats)", "mean_of_logs": "plotted MI, mean of logs (nats)",
     "length_tokens": "response length (tokens)", "iteration": "iteration (0 = initial model)"}

@@ -1,216 +1,124 @@
-"""A run's files -> its page. No torch, no network. What the page shows is escaped where page.html takes it in, and nowhere
-else; responses under a private antithesis (not harmless) are never shown.
+"""The page of a run or of an experiment: what came out in words, five numbers, figures, the responses side by side, every
+value, where it comes from. No torch, no network. What it shows is escaped where page.html takes it in, and nowhere else.
 
 The pages of paper/ and plan/ are Markdown, sentences around numbers: Python's strings say that more plainly than templates.
 """
 
 import base64
+import hashlib
 import html
 import json
-import math
 import re
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 
-from repro.base.records import UserError, read_json, read_jsonl, write_text
+from repro.base.records import UserError, write_text
 from repro.base.settings import safe_name
-from repro.judges.rule import FOLLOWING
 from repro.judges.standing import standing
+from repro.report import look
+from repro.report.changes import ANSWERS, BOUND, FOLLOWED, TOKENS, WINS, Line, verdict
 from repro.report.figures import SERIES, language_models, named, select, telling
-from repro.report.look import LABELS
-from repro.text.principles import Constitutions, constitutions_of
-
-CARRIED_ITEMS = 32  # of each kind of principles: so many are in the page as JSON,
-SHOWN_QUERIES = 12  # of all kinds together so many as a table
+from repro.report.look import LABELS, MEANINGS
+from repro.text.answers import FAULTS
 
 
-def told(record: dict) -> list[str]:
-    """How each model of a run's record is spoken to, in words, for the report and the terminal: what is not as usual."""
-    return [f"Chat template of the {role}: {'; '.join(said)}" for role, facts in record.get("spoken", {}).items()
-            if (said := _told(facts))]
-
-
-def _told(facts: dict) -> list[str]:
-    said = [f"the system text stands at the {facts['system']}"] if facts["system"] != "turn" else []
-    said += [f"content is given as {facts['content']}"] if facts["content"] != "text" else []
-    said += [", ".join(f"{k}={v!r}" for k, v in facts["switch"].items()) + " is passed"] if facts["switch"] else []
-    said += [f"its today is {facts['date']}"] if facts["date"] else []
-    said += [f"it {'reasons' if facts['opened'] else 'may reason'} first, and its response "
-             f"{'' if facts['opened'] else 'then '}follows {facts['closing']!r}"] if facts["reasons"] else []
-    said += [f"it renders an answer in another way than it is sampled ({facts['unlike']})"] if facts["unlike"] else []
-    return said
-
-
-def _interval(row: dict, digits: int) -> tuple[str, str]:
-    """A value, and its interval; its n instead for one value, or equal ones."""
+def _cell(row: dict, digits: int) -> dict:
+    """A value and its interval; its n instead for one value, or equal ones."""
     around = f"n {row['n']}" if row["ci95"] is None else f"[{row['ci95'][0]:.{digits}f}, {row['ci95'][1]:.{digits}f}]"
-    return f"{row['value']:.{digits}f}", around
+    return {"value": f"{row['value']:.{digits}f}", "around": around}
 
 
-def _values(metrics: list[dict], seed: int) -> tuple[int, list[int], list[tuple]]:
-    """The table of a seed: its iterations, and rows of what, of which line, a value or None for each iteration, n."""
-    rows, mine, tell = [], select(metrics, seed=seed), telling(metrics)
+def _values(metrics: list[dict]) -> tuple[list[int], list[tuple]]:
+    """Every value: the iterations, and rows of (what, of which line, seed, a cell or None for each iteration, last less
+    first, n)."""
+    rows, tell = [], telling(metrics)
     fields = ("metric", "estimator", "judge", "baseline", "ties", "length", "principle")
-    keys = dict.fromkeys(tuple(r.get(f) for f in (*fields, *SERIES))
-                         for r in sorted(mine, key=lambda r: list(LABELS).index(r["metric"])))
-    iterations = sorted({r["iteration"] for r in mine})
-    baselines, policies = {r["baseline"] for r in mine if r["baseline"]}, {r["model"] for r in select(mine, metric="mi")}
-    for key in keys:
-        found = {r["iteration"]: r for r in mine if key == tuple(r.get(f) for f in (*fields, *SERIES))}
+    found: dict[tuple, dict[int, dict]] = {}
+    for r in sorted(metrics, key=lambda r: list(LABELS).index(r["metric"])):
+        found.setdefault(tuple(r.get(f) for f in (*fields, *SERIES, "seed")), {})[r["iteration"]] = r
+    iterations = sorted({r["iteration"] for r in metrics})
+    baselines = {r["baseline"] for r in metrics if r["baseline"]}
+    policies = {r["model"] for r in select(metrics, metric="mi")}
+    for key, of in found.items():
         metric, estimator, judge, baseline, ties, length, principle = key[:len(fields)]
         what = ", ".join(filter(None, (estimator, judge and named(judge), baseline and len(baselines) > 1 and
                                        f"against {baseline}", ties and f"ties {ties}", length, principle)))
         digits = 1 if metric in ("length_tokens", "win_rate") else 3
-        first, n = next(iter(found.values())), [r["n"] for r in found.values()]
+        first, last, n = of[min(of)], of[max(of)], [r["n"] for r in of.values()]
         rows.append((LABELS[metric] + (f": {what}" if what else ""),
-                     tell(first) if first["model"] in policies else first["model"],
-                     [_interval(found[i], digits) if i in found else None for i in iterations],
+                     tell(first) if first["model"] in policies else first["model"], first["seed"],
+                     [_cell(of[i], digits) if i in of else None for i in iterations],
+                     f"{last['value'] - first['value']:+.{digits}f}" if first is not last else "",
                      n[0] if len(set(n)) == 1 else ", ".join(map(str, n))))
-    return seed, iterations, rows
+    return iterations, rows
 
 
-def cut_answers(folder: Path) -> list[str]:
-    """A line where most of the judged answers of the last iteration end at the cap on their length, not by themselves:
-    then length, and what comes late in an answer, cannot be seen."""
-    config, constitutions = read_json(folder / "run.json")["config"], constitutions_in(folder)
-    C = constitutions.count
-    path = folder / f"responses/evaluation-{config['iterations']}.jsonl"
-    judged = read_jsonl(path)[::C]
-    cut = sum(not row["finished"] for row in judged)
-    return [f"{cut} of {len(judged)} judged answers were cut at {config['sampling']['max_new_tokens']} tokens "
-            "(SamplingSpec.max_new_tokens)"] if 2 * cut > len(judged) else []
+HEADLINES = (BOUND, FOLLOWED, WINS, ANSWERS, TOKENS)
 
 
-def dropped_pairs(folder: Path) -> list[str]:
-    """A line that counts the sampled pairs that could not train, by iteration and reason."""
-    stages, parts, total = read_json(folder / "run.json")["stages"], [], 0
-    for name, facts in stages.items():
-        if name.startswith("sample-"):
-            iteration, sampled = name.removeprefix("sample-"), facts["responses"] // 2
-            dropped, total = stages.get(f"train-{iteration}", {}).get("dropped_pairs") or {}, total + sampled
-            if dropped:
-                why = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
-                parts.append(f"{sum(dropped.values())} of {sampled} in iteration {iteration} ({why})")
-    return [f"pairs dropped before training: {'; '.join(parts) or f'none of {total}'}"] if total else []
+def _headlines(line: Line) -> list[dict]:
+    """The rows of the table of what training changed."""
+    rows = []
+    for measure in (m for m in HEADLINES if line.known(m)):
+        (first, last), change, digits = line.ends(measure).split(" -> "), line.change(measure), max(measure.digits, 1)
+        rows.append({"name": measure.name, "first": first, "last": last, "change": look.said(change, digits, "+"),
+                     "n": change.n, "seeds": [f"{value:+.{digits}f}" for value in line.seeds(measure)]})
+    return rows
 
 
-FELL = math.log(2)  # nats of a bound: as much as it can rise with two constitutions
-
-
-def worsened(folder: Path) -> list[str]:
-    """A line for a learning rate whose steps are large, and one where training, which raises the bound, has lowered it by
-    more than FELL: most often by such a rate."""
-    record = read_json(folder / "run.json")
-    config, lines = record["config"], [record["large_step"]] if "large_step" in record else []
-    rows = select(read_json(folder / "metrics.json"), metric="mi", estimator="infonce", principle=None)
-    for start in select(rows, iteration=0):
-        fell = [r for r in select(rows, **{k: start[k] for k in SERIES}) if start["value"] - r["value"] > FELL]
-        if fell:
-            first, low = min(fell, key=lambda r: r["iteration"]), min(fell, key=lambda r: r["value"])
-            lines.append(f"training lowered the bound on {start['subset']}, which it is there to raise, from "
-                         f"{start['value']:.2f} to {low['value']:.2f} nats (n {low['n']}), first in iteration "
-                         f"{first['iteration']}: most often the learning rate, here "
-                         f"{config['train']['learning_rate']:g}, is too high for the model; try a tenth of it "
-                         "(--learning-rate)")
-    return lines
-
-
-def constitutions_in(folder: Path) -> Constitutions:
-    path = folder / "constitutions.json"
-    return constitutions_of(read_json(path), str(path))
-
-
-def _responses(folder: Path, record: dict) -> tuple[str, list[dict]]:
-    """What the responses are, in words, and those to the first held-out items that every iteration answers: of a set,
-    queries of its first (everyday) subset; of a pool, items of each kind of principles. `answers` and `marks` (what
-    following.jsonl says of each) have a row for every iteration, a column for every constitution that may be shown."""
-    constitutions, config = constitutions_in(folder), record["config"]
-    private, C = constitutions.private_sides, constitutions.count
-    items = read_jsonl(folder / "logprobs/evaluation-0.jsonl")
-    queries = {row["id"]: row["text"] for row in read_jsonl(folder / "queries.jsonl")}
-    answers = [read_jsonl(folder / f"responses/evaluation-{i}.jsonl") for i in range(config["iterations"] + 1)]
-    marks = read_jsonl(folder / FOLLOWING) if (folder / FOLLOWING).is_file() else []
-    kinds = constitutions.kinds or [items[0]["subset"]]
-    carried, left_out = [], set()
-    for kind in kinds:
-        for k in [k for k, row in enumerate(items) if row["subset"] == kind][:CARRIED_ITEMS]:
-            ids = [row["constitution"] for row in answers[0][k * C:k * C + C]]
-            shown = [c for c, of in enumerate(ids) if not private & set(of.split(","))]
-            left_out |= {of for c, of in enumerate(ids) if c not in shown}
-            one = {"id": items[k]["query"], "subset": kind, "query": queries[items[k]["query"]],
-                   "constitutions": [ids[c] for c in shown],
-                   "answers": [[rows[k * C + c]["text"] + ("" if rows[k * C + c]["finished"] else " […]") for c in shown]
-                               for rows in answers]}
-            if marks:
-                one["marks"] = [[marks[k]["sides"][str(i)][c] for c in shown] for i in range(len(answers))]
-            carried.append(one)
-    note = f" {len(left_out)} constitutions are left out: their responses stay in the run directory." if left_out else ""
-    return (f"Held-out {'' if constitutions.kinds else kinds[0] + ' '}queries, greedy, at most "
-            f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}"), carried
-
-
-def _short(commit: str | None) -> str:
-    return "unknown" if commit is None else commit[:12] + "-dirty" * commit.endswith("-dirty")
-
-
-def _setting(record: dict, writer_of: str) -> list[str]:
-    """What every run of a variant has in common, whatever its seed."""
-    config, train = record["config"], record["config"]["train"]
-    writer = config.get("writer")
-    by = f"by {writer_of}" if not writer else (
-        f"whose rules measure following; the principles of this run: {writer['label']} was asked for some to "
-        f"{writer['asked']}, and they are by {writer_of}")
-    lines = [
-        f"Model {config['model']['label']}; constitutions {Path(config['constitutions']).name}, {by}; "
-        f"queries {Path(config['data']['source']).name}.",
-        f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
-        f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "
-        f"{train['batches_increment']} more in each later one, {train['precision']}"
-        + (f", LoRA adapters of rank {train['lora']['rank']}, all other weights frozen." if train.get("lora") else ".")]
-    if config["profile"] == "mini":
-        lines.insert(0, "A mini run: its own model, principles and queries. None of these numbers is the paper's.")
-    return lines
-
-
-def story(folder: Path) -> dict:
-    """What a page says of a run besides its numbers and figures, as JSON: so that a page, which carries it, can be made
-    again, and runs of other seeds join it, where the run's folder is gone."""
-    record, constitutions = read_json(folder / "run.json"), constitutions_in(folder)
-    config, by = record["config"], constitutions.writer if "written" in read_json(folder / "constitutions.json") else ""
-    note, items = _responses(folder, record)
-    return {
-        "name": config["name"], "profile": config["profile"], "variant": config.get("variant", ""), "seed": config["seed"],
-        "kinds": list(constitutions.kinds), "setting": _setting(record, constitutions.writer),
-        "measured": f"{record['device']}, {record['threads']} threads, torch {record['packages']['torch']}, commit "
-                    f"{_short(record['commit'])}",
-        "took": f"seed {config['seed']}: {sum(s['seconds'] for s in record['stages'].values()) / 60:.1f} min, config "
-                f"{record['config_hash'][:12]}",
-        "not_run": f"NOT RUN: {'; '.join(record['not_run']) or 'nothing'}.",
-        "worsened": [line + "." for line in worsened(folder)],
-        "notes": [line + "." for line in (*told(record), *cut_answers(folder))],
-        "principles": [by, [[p.name, p.text, p.antithesis, p.rule or "none"] for p in constitutions.principles]],
-        "note": note, "items": items}
-
-
-def _group(stories: list[dict]) -> dict:
-    """What the page says of a variant: responses are those of the first of its runs."""
+def _group(stories: list[dict], own: list[Line]) -> dict:
+    """What the page says of a variant: `own` lines say what changed; responses are those of the first of its runs."""
     first, measured, written = stories[0], {}, [one["principles"] for one in stories]
     for one in stories:
         measured.setdefault(one["measured"], []).append(one["took"])
-    facts = [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
-             first["not_run"], *(line for one in stories for line in one["worsened"]), *first["notes"]]
-    return first | {"facts": facts, "principles": [one for k, one in enumerate(written) if one not in written[:k]],
-                    "shown": _shown(first)}
+    seeds = ", ".join(str(one["seed"]) for one in stories)
+    return first | {
+        "title": " ".join(filter(None, (first["variant"], f"seed{'s' * (len(stories) > 1)} {seeds}"))),
+        "facts": [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
+                  first["not_run"], *first["notes"]],
+        "warnings": [line for one in stories for line in one["worsened"]],
+        "written": [one for k, one in enumerate(written) if one not in written[:k]],
+        "lines": [{"subset": line.subset.replace("_", " "), "last": line.last, "verdict": verdict(line),
+                   "rows": _headlines(line)} for line in own],
+        "shown": [_shown(item, first) for item in first["items"]]}
 
 
-def _shown(one: dict) -> list[dict]:
-    """The first of the items that a story carries, for the template."""
-    each = SHOWN_QUERIES // max(1, len(one["kinds"]))
-    items = [item for kind in dict.fromkeys(item["subset"] for item in one["items"])
-             for item in [item for item in one["items"] if item["subset"] == kind][:each]]
-    return [item | {"mark": f"{item['subset'].replace('_', ' ')} principles" if one["kinds"] else "",
-                    "rows": [("initial" if i == 0 else f"iteration {i}", texts) for i, texts in enumerate(item["answers"])]}
-            for item in items]
+def _shown(item: dict, one: dict) -> dict:
+    """An item with all that the template needs: a column for every constitution, in it the answers by iteration."""
+    known = one["principles"][1]
+    sentences = {p: text for p, text, *_ in known} | {f"not_{p}": antithesis for p, _, antithesis, _ in known}
+    ruled = {p for p, *_, rule in known if rule != "none"}
+    columns = []
+    for c, constitution in enumerate(item["constitutions"]):
+        sides, answers = constitution.split(","), [row[c] for row in item["answers"]]
+        marks = [row[c] for row in item["marks"]] if "marks" in item else [None] * len(answers)
+        columns.append({
+            "id": constitution, "sentences": [sentences[side] for side in sides if side in sentences],
+            "answers": [{"iteration": i, "words": _words(text, answers[0] if i else text),
+                         **_followed(mark, [s for s in sides if s.removeprefix("not_") in ruled])}
+                        for i, (text, mark) in enumerate(zip(answers, marks))]})
+    of = f"{item['subset'].replace('_', ' ')} principles" if one["kinds"] else ""
+    return {"query": item["query"], "of": of, "columns": columns}
+
+
+def _followed(mark: str | None, sides: list[str]) -> dict:
+    """What following.jsonl says of a response, in words and as a kind to filter by."""
+    if mark is None or mark == "-":
+        return {"kind": "unknown", "said": ""}
+    marks, _, fault = mark.partition(" ")
+    if fault:
+        return {"kind": "none", "said": f"no answer: {FAULTS.get(fault, fault)}"}
+    held = [side for side, m in zip(sides, marks) if m == "1"]
+    return {"kind": "all" if len(held) == len(sides) else "some", "said": ", ".join(
+        f"{side} {'followed' if side in held else 'not followed'}" for side in sides)}
+
+
+def _words(text: str, before: str) -> list[tuple[bool, str]]:
+    """The text in pieces, those with words that `before` has not at that place marked."""
+    parts, old = (re.findall(r"\s+|\S+", t) for t in (text, before))
+    pieces = SequenceMatcher(a=old, b=parts, autojunk=False).get_opcodes()
+    return [(kind != "equal", "".join(parts[low:high])) for kind, _, _, low, high in pieces if high > low]
 
 
 CARRIED = re.compile(r'<script type="application/json" id="runs">(.*?)</script>', re.DOTALL)
@@ -224,9 +132,9 @@ def stories_of(path: Path) -> list[dict]:
     return json.loads(found[1])
 
 
-def write_page(path: Path, stories: list[dict], metrics: list[dict], figures: Path) -> None:
+def write_page(path: Path, stories: list[dict], metrics: list[dict], figures: Path, own: dict[str, list[Line]]) -> None:
     """The page of one run, or of an experiment: `stories` of its runs, those of a variant beside each other, the first of
-    them with responses."""
+    them with responses; `own`: variant -> what training changed in its runs."""
     import jinja2
     from markupsafe import Markup
 
@@ -236,18 +144,23 @@ def write_page(path: Path, stories: list[dict], metrics: list[dict], figures: Pa
     pictures = [(name, standing(name.removeprefix("win_rate-")) if name.startswith("win_rate-") else "",
                  base64.b64encode((figures / f"{name}.png").read_bytes()).decode())
                 for name in figure_names(stories[0]["kinds"], metrics)]
-    head, body = (Path(__file__).parent / "page.html").read_text().split("<h1>")
-    body = "".join(map(str.strip, body.splitlines()))  # its lines are for those who read the template
-    # The standard library escapes, as it did before there was a template; what it has not seen jinja2 would.
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-                                  finalize=lambda value: Markup(html.escape(str(value)))).from_string(f"{head}<h1>{body}\n")
+    source, script = ((Path(__file__).parent / f"page.{kind}").read_text() for kind in ("html", "js"))
+    # The standard library escapes; what it has not seen jinja2 would.
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                                  finalize=lambda value: Markup(html.escape(str(value)))).from_string(source)
+    iterations, values = _values(metrics)
     text = template.render(
-        title=f"{stories[0]['name']}, profile {stories[0]['profile']}", pictures=pictures,
-        groups=list(map(_group, groups.values())),
-        values=[_values(metrics, seed) for seed in sorted({r["seed"] for r in metrics})])
+        name=stories[0]["name"], profile=stories[0]["profile"], pictures=pictures, iterations=iterations, values=values,
+        groups=[_group(runs, own.get(variant, [])) for variant, runs in groups.items()],
+        meanings=[(LABELS[m], MEANINGS[m]) for m in dict.fromkeys(r["metric"] for r in metrics) if m in MEANINGS],
+        files=[name for name in ("metrics.json", "run.json", "responses", *sorted(
+            f.name for pattern in ("run-*.json", "following*.jsonl") for f in path.parent.glob(pattern)))
+            if (path.parent / name).exists()],
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     block = json.dumps(stories, ensure_ascii=False).replace("<", "\\u003c")  # no text in it ends the element
-    text, end = text.rsplit("</html>", 1)
-    write_text(path, f'{text}<script type="application/json" id="runs">{block}</script></html>{end}')
+    text, end = text.rsplit("</body>", 1)
+    carried = f'<script type="application/json" id="runs">{block}</script>'
+    write_text(path, f"{text}{carried}\n<script>{script}</script>\n</body>{end}")
 
 
 def figure_names(kinds: Sequence[str], metrics: list[dict]) -> list[str]:

@@ -10,15 +10,18 @@ from repro.base.records import (
     locked,
     make_folder,
     read_json,
+    read_jsonl,
     write_bytes,
     write_json,
     write_jsonl,
 )
 from repro.judges.record import JUDGMENTS, read_judgments
 from repro.judges.rule import FOLLOWING
+from repro.report.changes import Line, lines, published
 from repro.report.figures import SERIES, draw, draw_principles, draw_win_rate, language_models
 from repro.report.look import save
-from repro.report.page import constitutions_in, figure_names, principles_figures, stories_of, story, write_page
+from repro.report.page import figure_names, principles_figures, stories_of, write_page
+from repro.report.story import constitutions_in, story
 from repro.text.principles import Constitutions, constitutions_of
 
 
@@ -40,11 +43,18 @@ def _save_figures(metrics: list[dict], config: dict, constitutions: Constitution
         save(draw_win_rate(metrics, judge, title), out / f"win_rate-{judge}")
 
 
+def changed(folders: list[Path]) -> dict[str, list[Line]]:
+    """Variant -> what training changed, of runs of one seed; of those of an older version nothing is known."""
+    configs = {folder: read_json(folder / "run.json")["config"] for folder in folders if (folder / FOLLOWING).is_file()}
+    return {config.get("variant", ""): lines(config["name"], {config["seed"]: read_jsonl(folder / FOLLOWING)})
+            for folder, config in configs.items()}
+
+
 def write_report(folder: Path) -> None:
     """figures/ and report.html of one run."""
     metrics = read_json(folder / "metrics.json")
     _save_figures(metrics, read_json(folder / "run.json")["config"], constitutions_in(folder), folder / "figures")
-    write_page(folder / "report.html", [story(folder)], metrics, folder / "figures")
+    write_page(folder / "report.html", [story(folder)], metrics, folder / "figures", changed([folder]))
 
 
 # ---- several runs
@@ -85,7 +95,7 @@ def gather(folders: list[Path]) -> Path:
         write_json(out / "constitutions.json", {"variants": {
             name: read_json(folder / "constitutions.json") for name, folder in zip(names, folders)}})
         _save_figures(metrics, first["config"], constitutions_in(folders[0]), out / "figures")
-        write_page(out / "report.html", list(map(story, folders)), metrics, out / "figures")
+        write_page(out / "report.html", list(map(story, folders)), metrics, out / "figures", changed(folders))
         write_json(out / "run.json", {k: first[k] for k in (
             "commit", "packages", "python", "device", "threads", "seeds", "values")} | {
             "variants": names, "config": {name: r["config"] for name, r in zip(names, records)},
@@ -193,7 +203,8 @@ def _draw_published(out: Path, stories: list[dict]) -> None:
         if before["variant"] == one["variant"]:
             one["items"] = []
     if stories:
-        write_page(out / "report.html", stories, metrics, out / "figures")
+        own = {variant: published(out, variant) for variant in order}
+        write_page(out / "report.html", stories, metrics, out / "figures", own)
 
 
 def is_published(folder: Path) -> bool:

@@ -1,5 +1,6 @@
-"""metrics.json from the files of a run: every metric with n, SEM and a 95 % interval; and following.jsonl: which sides each
-response follows, by rule, from which changes over several seeds can be told without the responses."""
+"""metrics.json from the files of a run: every metric with n, SEM and a 95 % interval; and following.jsonl: of every item
+its bound, of every response which sides it follows, by rule, and its length, from which paired changes over several seeds
+can be told without the responses."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -34,22 +35,31 @@ def measure(run: Run) -> None:
 
 
 def marks_following(run: Run) -> bool:
-    """Whether the run has a following.jsonl: not of principles that a model wrote, which have no rule, nor where a side
-    counts without an answer, as in older runs."""
-    return not run.experiment.writer and run.record.get("counted") == ANSWERS
+    """Whether the run has a following.jsonl: not where a side counts without an answer, as in older runs."""
+    return run.record.get("counted") == ANSWERS
 
 
-def following(run: Run, iterations: Iterable[int] | None = None) -> list[dict]:
-    """A row for each held-out item: {"query", "subset", "constitutions": ids [C], "sides": {iteration: marks [C]}}. A mark
-    has 1 or 0 for each principle of the constitution with a rule, in its order: the response is on its side. Behind it
-    stands why the response is no answer, where it is none ("11 loop"): then neither side counts as followed."""
+def following(run: Run) -> list[dict]:
+    """A row for each held-out item: {"query", "subset", "constitutions": ids [C]}, and by iteration "sides" (marks [C]),
+    "tokens" (lengths [C]) and, of an item that is scored, "bound" (nats). A mark has 1 or 0 for each principle of the
+    constitution with a rule, in its order: the response is on its side; "-" where none has a rule. Behind it stands why
+    the response is no answer, where it is none ("11 loop"): then neither side counts as followed."""
     rows = [{"query": item.query.id, "subset": item.subset, "constitutions": [c.id for c in item.constitutions],
-             "sides": {}} for item in run.items()]
-    for iteration in range(run.experiment.iterations + 1) if iterations is None else iterations:
+             "sides": {}, "tokens": {}, "bound": {}} for item in run.items()]
+    for iteration in range(run.experiment.iterations + 1):
         for row, (item, responses) in zip(rows, _answered(run, iteration)):
             row["sides"][str(iteration)] = [_mark(r["text"], item.query.text, c)
                                             for r, c in zip(responses, item.constitutions)]
+            row["tokens"][str(iteration)] = [r["tokens"] for r in responses]
+        for row, bound in zip(rows, _bounds(read_jsonl(run.folder / logprob_file(iteration)))):
+            row["bound"][str(iteration)] = bound
     return rows
+
+
+def _bounds(scored: list[dict]) -> list[float]:
+    """The InfoNCE bound of each item that was scored."""
+    sums, tokens = (np.array([row[key] for row in scored]) for key in ("logprobs", "tokens"))
+    return metrics.infonce(sums / tokens[:, None, :]).tolist()
 
 
 def _mark(text: str, query: str, constitution: Constitution) -> str:
@@ -227,14 +237,13 @@ def _by_query(run: Run, values: Sequence[float | None]) -> list[float | None]:
 
 def _texts(run: Run, iteration: int) -> dict[str, list[float]]:
     groups, scored = _answered(run, iteration), read_jsonl(run.folder / logprob_file(iteration))
-    sums, tokens = (np.array([row[key] for row in scored]) for key in ("logprobs", "tokens"))
     bare = read_jsonl(run.folder / bare_file(iteration))
 
     def over(of) -> list[float]:
         return [sum(of(r["text"], item) for r in rows) / len(rows) for item, rows in groups]
 
     return {
-        "bound": metrics.infonce(sums / tokens[:, None, :]).tolist(),
+        "bound": _bounds(scored),
         "steerability": [steerability(run, item, rows) for item, rows in groups],
         "following": [rule.sides_followed(rows[0]["text"], item.constitutions[0], run.asked(item))
                       for item, rows in groups],

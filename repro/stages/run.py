@@ -10,7 +10,7 @@ from repro.base.records import UserError, read_json, read_jsonl, write_json, wri
 from repro.base.settings import Experiment
 from repro.models import load
 from repro.models.hub import load_config
-from repro.report.page import told
+from repro.report.story import told
 from repro.servers.endpoint import Endpoint
 from repro.stages import draws
 from repro.stages.draws import Item

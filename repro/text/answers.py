@@ -42,7 +42,8 @@ FUNCTION_WORDS = STOP_WORDS | frozenset(
     "most much never now off one only other out over some such too two until up us very while without yes don let".split())
 ENGLISH = 0.12  # function words; English prose has about 0.5, stage dialects 0.3
 TASK = frozenset("answe post summa sente write word".split())  # stems that name the task, and no style
-FAULTS = ("empty", "loop", "recital", "off", "foreign")
+FAULTS = {"empty": "it is empty", "loop": "it repeats itself", "recital": "it recites the principle",
+          "off": "too few words of the query", "foreign": "not in English"}
 
 
 def fault(text: str, query: str, sentences: Sequence[str]) -> str | None:

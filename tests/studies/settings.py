@@ -16,9 +16,10 @@ from repro.base.identity import commit
 from repro.base.records import read_json, read_jsonl, write_json
 from repro.base.settings import ModelSpec, prompt_for
 from repro.experiment import load_experiment, only_variant
+from repro.report import changes as training
+from repro.report.changes import ANSWERS, BOUND, FOLLOWED, TOKENS
 from repro.stages.folder import checkpoint
 from repro.stages.pipeline import run
-from repro.studies import steered
 
 RATES = {"exp1": (5e-7, 1e-6, 2e-6, 4e-6), "exp2": (5e-7, 1e-6, 2e-6, 4e-6), "exp3": (1e-6, 2e-6, 4e-6, 8e-6)}
 POOL = {"constitutions": "diverse_mini", "sampling": {"max_new_tokens": 64}}
@@ -49,22 +50,15 @@ def changed(experiment, changes: dict, scored: int):
 
 def told(folder: Path) -> dict:
     """Of each subset, what came out: the initial model, the last iteration, and the change with its interval."""
-    metrics = read_json(folder / "metrics.json")
-    last, found = max(r["iteration"] for r in metrics), {}
-    rows = read_jsonl(folder / "following.jsonl")
-    for subset in dict.fromkeys(row["subset"] for row in rows):
-        line = steered.Line(folder.name, subset, {0: [row for row in rows if row["subset"] == subset]},
-                            [r for r in metrics if r["subset"] == subset])
-        if not line.by_query(steered.followed, "0"):
-            continue
-        found[subset] = {"n": len(line.by_query(steered.followed, "0"))}
-        for name, of in (("steerability", steered.followed), ("answered", steered.answers)):
-            change = line.change(of)
-            found[subset][name] = {"before": line.value(of).value, "after": line.value(of, str(last)).value,
-                                   "change": change.value, "ci95": list(change.ci95), "sem": change.sem}
-        for name, metric, fixed in (("bound", "mi", {"estimator": "infonce"}), ("length", "length_tokens", {})):
-            ends = [line.mean(metric, k, **fixed) for k in (0, last)]
-            found[subset][name] = {"before": ends[0][0], "after": ends[1][0], "n": ends[0][1]}
+    found = {}
+    for line in training.lines(folder.name, {0: read_jsonl(folder / "following.jsonl")}):
+        found[line.subset] = {"n": line.value(ANSWERS).n}
+        for name, measure in (("steerability", FOLLOWED), ("answered", ANSWERS), ("bound", BOUND), ("length", TOKENS)):
+            if line.known(measure):
+                change = line.change(measure)
+                found[line.subset][name] = {
+                    "before": line.value(measure).value, "after": line.value(measure, line.last).value,
+                    "change": change.value, "ci95": change.ci95 and list(change.ci95), "sem": change.sem, "n": change.n}
     return found
 
 

@@ -1,0 +1,165 @@
+"""What training changed, of one run or over the seeds of several: paired changes from following.jsonl (stages/measure.py).
+
+The unit is the held-out query, over whose items, constitutions, sides and seeds values are averaged first; so a change is
+paired, and seeds, which share their queries, make no query count twice. No torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from repro.base import metrics
+from repro.base.metrics import Estimate
+from repro.base.records import read_json, read_jsonl
+from repro.report import look
+
+PUBLISHED = "following-*.jsonl"  # in a published folder, one a run: its variant and seed
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`of` a row of following.jsonl and an iteration: its values, one or more; none where it has none. `share`: they are
+    shares, from 0 to 1."""
+
+    name: str
+    of: Callable[[dict, str], list[float]]
+    share: bool = True
+    digits: int = 2
+
+
+def _followed(row: dict, iteration: str, side: str | None = None, ruled: frozenset[str] = frozenset()) -> list[float]:
+    values: list[float] = []
+    for constitution, mark in zip(row["constitutions"], row["sides"].get(iteration, ())):
+        marks, _, fault = mark.partition(" ")
+        own = [] if marks == "-" else [float(m == "1" and not fault) for m in marks]
+        if side:
+            known = [s for s in constitution.split(",") if s.removeprefix("not_") in ruled]
+            own = [value for s, value in zip(known, own) if s == side]
+        values += own
+    return values
+
+
+BOUND = Measure("bound on mutual information, nats", lambda row, i: [row["bound"][i]] if i in row["bound"] else [],
+                share=False)
+FOLLOWED = Measure("sides of the constitution followed", _followed)
+ANSWERS = Measure("responses that answer", lambda row, i: [float(" " not in mark) for mark in row["sides"].get(i, ())])
+TOKENS = Measure("length, tokens", lambda row, i: [float(n) for n in row["tokens"].get(i, ())], share=False, digits=0)
+
+
+def _won(row: dict, iteration: str) -> list[float]:
+    """1 where the response under the judged constitution follows more of its sides than the initial model's, 0 where
+    fewer: the rule judge (judges/rule.py)."""
+    ours, theirs = (_followed(row | {"constitutions": row["constitutions"][:1]}, i) for i in (iteration, "0"))
+    return [0.5 + 0.5 * ((sum(ours) > sum(theirs)) - (sum(ours) < sum(theirs)))] if ours else []
+
+
+WINS = Measure("judged better than the initial model's, by rule, ties half", _won)
+
+
+def of_side(side: str, ruled: frozenset[str]) -> Measure:
+    """As FOLLOWED, of one side alone. `ruled`: the names of principles with a rule, in whose order marks stand."""
+    return Measure(side, lambda row, iteration: _followed(row, iteration, side, ruled))
+
+
+@dataclass(frozen=True)
+class Line:
+    """The runs (seeds) of an experiment's variant, and a subset of their items. `rows`: of each seed those of
+    following.jsonl."""
+
+    name: str
+    subset: str
+    rows: dict[int, list[dict]]
+
+    @property
+    def last(self) -> int:
+        return max(int(k) for rows in self.rows.values() for row in rows for k in row["sides"])
+
+    def by_query(self, measure: Measure, iteration: int) -> dict[str, float]:
+        """Query -> the mean over seeds of the means of its values."""
+        found: dict[str, list[float]] = {}
+        for rows in self.rows.values():
+            own: dict[str, list[float]] = {}
+            for row in rows:
+                own.setdefault(row["query"], []).extend(measure.of(row, str(iteration)))
+            for query, values in own.items():
+                if values:
+                    found.setdefault(query, []).append(sum(values) / len(values))
+        return {query: sum(values) / len(values) for query, values in found.items()}
+
+    def value(self, measure: Measure, iteration: int = 0) -> Estimate:
+        """The mean over queries at an iteration, by default of the initial model."""
+        return (metrics.share if measure.share else metrics.mean)(list(self.by_query(measure, iteration).values()))
+
+    def change(self, measure: Measure) -> Estimate:
+        """Last iteration less the initial model, on the same queries."""
+        first, last = self.by_query(measure, 0), self.by_query(measure, self.last)
+        return (metrics.change if measure.share else metrics.mean)([last[q] - first[q] for q in first if q in last])
+
+    def seeds(self, measure: Measure) -> list[float]:
+        """The change of each seed alone."""
+        return [Line(self.name, self.subset, {seed: rows}).change(measure).value for seed, rows in self.rows.items()]
+
+    def known(self, measure: Measure) -> bool:
+        return bool(self.by_query(measure, 0)) and bool(self.by_query(measure, self.last))
+
+    def ends(self, measure: Measure) -> str:
+        """The initial model -> the last iteration."""
+        if not self.known(measure):
+            return "NOT RUN"
+        return " -> ".join(f"{self.value(measure, k).value:.{measure.digits}f}" for k in (0, self.last))
+
+
+def verdict(line: Line) -> list[str]:
+    """What training did, in sentences: to the bound, to following, to the text."""
+    few = f"{len(line.rows)} seeds" if len(line.rows) > 1 else "1 seed"
+    told = []
+    if line.known(BOUND):
+        moved = _moved(line, BOUND, "rose", "fell", "is not seen to move")
+        told.append(f"The bound on mutual information {moved}, in nats (n {line.change(BOUND).n}, {few}).")
+    if line.known(FOLLOWED):
+        change, seeds = line.change(FOLLOWED), line.seeds(FOLLOWED)
+        told.append("The constitution " + _moved(line, FOLLOWED, "is followed more", "is followed less",
+                                                 "is not seen to be followed more or less")
+                    + f", as the share of its sides (n {change.n}, {few}"
+                    + (f" from {min(seeds):+.2f} to {max(seeds):+.2f})" if len(seeds) > 1 else ")")
+                    + ("." if change.ci95[0] > 0 or change.ci95[1] < 0 or change.sem is None else
+                       f"; so many queries would show a change of {detectable(change):.2f}."))
+    else:
+        told.append("Whether the constitution is followed cannot be said: no program can check its principles.")
+    answer = _moved(line, ANSWERS, *(f"{how} responses answer" for how in ("More", "Fewer", "Neither more nor fewer")))
+    length = _moved(line, TOKENS, "grew", "fell", "is not seen to change")
+    return [*told, f"{answer}; their length {length}, in tokens."]
+
+
+def _moved(line: Line, measure: Measure, more: str, less: str, neither: str) -> str:
+    change = line.change(measure)
+    low, high = change.ci95 or ((change.value,) * 2 if change.n > 1 else (0, 0))
+    word = more if low > 0 else less if high < 0 else neither
+    return f"{word}: {line.ends(measure)}, {look.said(change, digits=max(measure.digits, 1), sign='+')}"
+
+
+def lines(name: str, runs: dict[int, list[dict]]) -> list[Line]:
+    """A line for each subset of the items of `runs`, the rows of following.jsonl by seed."""
+    return [Line(name, subset, {seed: [row for row in rows if row["subset"] == subset] for seed, rows in runs.items()})
+            for subset in dict.fromkeys(row["subset"] for rows in runs.values() for row in rows)]
+
+
+def published(folder: Path, variant: str | None = None) -> list[Line]:
+    """The lines of one published experiment, by variant, then subset; of one `variant` alone, where it is given."""
+    runs: dict[str, dict[int, list[dict]]] = {}
+    for path in sorted(folder.glob(PUBLISHED)):
+        own, _, seed = path.stem.removeprefix("following-").rpartition("seed-")
+        runs.setdefault(own.removesuffix("-"), {})[int(seed)] = read_jsonl(path)
+    return [line for own, seeds in runs.items() if variant in (None, own)
+            for line in lines("-".join(filter(None, (folder.parent.name, own))), seeds)]
+
+
+def ruled(folder: Path) -> dict[str, str]:
+    """Names of the principles with a rule -> the rule."""
+    data = read_json(folder / "constitutions.json")
+    return {p["name"]: p["rule"] for p in (*data["principles"], *data.get("held_out", ())) if p["rule"]}
+
+
+def detectable(change: Estimate) -> float:
+    """The change that these queries would show in four of five such studies (two-sided 5 %, normal)."""
+    return 2.8 * (change.sem or float("nan"))
