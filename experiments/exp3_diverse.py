@@ -24,7 +24,7 @@ MINI = Experiment(
     task="summary",
     cot=False,
     constitutions="diverse_mini",
-    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=1e-6, batch_size=8),
+    train=TrainSpec(dose="as_printed", optimizer="rmsprop", learning_rate=2e-6, batch_size=8),
     data=DataSpec(source="embedded-tldr", train=112, evaluation=128, scored=32),
     sampling=SamplingSpec(batch_size=128, max_new_tokens=64,
                           drop_phrases=("The assistant", "sorry", "Response", "[insert", "]")),
