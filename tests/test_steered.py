@@ -10,7 +10,7 @@ import pytest
 
 from repro.base.records import write_json, write_jsonl
 from repro.report import changes
-from repro.report.changes import ANSWERS, BOUND, FOLLOWED, TOKENS, of_side
+from repro.report.changes import AMONG, ANSWERS, BOUND, FOLLOWED, TOKENS, WINS, of_side
 from repro.studies import steered
 
 SET = {"principles": [{"name": "short", "rule": "brief"}, {"name": "kind", "rule": None}, {"name": "plain", "rule": "simple_words"}]}
@@ -39,6 +39,10 @@ def test_values_by_hand(tmp_path):
     assert (change.value, change.n) == (0.375, 2) and change.sem == pytest.approx(np.std([0.25, 0.5], ddof=1) / 2**0.5)
     assert line.seeds(FOLLOWED) == [pytest.approx((0.5 + 0.25) / 2), pytest.approx((0 + 0.75) / 2)]
     assert line.value(ANSWERS).value == pytest.approx((1 + (0 + 0.5) / 2) / 2)
+    among = line.change(AMONG)  # 0.25 of 0.625 -> 0.625 of 1; each query's part, linearised
+    parts = [(0.5 - 0.4 * 1, 0.75 - 0.625), (0 - 0.4 * 0.25, 0.5 - 0.625)]
+    assert among.value == pytest.approx(0.625 - 0.4) and among.sem == pytest.approx(
+        np.std([after - before / 0.625 for before, after in parts], ddof=1) / 2**0.5) and line.ends(AMONG) == "0.40 -> 0.62"
     bound = line.change(BOUND)
     assert (bound.value, bound.n) == (pytest.approx(0.155), 2) and bound.ci95 == pytest.approx(
         np.array([0.155, 0.155]) + np.array([-1, 1]) * 12.7062 * 0.005, abs=1e-5)  # Student's t of 0.15 and 0.16
@@ -48,10 +52,12 @@ def test_values_by_hand(tmp_path):
     at_the_end = [line.by_query(of_side(side, frozenset(ruled)), 3) for side in ("plain", "not_short", "not_plain")]
     assert at_the_end == [{"q0": 1.0, "q1": 0.25}, {"q0": 0.5, "q1": 0.5}, {}]
     said = steered.write(tmp_path)
-    assert said == ["exp1_x, helpful: the constitution is not seen to be followed more or less: +0.38 [-0.75, +0.88] (n 2, 2 seeds from +0.38 "
-                    "to +0.38); as many responses are seen to answer: +0.38 [-0.79, +0.94]"]
+    assert len(said) == 1 and said[0].startswith("exp1_x, helpful: The bound on mutual information rose: 0.10 -> 0.26, +0.15 [")
+    for part in ("The constitution is not seen to be followed more or less: 0.25 -> 0.62, +0.38 [-0.75, +0.88], as the share of its sides "
+                 "(n 2, 2 seeds from +0.38 to +0.38)", "Neither more nor fewer responses answer: 0.62 -> 1.00, +0.38 [-0.79, +0.94]"):
+        assert part in said[0]
     page = (tmp_path / "steered.md").read_text()
-    assert "| exp1_x, helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | 0.10 -> 0.26 | 15 -> 9 | 0.62 -> 1.00 |" in page
+    assert "| exp1_x, helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | +0.22 [" in page and "| 0.10 -> 0.26 | 15 -> 9 | 0.62 -> 1.00 |" in page
     assert "| exp1_x | helpful | plain | 2 | 0.12 -> 0.62 |" in page and (tmp_path / "steered.png").stat().st_size > 5000
 
 
@@ -65,6 +71,32 @@ def test_more_queries_make_it_certain(tmp_path):
     assert change.n == 128 and change.ci95[0] > 0.15 and change.ci95[1] < 0.25
     assert changes.detectable(change) < 0.05
     assert "is followed more" in steered.write(tmp_path)[0]
+
+
+def test_answering_more_often_is_not_following_more_among_answers(tmp_path):
+    """A model that does not hear the constitution and comes to answer more follows more sides, the same share of its answers'."""
+    deaf = (["11", "00"], ["11 loop", "00 loop"]), (["11", "00"], ["11", "00"])
+    hears = (["11", "00"], ["11", "00"]), (["11", "11"], ["11", "11"])
+    for (before, after), steerability, among in ((deaf, 0.25, 0), (hears, 0.5, 0.5)):
+        made(tmp_path / "exp1_x/mini", [[(before[k % 2], after[k % 2]) for k in range(20)]])
+        (line,) = changes.published(tmp_path / "exp1_x/mini")
+        assert line.change(FOLLOWED).value == steerability and line.change(AMONG).value == pytest.approx(among)
+
+
+def test_the_interval_among_answers_holds_the_truth(tmp_path):
+    """95 times in 100, at the size of a published run, where answering and following go together."""
+    rng, held = np.random.default_rng(0), 0
+
+    def marks(easy, follow, answer):
+        sides = zip(rng.random(2) < follow + 0.2 * easy, rng.random(2) < follow, rng.random(2) < answer * (0.6 + 0.4 * easy))
+        return [f"{int(a)}{int(b)}" + ("" if answers else " loop") for a, b, answers in sides]
+
+    for _ in range(400):
+        rows = [{"query": k, "constitutions": ["a,b", "a,c"], "sides": {"0": marks(easy, 0.5, 0.6), "1": marks(easy, 0.6, 0.9)}}
+                for k, easy in enumerate(rng.random(128))]
+        low, high = changes.Line("x", "s", {0: rows}).change(AMONG).ci95
+        held += low <= 0.1 <= high  # an easy query weighs as much at both ends
+    assert 0.92 * 400 <= held <= 0.98 * 400
 
 
 def test_nothing_published_is_one_line(tmp_path):
@@ -87,12 +119,15 @@ def test_a_published_run_takes_its_marks_along(tmp_path, tiny):
     out = publish([run(experiment, tmp_path / "runs", say=lambda line: None)], tmp_path / "results")
     rows = [json.loads(line) for line in (out / "following-seed-0.jsonl").read_text().splitlines()]
     (story,) = stories_of(out / "report.html")
-    assert Counter(item["subset"] for item in story["items"]) == {"learned": 4, "held_out": 2}  # of the two that are scored
+    assert Counter(item["subset"] for item in story["items"]) == {"learned": 2, "held_out": 2}  # of the two that are scored
     for item in story["items"]:
         of = [row for row in rows if (row["query"], row["subset"], row["constitutions"]) == (item["id"], item["subset"], item["constitutions"])]
         assert [[of[0]["sides"][str(i)] for i in (0, 1)]] * len(of) == [item["marks"]] * len(of) and len(of) >= 1
     metrics = json.loads((out / "metrics.json").read_text())
     lines = {line.subset: line for line in changes.published(out)}
+    (won,) = [r for r in metrics if (r["metric"], r["judge"], r["ties"], r["length"], r["subset"]) == ("win_rate", "rule", "half", "raw", "learned")]
+    wins = lines["learned"].value(WINS, 1)
+    assert (100 * wins.value, wins.n) == (pytest.approx(won["value"]), won["n"])
     names = {"steerability": FOLLOWED, "answered": ANSWERS}
     for subset in {row["subset"] for row in rows}:
         for metric, measure in names.items():

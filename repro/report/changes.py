@@ -19,12 +19,13 @@ PUBLISHED = "following-*.jsonl"  # in a published folder, one a run: its variant
 @dataclass(frozen=True)
 class Measure:
     """`of` a row of following.jsonl and an iteration: its values, one or more; none where it has none. `share`: they are
-    shares, from 0 to 1."""
+    shares, from 0 to 1. `over`: another measure, by whose mean over queries this one's is divided."""
 
     name: str
     of: Callable[[dict, str], list[float]]
     share: bool = True
     digits: int = 2
+    over: "Measure | None" = None
 
 
 def _followed(row: dict, iteration: str, side: str | None = None, ruled: frozenset[str] = frozenset()) -> list[float]:
@@ -43,7 +44,11 @@ BOUND = Measure("bound on mutual information, nats", lambda row, i: [row["bound"
                 share=False)
 FOLLOWED = Measure("sides of the constitution followed", _followed)
 ANSWERS = Measure("responses that answer", lambda row, i: [float(" " not in mark) for mark in row["sides"].get(i, ())])
-TOKENS = Measure("length, tokens", lambda row, i: [float(n) for n in row["tokens"].get(i, ())], share=False, digits=0)
+TOKENS = Measure("length, tokens", lambda row, i: [float(n) for n in row["tokens"].get(i, ())], share=False,
+                 digits=0)
+
+
+AMONG = Measure("sides followed, of responses that answer", _followed, share=False, over=ANSWERS)
 
 
 def _won(row: dict, iteration: str) -> list[float]:
@@ -86,21 +91,37 @@ class Line:
                     found.setdefault(query, []).append(sum(values) / len(values))
         return {query: sum(values) / len(values) for query, values in found.items()}
 
+    def _ratios(self, measure: Measure, iteration: int, queries: list[str]) -> tuple[float, list[float]]:
+        """The mean over queries divided by that of what it is over, and what each query adds to it (linearised)."""
+        tops, bottoms = (self.by_query(m, iteration) for m in (measure, measure.over))
+        mean = sum(bottoms[q] for q in queries) / len(queries)
+        ratio = sum(tops[q] for q in queries) / len(queries) / mean
+        return ratio, [ratio + (tops[q] - ratio * bottoms[q]) / mean for q in queries]
+
     def value(self, measure: Measure, iteration: int = 0) -> Estimate:
         """The mean over queries at an iteration, by default of the initial model."""
-        return (metrics.share if measure.share else metrics.mean)(list(self.by_query(measure, iteration).values()))
+        found = self.by_query(measure, iteration)
+        if measure.over:
+            return metrics.mean(self._ratios(measure, iteration, list(found))[1])
+        return (metrics.share if measure.share else metrics.mean)(list(found.values()))
 
     def change(self, measure: Measure) -> Estimate:
         """Last iteration less the initial model, on the same queries."""
         first, last = self.by_query(measure, 0), self.by_query(measure, self.last)
-        return (metrics.change if measure.share else metrics.mean)([last[q] - first[q] for q in first if q in last])
+        queries = [q for q in first if q in last]
+        if measure.over:
+            (_, before), (_, after) = (self._ratios(measure, k, queries) for k in (0, self.last))
+            return metrics.mean([b - a for a, b in zip(before, after)])
+        return (metrics.change if measure.share else metrics.mean)([last[q] - first[q] for q in queries])
 
     def seeds(self, measure: Measure) -> list[float]:
         """The change of each seed alone."""
         return [Line(self.name, self.subset, {seed: rows}).change(measure).value for seed, rows in self.rows.items()]
 
     def known(self, measure: Measure) -> bool:
-        return bool(self.by_query(measure, 0)) and bool(self.by_query(measure, self.last))
+        """Whether both ends have a value."""
+        return all(bool(found := self.by_query(measure, k)) and (
+            not measure.over or any(self.by_query(measure.over, k)[q] for q in found)) for k in (0, self.last))
 
     def ends(self, measure: Measure) -> str:
         """The initial model -> the last iteration."""
@@ -124,6 +145,9 @@ def verdict(line: Line) -> list[str]:
                     + (f" from {min(seeds):+.2f} to {max(seeds):+.2f})" if len(seeds) > 1 else ")")
                     + ("." if change.ci95[0] > 0 or change.ci95[1] < 0 or change.sem is None else
                        f"; so many queries would show a change of {detectable(change):.2f}."))
+        if line.known(AMONG):
+            told.append("Among responses that answer, the share of sides followed "
+                        f"{_moved(line, AMONG, 'has grown', 'has shrunk', 'is not seen to change')}.")
     else:
         told.append("Whether the constitution is followed cannot be said: no program can check its principles.")
     answer = _moved(line, ANSWERS, *(f"{how} responses answer" for how in ("More", "Fewer", "Neither more nor fewer")))

@@ -106,7 +106,8 @@ def draw_win_rate(metrics: list[dict], judge: str, title: str):
 
 @style()
 def draw(metrics: list[dict], constitutions: int, title: str):
-    """Four panels by iteration: MI, length, win rate against the initial model, following. Bars: ± SEM over items.
+    """Four panels by iteration: MI, length, win rate against the initial model, following: of all sides where that was
+    measured, else of principles. Bars: ± SEM over items.
 
     With several seeds each is a thin line, their mean a thick one with the mean of their bars. Dashed: another baseline's
     length, and the win rate against it. `constitutions`: C of the bound's limit, log C.
@@ -116,7 +117,8 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     iterations = sorted({r["iteration"] for r in metrics})
     found = judges(metrics)
     judge = next((j for j in ("rule", *found) if j in found and j != "likelihood"), "likelihood")
-    figure, axes = subplots(1, 4, (13, 3.9))
+    figure, panels = subplots(2, 2, (8.6, 7.4))
+    axes = panels.flatten()
 
     def plot(axis, color, marker, style="-", label=None, anchor=None, scale=1.0, shift=0.0, **fixed):
         found = select(metrics, **fixed)
@@ -136,7 +138,8 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         axis.errorbar([i + shift for i in x], [points[i][0] for i in x], [points[i][1] for i in x], color=color,
                       marker=marker, lw=1.6, ls=style, label=label)
 
-    shown = principles(metrics)
+    steered = bool(select(metrics, metric="steerability"))
+    shown = [] if steered else principles(metrics)
     shown = shown if len(shown) <= PANEL_PRINCIPLES else [None]
     for k, (line, own) in enumerate(zip(lines, looks(metrics))):
         aside = 0.04 * (k - (len(lines) - 1) / 2)  # so that bars do not hide each other
@@ -147,6 +150,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         plot(axes[2], **look, anchor=50, baseline=line["model"], **won, **line)
         for other in sorted({r["baseline"] for r in select(metrics, **won, **line)} - {line["model"]}):
             plot(axes[2], **look | {"label": f"{tell(line)}, against {other}"}, style="--", baseline=other, **won, **line)
+        plot(axes[3], **own, label=tell(line), scale=100, shift=aside, metric="steerability", **line)
         for p, principle in enumerate(shown):
             label = f"{principle}, {tell(line)}" if principle else tell(line)
             plot(axes[3], **own, style=("-", "--", ":", "-.")[p % 4], label=label, scale=100,
@@ -156,33 +160,41 @@ def draw(metrics: list[dict], constitutions: int, title: str):
         axes[1].axhline(sum(r["value"] for r in rows) / len(rows), color=GREY, ls="--", lw=1, label=other)
     limit = math.log(constitutions)
     axes[0].axhline(limit, color=GREY, ls=":", lw=1)
-    axes[0].text(iterations[0], limit, f" log {constitutions} (the most possible)", va="bottom", fontsize=8, color="0.3")
-    axes[0].set(title="Mutual information", ylabel=AXES["infonce"], ylim=(0, limit * 1.12))
+    axes[0].text(iterations[0], 1.02 * limit, f"log {constitutions}, the most possible", va="bottom", fontsize=8,
+                 color=GREY)
+    axes[0].set(title="Mutual information", ylabel=AXES["infonce"], ylim=(0, limit * 1.15))
     axes[1].set(title="Length", ylabel=AXES["length_tokens"])
     axes[1].set_ylim(0, axes[1].get_ylim()[1] * 1.04)
     axes[2].axhline(50, color=GREY, ls=":", lw=1)
     axes[2].set(title=f"Win rate, {named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
     written = any(line["writer"] != "hand" for line in lines)
-    axes[3].set(title="Following" if shown == [None] else "Following the hand-written principles" if written else
-                "Following, all-positive constitution", ylim=(0, 103),
-                ylabel="sides of the constitution followed (%)" if shown == [None] else
+    axes[3].set(ylim=(0, 103), title="Following, all constitutions" if steered else "Following" if shown == [None] else
+                "Following the hand-written principles" if written else "Following, all-positive constitution",
+                ylabel="sides of the constitution followed (%)" if steered or shown == [None] else
                 "responses that follow the principle (%)")
     if judge in language_models(metrics):
         axes[2].text(0.02, 0.02, "\n".join(textwrap.wrap(standing(judge), 52)), fontsize=6, transform=axes[2].transAxes)
     for axis in axes:
         axis.set_xticks(iterations)
         axis.set_xlabel(AXES["iteration"])
-    axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.9))
-    if principles(metrics) and shown != [None]:  # else it would be the first panel's again
+    if shown and shown != [None]:  # else it would be the legend of all panels again
         axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7, handlelength=3.2, ncols=2,
                        columnspacing=1)
-    elif not principles(metrics):
+    elif not shown and not steered:
         axes[3].text(0.5, 0.5, "NOT RUN: no principle has a rule", ha="center", transform=axes[3].transAxes)
-    bars = "bars: ± SEM over held-out queries" + _bare(metrics)
-    if len(seeds) > 1:
-        bars += f"; thin: each of {len(seeds)} seeds, thick: their mean"
-    figure.suptitle(f"{title} ({bars})", fontsize=10)
+    known = {label: handle for axis in axes[:3] for handle, label in zip(*axis.get_legend_handles_labels())}
+    if len(known) > 1:
+        figure.legend(known.values(), known, loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(f"{title}\n{_bars(metrics)}", fontsize=9)
     return figure
+
+
+def _bars(metrics: list[dict]) -> str:
+    """What bars and thin lines are, and over how many queries: the fewest to the most of a point."""
+    seeds, n = len({r["seed"] for r in metrics}), [r["n"] for r in metrics if not r.get("principle") and not r.get("judge")]
+    over = f"{min(n)} to {max(n)}" if min(n) < max(n) else str(min(n))
+    each = f"; thin: each of {seeds} seeds, thick: their mean" if seeds > 1 else ""
+    return f"bars: ± SEM over n = {over} held-out queries{_bare(metrics)}{each}"
 
 
 @style()

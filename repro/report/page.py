@@ -17,7 +17,7 @@ from repro.base.records import UserError, write_text
 from repro.base.settings import safe_name
 from repro.judges.standing import standing
 from repro.report import look
-from repro.report.changes import ANSWERS, BOUND, FOLLOWED, TOKENS, WINS, Line, verdict
+from repro.report.changes import AMONG, ANSWERS, BOUND, FOLLOWED, TOKENS, WINS, Line, Measure, of_side, verdict
 from repro.report.figures import SERIES, language_models, named, select, telling
 from repro.report.look import LABELS, MEANINGS
 from repro.text.answers import FAULTS
@@ -54,13 +54,13 @@ def _values(metrics: list[dict]) -> tuple[list[int], list[tuple]]:
     return iterations, rows
 
 
-HEADLINES = (BOUND, FOLLOWED, WINS, ANSWERS, TOKENS)
+HEADLINES = (BOUND, FOLLOWED, AMONG, WINS, ANSWERS, TOKENS)
 
 
-def _headlines(line: Line) -> list[dict]:
-    """The rows of the table of what training changed."""
+def _rows(line: Line, measures: Sequence[Measure]) -> list[dict]:
+    """Rows of a table of what training changed."""
     rows = []
-    for measure in (m for m in HEADLINES if line.known(m)):
+    for measure in (m for m in measures if line.known(m)):
         (first, last), change, digits = line.ends(measure).split(" -> "), line.change(measure), max(measure.digits, 1)
         rows.append({"name": measure.name, "first": first, "last": last, "change": look.said(change, digits, "+"),
                      "n": change.n, "seeds": [f"{value:+.{digits}f}" for value in line.seeds(measure)]})
@@ -73,6 +73,8 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
     for one in stories:
         measured.setdefault(one["measured"], []).append(one["took"])
     seeds = ", ".join(str(one["seed"]) for one in stories)
+    ruled = [p for p, *_, rule in first["principles"][1] if rule != "none"] if not first["principles"][0] else []
+    sides = [of_side(side, frozenset(ruled)) for p in ruled for side in (p, f"not_{p}")]
     return first | {
         "title": " ".join(filter(None, (first["variant"], f"seed{'s' * (len(stories) > 1)} {seeds}"))),
         "facts": [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
@@ -80,7 +82,8 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
         "warnings": [line for one in stories for line in one["worsened"]],
         "written": [one for k, one in enumerate(written) if one not in written[:k]],
         "lines": [{"subset": line.subset.replace("_", " "), "last": line.last, "verdict": verdict(line),
-                   "rows": _headlines(line)} for line in own],
+                   "tables": [(what, rows) for what, measures in (("measure", HEADLINES), ("side followed", sides))
+                              if (rows := _rows(line, measures))]} for line in own],
         "shown": [_shown(item, first) for item in first["items"]]}
 
 

@@ -7,43 +7,45 @@ import sys
 from pathlib import Path
 
 from repro.base.records import UserError, write_text
-from repro.report import look
-from repro.report.changes import ANSWERS, BOUND, FOLLOWED, PUBLISHED, TOKENS, Line, detectable, of_side, published, ruled
+from repro.report import changes, look
+from repro.report.changes import AMONG, ANSWERS, BOUND, FOLLOWED, TOKENS, Line
 
-HEADER = ["run, subset", "n, seeds", "steerability", "change", "bound, nats", "tokens", "answers"]
+HEADER = ["run, subset", "n, seeds", "steerability", "change", "change among answers", "bound, nats", "tokens", "answers"]
 
 
 def _row(line: Line) -> list[str]:
     change = line.change(FOLLOWED)
     return [f"{line.name}, {line.subset.replace('_', ' ')}", f"{change.n}, {len(line.rows)}", line.ends(FOLLOWED),
-            look.said(change, sign="+"), *map(line.ends, (BOUND, TOKENS, ANSWERS))]
+            look.said(change, sign="+"), look.said(line.change(AMONG), sign="+"),
+            *map(line.ends, (BOUND, TOKENS, ANSWERS))]
+
+
+def _sides(folder: Path, line: Line) -> list[list[str]]:
+    """A row for every side whose principle has a rule."""
+    names = changes.ruled(folder)
+    sides = [changes.of_side(s, frozenset(names)) for name in names for s in (name, f"not_{name}")]
+    return [[line.name, line.subset.replace("_", " "), side.name, str((change := line.change(side)).n), line.ends(side),
+             look.said(change, sign="+"), f"{changes.detectable(change):.2f}"] for side in sides if line.known(side)]
 
 
 def write(results: Path) -> list[str]:
-    """`results`/steered.md and its figure; returns what it says in words, a line a run. Raises UserError where no published
-    run has a following.jsonl."""
-    folders = sorted({path.parent for path in results.glob(f"*/*/{PUBLISHED}")})
-    lines = [(folder, line) for folder in folders for line in published(folder) if line.known(FOLLOWED)]
+    """`results`/steered.md and its figure; returns what it says in words. Raises UserError where no published run has a
+    following.jsonl."""
+    folders = sorted({path.parent for path in results.glob(f"*/*/{changes.PUBLISHED}")})
+    lines = [(folder, line) for folder in folders for line in changes.published(folder) if line.known(FOLLOWED)]
     if not lines:
-        raise UserError(f"{results}: no published run with {PUBLISHED} in it; `repro publish` puts it there")
-    sides = []
-    for folder, line in lines:
-        names = ruled(folder)
-        for side in (of_side(s, frozenset(names)) for name in names for s in (name, f"not_{name}")):
-            if line.known(side):
-                change = line.change(side)
-                sides.append([line.name, line.subset.replace("_", " "), side.name, str(change.n), line.ends(side),
-                              look.said(change, sign="+"), f"{detectable(change):.2f}"])
-    words = [f"{line.name}, {line.subset}: {_verdict(line)}" for _, line in lines]
+        raise UserError(f"{results}: no published run with {changes.PUBLISHED} in it; `repro publish` puts it there")
+    words = [f"{line.name}, {line.subset.replace('_', ' ')}: {' '.join(changes.verdict(line))}" for _, line in lines]
     write_text(results / "steered.md", """# What training did to following
 
 A side of a constitution is followed where the response meets its rule (for an antithesis: does not) and still answers
 (repro/text/answers.py). Steerability is the share of sides followed over all constitutions of a query, each in its own
-response; the change is that of the last iteration against the initial model on the same held-out queries. In brackets 95 %
-intervals over queries, over whose seeds values are averaged first. Answers: the share of responses that answer at all.
+response; the change is that of the last iteration against the initial model on the same held-out queries. It rises where a
+model comes to answer more often, too; so beside it stands the change of the share of sides followed among responses that
+answer. In brackets 95 % intervals over queries, over whose seeds values are averaged first.
 
-""" + "".join(f"- {line}.\n" for line in words) + """
-![Change of steerability of each run and subset](steered.png)
+""" + "".join(f"- {line}\n" for line in words) + """
+![Change of steerability, of following among answers, and of answers, of each run and subset](steered.png)
 
 """ + look.table(HEADER, [_row(line) for _, line in lines]) + """
 n: held-out queries of the change (the bound may be of fewer: metrics.json).
@@ -52,38 +54,29 @@ n: held-out queries of the change (the bound may be of fewer: metrics.json).
 
 The last column: the change that so many queries would show in four of five such studies.
 
-""" + look.table(["run", "subset", "side", "n", "followed", "change", "detectable"], sides))
+""" + look.table(["run", "subset", "side", "n", "followed", "change", "detectable"],
+                 [row for folder, line in lines for row in _sides(folder, line)]))
     look.save(draw([line for _, line in lines]), results / "steered")
     return words
 
 
-def _verdict(line: Line) -> str:
-    change, rot, seeds = line.change(FOLLOWED), line.change(ANSWERS), line.seeds(FOLLOWED)
-    low, high = change.ci95
-    moved = ("is followed more" if low > 0 else "is followed less" if high < 0
-             else "is not seen to be followed more or less")
-    less, more = rot.ci95[1] < 0, rot.ci95[0] > 0
-    text = "fewer responses answer" if less else "more responses answer" if more else "as many responses are seen to answer"
-    spread = f"{len(seeds)} seeds from {min(seeds):+.2f} to {max(seeds):+.2f}" if len(seeds) > 1 else "1 seed"
-    return (f"the constitution {moved}: {look.said(change, sign='+')} (n {change.n}, {spread}); {text}: "
-            f"{look.said(rot, sign='+')}")
-
-
 @look.style()
 def draw(lines: list[Line]):
-    """A point and interval a line: change of steerability, and of the share that answers; small ticks are seeds."""
-    figure, panels = look.subplots(1, 2, (7.2, 1.2 + 0.42 * len(lines)), sharey=True)
-    for axes, of, title in zip(panels, (FOLLOWED, ANSWERS), ("steerability", "responses that answer")):
+    """A point and interval a line: change of steerability, among answers, of the share that answers; small marks: seeds."""
+    figure, panels = look.subplots(1, 3, (8.6, 1.2 + 0.42 * len(lines)), sharey=True)
+    titles = {FOLLOWED: "steerability", AMONG: "among answers", ANSWERS: "responses that answer"}
+    for axes, (measure, title) in zip(panels, titles.items()):
         for k, line in enumerate(lines):
-            change, colour = line.change(of), look.COLOURS[k % len(look.COLOURS)]
+            change, colour = line.change(measure), look.COLOURS[k % len(look.COLOURS)]
             axes.errorbar([change.value], [k], xerr=[[change.value - change.ci95[0]], [change.ci95[1] - change.value]],
                           color=colour, marker="o")
-            axes.plot(line.seeds(of), [k + 0.25] * len(line.rows), ls="", marker="|", color=colour, markersize=5)
+            axes.plot(line.seeds(measure), [k + 0.25] * len(line.rows), ls="", marker="|", color=colour, markersize=5)
         axes.axvline(0, color=look.GREY, ls=":", lw=1)
-        axes.set(xlabel="change against the initial model", title=title)
-    panels[0].set_yticks(range(len(lines)), [f"{line.name}\n{line.subset.replace('_', ' ')}" for line in lines], fontsize=8)
+        axes.set(xlabel="change", title=title)
+    names = [f"{line.name}\n{line.subset.replace('_', ' ')}" for line in lines]
+    panels[0].set_yticks(range(len(lines)), names, fontsize=8)
     panels[0].set_ylim(len(lines) - 0.5, -0.5)
-    figure.suptitle("95 % intervals over held-out queries; small marks: single seeds", fontsize=9)
+    figure.suptitle("Against the initial model; 95 % intervals over held-out queries; small marks: seeds", fontsize=9)
     return figure
 
 
