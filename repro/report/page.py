@@ -113,7 +113,7 @@ def _followed(mark: str | None, sides: list[str]) -> dict:
     if fault:
         return {"kind": "none", "said": f"no answer: {FAULTS.get(fault, fault)}"}
     held = [side for side, m in zip(sides, marks) if m == "1"]
-    return {"kind": "all" if len(held) == len(sides) else "some", "said": ", ".join(
+    return {"kind": "every" if len(held) == len(sides) else "some", "said": ", ".join(
         f"{side} {'followed' if side in held else 'not followed'}" for side in sides)}
 
 
