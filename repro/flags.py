@@ -202,6 +202,16 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class Show:
+    """Say in the terminal what came out of a run: verdict, changes, responses side by side."""
+
+    run: Path = argument()
+    """A run folder, or a published one."""
+    answers: int = 2
+    """Held-out queries of each variant whose responses are shown."""
+
+
+@dataclass(frozen=True)
 class Verify:
     """Recompute the paper's tables from the authors' record; or a run's numbers from what it keeps, and hold those of a run
     of the paper's models against the printed cells."""

@@ -375,6 +375,27 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
         assert "report.html: an older page, which does not carry what it shows" in command(*argv)[2]
 
 
+def test_show_says_what_came_out(finished, tmp_path, capsys):
+    """Of a run and of its published copy the same, but for the responses of other seeds; a mistake in one line."""
+    from repro import cli
+    from repro.report.publish import publish
+
+    def shown(*argv) -> tuple[int, list[str], str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["show", *map(str, argv)])
+        out, error = capsys.readouterr()
+        return stop.value.code, out.splitlines(), error
+
+    _, folder = finished
+    code, lines, _ = shown(folder)
+    assert code == 0 and lines[0] == "exp1_dialogue, helpful" and lines[1].startswith("  The bound on mutual information ")
+    assert sum("initial model:" in line for line in lines) == 2 * 4 and any(re.match(r"  brief,not_simple: Answer in one", line) for line in lines)
+    assert shown(publish([folder], tmp_path))[1] == lines
+    assert not any("initial model:" in line for line in shown(folder, "--answers", 0)[1])
+    for argv, said in (((tmp_path / "none",), "none: no metrics.json; only a finished run can be shown"), ((folder, "--answers", -1), "--answers -1: 0 or more")):
+        assert shown(*argv)[0] == 2 and said in shown(*argv)[2]
+
+
 def test_a_page_carries_what_it_shows_and_nothing_private(tiny, tmp_path):
     from repro.report.page import stories_of
     from repro.report.publish import again, publish, write_report

@@ -34,11 +34,12 @@ SPELLED = {
         leave_out:str...? max_tokens:int=300 temperature:float?=0.0 price:float,float? max_usd:float=10.0 concurrency:int=8
         deadline:float=120.0 attempts:int=5 dry_run:bool=False reparse:bool=False strict:bool=False files:str...=() items:int=100
         archive:Path? work:Path=runs/judges out:Path?""",
+    "show": "run:Path answers:int=2",
     "publish": "runs:Path...=() results:Path=results numbers_only:bool=False",
     "verify": "run:Path? archive:Path? out:Path=results/verify strict:bool=False responses:bool=False",
     "figures": "archive:Path? out:Path=results/figures run:Path...=()",
 }
-PLACES = {"run": ["experiment"], "compare": ["experiment"], "probe": ["principles"], "plan": ["experiment"], "judge": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
+PLACES = {"run": ["experiment"], "compare": ["experiment"], "probe": ["principles"], "plan": ["experiment"], "judge": ["run"], "show": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
 COMMANDS = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
 SETTINGS = [f for f in dataclasses.fields(flags.Run) if f.metadata.get("at") is not None]
 
@@ -142,7 +143,7 @@ def test_words_of_a_command_line(line, given):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "a command is missing: one of run, compare, probe, plan, judge, publish, verify, figures; see repro --help"),
+    ([], "a command is missing: one of run, compare, probe, plan, judge, show, publish, verify, figures; see repro --help"),
     ([""], "unknown option or command ''; see repro --help"), (["foo"], "unknown option or command foo; see repro --help"),
     (["--seed", "3", "run", "exp1"], "unknown option or command --seed; it is a flag of repro run"),
     (["run"], "the following arguments are required: EXPERIMENT; see repro run --help"),

@@ -20,6 +20,7 @@ from repro.report import look
 from repro.report.changes import AMONG, ANSWERS, BOUND, FOLLOWED, TOKENS, WINS, Line, Measure, of_side, verdict
 from repro.report.figures import SERIES, language_models, named, select, telling
 from repro.report.look import LABELS, MEANINGS
+from repro.report.story import sentences
 from repro.text.answers import FAULTS
 
 
@@ -89,15 +90,13 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
 
 def _shown(item: dict, one: dict) -> dict:
     """An item with all that the template needs: a column for every constitution, in it the answers by iteration."""
-    known = one["principles"][1]
-    sentences = {p: text for p, text, *_ in known} | {f"not_{p}": antithesis for p, _, antithesis, _ in known}
-    ruled = {p for p, *_, rule in known if rule != "none"}
+    said, ruled = sentences(one), {p for p, *_, rule in one["principles"][1] if rule != "none"}
     columns = []
     for c, constitution in enumerate(item["constitutions"]):
         sides, answers = constitution.split(","), [row[c] for row in item["answers"]]
         marks = [row[c] for row in item["marks"]] if "marks" in item else [None] * len(answers)
         columns.append({
-            "id": constitution, "sentences": [sentences[side] for side in sides if side in sentences],
+            "id": constitution, "sentences": [said[side] for side in sides],
             "answers": [{"iteration": i, "words": _words(text, answers[0] if i else text),
                          **_followed(mark, [s for s in sides if s.removeprefix("not_") in ruled])}
                         for i, (text, mark) in enumerate(zip(answers, marks))]})

@@ -135,6 +135,12 @@ def _setting(record: dict, writer_of: str) -> list[str]:
     return lines
 
 
+def sentences(one: dict) -> dict[str, str]:
+    """Of a story: a side of a constitution -> its sentence."""
+    rows = one["principles"][1]
+    return {name: text for name, text, *_ in rows} | {f"not_{name}": antithesis for name, _, antithesis, _ in rows}
+
+
 def story(folder: Path) -> dict:
     """What a page says of a run besides its numbers and figures, as JSON: so that a page, which carries it, can be made
     again, and runs of other seeds join it, where the run's folder is gone."""
