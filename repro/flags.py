@@ -212,6 +212,17 @@ class Show:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Say what a run does while it works, from the files that it leaves: stages, losses, values of each iteration, and
+    answers."""
+
+    run: Path = argument()
+    """A run folder, or the folder of an experiment's variants."""
+    every: float = 5.0
+    """Seconds between two looks."""
+
+
+@dataclass(frozen=True)
 class Verify:
     """Recompute the paper's tables from the authors' record; or a run's numbers from what it keeps, and hold those of a run
     of the paper's models against the printed cells."""

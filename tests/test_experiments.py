@@ -396,6 +396,46 @@ def test_show_says_what_came_out(finished, tmp_path, capsys):
         assert shown(*argv)[0] == 2 and said in shown(*argv)[2]
 
 
+def test_watch_tells_each_thing_once_while_the_run_works(finished, tmp_path, monkeypatch):
+    """A run as its folder stood after the first evaluation, in the middle of training, and when it was finished."""
+    from repro.base.records import CHECK, write_json
+    from repro.studies import watch
+
+    whole = shutil.copytree(finished[1], tmp_path / "mini")
+    record = {k: v for k, v in json.loads((whole / "run.json").read_text()).items() if k != CHECK}
+    write_json(whole / "run.json", record | {"stages": {k: v for k, v in record["stages"].items() if k == "evaluate-0"}})
+    trace = record["stages"]["train-1"]["trace"]
+    later, lines, looks = [
+        lambda: (whole / "checkpoints/iteration-1.steps/step-000001").mkdir(parents=True) or write_json(
+            whole / "checkpoints/iteration-1.steps/step-000001/trace.json", trace[:1]),
+        lambda: None,
+        lambda: (shutil.rmtree(whole / "checkpoints/iteration-1.steps"), write_json(whole / "run.json", record))], [], []
+
+    def sleep(seconds):
+        looks.append((seconds, len(lines)))
+        later.pop(0)()
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    watch.watch(whole, 0.5, lines.append)
+    assert [s for s, _ in looks] == [0.5] * 3 and looks[1][1] == looks[0][1] + 1 == looks[2][1]  # a step; then nothing new
+    assert lines[0].startswith("evaluate-0: done in ") and re.match(r"initial model, helpful: bound -?\d\.\d\d, sides followed 0\.\d\d, ", lines[1])
+    assert lines[looks[0][1]] == f"train-1, step 1: loss {trace[0]['loss']:.3f}, gradient norm {trace[0]['grad_norm']:.2f}"
+    order = [line.split(":")[0] for line in lines if re.match(r"(sample|train|evaluate|judge|metrics|report)[-:\d]*: done", line)]
+    assert order == ["evaluate-0", *(f"{s}-{k}" for k in (1, 2, 3) for s in ("sample", "train", "evaluate")), "judge", "metrics", "report"]
+    assert sum(line.startswith("train-") and "step" in line for line in lines) == sum(
+        len(record["stages"][f"train-{k}"]["trace"]) for k in (1, 2, 3))
+    told = [line for line in lines if not line.startswith("  ")]  # a query and its answer may be the same again
+    assert len(set(told)) == len(told) == len(lines) - 8
+    found = {(r["metric"], r["subset"], r["iteration"]): r for r in json.loads((whole / "metrics.json").read_text())
+             if r["metric"] in ("steerability", "answered")}
+    for subset in ("helpful", "harmless"):
+        line = next(line for line in lines if line.startswith(f"iteration 3, {subset}: "))
+        assert f"sides followed {found['steerability', subset, 3]['value']:.2f}, " in line and f"(n {found['steerability', subset, 3]['n']};" in line
+    assert lines[-1] == f"finished: {whole / 'report.html'}"
+    with pytest.raises(UserError, match="no run has begun there"):
+        watch.watch(tmp_path / "none")
+
+
 def test_a_page_carries_what_it_shows_and_nothing_private(tiny, tmp_path):
     from repro.report.page import stories_of
     from repro.report.publish import again, publish, write_report

@@ -35,11 +35,12 @@ SPELLED = {
         deadline:float=120.0 attempts:int=5 dry_run:bool=False reparse:bool=False strict:bool=False files:str...=() items:int=100
         archive:Path? work:Path=runs/judges out:Path?""",
     "show": "run:Path answers:int=2",
+    "watch": "run:Path every:float=5.0",
     "publish": "runs:Path...=() results:Path=results numbers_only:bool=False",
     "verify": "run:Path? archive:Path? out:Path=results/verify strict:bool=False responses:bool=False",
     "figures": "archive:Path? out:Path=results/figures run:Path...=()",
 }
-PLACES = {"run": ["experiment"], "compare": ["experiment"], "probe": ["principles"], "plan": ["experiment"], "judge": ["run"], "show": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
+PLACES = {"run": ["experiment"], "compare": ["experiment"], "probe": ["principles"], "plan": ["experiment"], "judge": ["run"], "show": ["run"], "watch": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
 COMMANDS = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
 SETTINGS = [f for f in dataclasses.fields(flags.Run) if f.metadata.get("at") is not None]
 
@@ -143,7 +144,7 @@ def test_words_of_a_command_line(line, given):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "a command is missing: one of run, compare, probe, plan, judge, show, publish, verify, figures; see repro --help"),
+    ([], "a command is missing: one of run, compare, probe, plan, judge, show, watch, publish, verify, figures; see repro --help"),
     ([""], "unknown option or command ''; see repro --help"), (["foo"], "unknown option or command foo; see repro --help"),
     (["--seed", "3", "run", "exp1"], "unknown option or command --seed; it is a flag of repro run"),
     (["run"], "the following arguments are required: EXPERIMENT; see repro run --help"),

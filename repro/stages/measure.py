@@ -39,14 +39,14 @@ def marks_following(run: Run) -> bool:
     return run.record.get("counted") == ANSWERS
 
 
-def following(run: Run) -> list[dict]:
+def following(run: Run, iterations: Iterable[int] | None = None) -> list[dict]:
     """A row for each held-out item: {"query", "subset", "constitutions": ids [C]}, and by iteration "sides" (marks [C]),
     "tokens" (lengths [C]) and, of an item that is scored, "bound" (nats). A mark has 1 or 0 for each principle of the
     constitution with a rule, in its order: the response is on its side; "-" where none has a rule. Behind it stands why
     the response is no answer, where it is none ("11 loop"): then neither side counts as followed."""
     rows = [{"query": item.query.id, "subset": item.subset, "constitutions": [c.id for c in item.constitutions],
              "sides": {}, "tokens": {}, "bound": {}} for item in run.items()]
-    for iteration in range(run.experiment.iterations + 1):
+    for iteration in range(run.experiment.iterations + 1) if iterations is None else iterations:
         for row, (item, responses) in zip(rows, _answered(run, iteration)):
             row["sides"][str(iteration)] = [_mark(r["text"], item.query.text, c)
                                             for r, c in zip(responses, item.constitutions)]

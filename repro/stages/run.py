@@ -156,13 +156,14 @@ class Run(Folder):
             load.release()
 
 
-def open_run(folder: Path, say: Callable[[str], None]) -> Run:
-    """A finished run as its files describe it. Raises UserError where there is none."""
+def open_run(folder: Path, say: Callable[[str], None], *, finished: bool = True) -> Run:
+    """A run as its files describe it: a `finished` one, or else one that has its constitutions. Raises UserError where
+    there is none."""
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder}: no run.json; give the folder of a finished run, such as runs/exp1_dialogue/mini")
     record = read_json(folder / "run.json")
-    if "metrics" not in record.get("stages", {}):
+    if finished and "metrics" not in record.get("stages", {}):
         raise UserError(f"{folder}: the run is not finished; run its command again to finish it first (with other judge "
                         "flags, where a judge is in its way)")
     run = Run(Experiment.from_json(record["config"]), folder, say, record)
