@@ -212,7 +212,7 @@ def _panel(ax, panel: dict, rows: list[dict]) -> None:
         for r in filter(differs, here):
             ax.plot([r["iteration"] + shift] * 2, [r["value"], r["printed"]], color=colour, linewidth=0.7,
                     linestyle=":")
-            ax.plot(r["iteration"] + shift, r["printed"], marker=marker, color=colour,
+            ax.plot(r["iteration"] + shift, r["printed"], marker="o", color=colour,
                     markerfacecolor="white", markersize=6, linestyle="none")
     dashed = [r for r in rows if r.get("iteration") is None]
     for r in dashed:
@@ -248,7 +248,9 @@ def _draw(figure: str, rows: list[dict]) -> Figure:
     if any(differs(r) for r in rows):
         handles["printed value, where it differs from the record"] = Line2D(
             [], [], color=look.GREY, marker="o", markerfacecolor="white", markersize=6, linestyle="none")
-    drawing.suptitle(TITLES[figure])
+    counts = [r["n"] for r in rows if r.get("n")]
+    over = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else min(counts)
+    drawing.suptitle(f"{TITLES[figure]}\nbars and bands: ± SEM over n = {over} items", fontsize=9)
     columns = 2 if len(handles) == 4 or max(map(len, handles)) > 30 else 3
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     drawing.set_figheight(2.8 * lines + 0.5 + 0.17 * -(-len(handles) // columns))
