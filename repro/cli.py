@@ -1,5 +1,5 @@
-"""The command line: `repro run | compare | probe | plan | judge | show | watch | publish |
-verify | figures`. The Makefile calls it.
+"""The command line: `repro run | compare | probe | plan | judge | show | watch | export |
+publish | verify | figures`. The Makefile calls it.
 
 Every setting beyond these flags is Python or a file. Exit codes: 0 done; 1 a check failed (verify, judge
 --strict); 2 an input that cannot be used (one line says which); 130 and 143 stopped by a signal.
@@ -16,7 +16,7 @@ from repro.base import commandline
 from repro.base.records import UserError, read_json
 from repro.base.settings import JudgeSpec, ModelSpec, prompt_for, safe_name
 from repro.experiment import configure, load_experiment, only_variant, paper_models, shipped, told_of
-from repro.flags import Compare, Figures, Judge, Plan, Probe, Publish, Run, Show, Verify, Watch, endpoint, held
+from repro.flags import Compare, Export, Figures, Judge, Plan, Probe, Publish, Run, Show, Verify, Watch, endpoint, held
 from repro.models.embedded import accept
 from repro.report.changes import verdict
 from repro.report.publish import changed, leaves
@@ -191,6 +191,12 @@ def watch_command(args: Watch) -> None:
     watch(args.run, args.every, lambda line: print(line, flush=True))
 
 
+def export_command(args: Export) -> None:
+    from repro.studies.export import export
+
+    print(f"exported, with a model card: {export(args.run, args.folder, args.iteration)}")
+
+
 def verify_run(folder: Path, *, strict: bool = False) -> int:
     """A run of ours against its own record and, where its models are the paper's by name, against the printed cells."""
     from repro.paper import cells
@@ -215,8 +221,8 @@ def figures_command(args: Figures) -> None:
 
 
 COMMANDS = {Run: run_command, Compare: compare_command, Probe: probe_command, Plan: plan_command, Judge: judge_command,
-            Show: show_command, Watch: watch_command, Publish: publish_command, Verify: verify_command,
-            Figures: figures_command}
+            Show: show_command, Watch: watch_command, Export: export_command, Publish: publish_command,
+            Verify: verify_command, Figures: figures_command}
 
 
 def parse(argv: list[str]):

@@ -223,6 +223,19 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Copy a run's trained model to a new folder that the hub takes: weights, tokenizer, adapter, a model card with
+    numbers, intervals and provenance. Nothing leaves the machine."""
+
+    run: Path = argument()
+    """The folder of a finished run."""
+    folder: Path = argument()
+    """Where to; a new one."""
+    iteration: int | None = None
+    """Of which iteration; by default the last."""
+
+
+@dataclass(frozen=True)
 class Verify:
     """Recompute the paper's tables from the authors' record; or a run's numbers from what it keeps, and hold those of a run
     of the paper's models against the printed cells."""

@@ -15,13 +15,13 @@ from torch.distributed.run import get_args_parser
 from repro import flags
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"run": flags.Run, "compare": flags.Compare, "probe": flags.Probe, "plan": flags.Plan, "judge": flags.Judge, "show": flags.Show, "watch": flags.Watch, "publish": flags.Publish, "verify": flags.Verify, "figures": flags.Figures}
+COMMANDS = {"run": flags.Run, "compare": flags.Compare, "probe": flags.Probe, "plan": flags.Plan, "judge": flags.Judge, "show": flags.Show, "watch": flags.Watch, "export": flags.Export, "publish": flags.Publish, "verify": flags.Verify, "figures": flags.Figures}
 TORCHRUN = {option for action in get_args_parser()._actions for option in action.option_strings}
 FOREIGN = {"--help", "--version", "--exclude", "--no-deps", "--constraint"} | TORCHRUN  # every command's; `hf download`'s; pip's; torchrun's
 TARGET = re.compile(r"(?:^|[\s`(])make ([a-z][a-z0-9-]*)(?=[\s`),.;:]|$)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 # A command up to the end of its line or span, or to what ends it in a shell; one that `make` calls has its flags in ARGS.
-CALL = re.compile(r"\brepro (run|compare|plan|judge|show|watch|publish|verify|figures)\b([^`\n;|#]*)|\bmake (exp[123]|compare|verify|figures)\b[^`\n#]*?ARGS='?([^'`\n]*)")
+CALL = re.compile(r"\brepro (run|compare|plan|judge|show|watch|export|publish|verify|figures)\b([^`\n;|#]*)|\bmake (exp[123]|compare|verify|figures)\b[^`\n#]*?ARGS='?([^'`\n]*)")
 
 
 def tracked(pattern: str) -> list[str]:

@@ -436,6 +436,41 @@ def test_watch_tells_each_thing_once_while_the_run_works(finished, tmp_path, mon
         watch.watch(tmp_path / "none")
 
 
+def test_export_makes_a_folder_that_transformers_and_the_hub_read(finished, tmp_path, capsys):
+    from huggingface_hub import ModelCard
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from repro import cli
+
+    def command(*argv) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["export", *map(str, argv)])
+        return stop.value.code, "".join(capsys.readouterr())
+
+    _, folder = finished
+    code, said = command(folder, out := tmp_path / "hub/model")
+    assert code == 0 and said == f"exported, with a model card: {out}\n"
+    kept = files_of(folder / "checkpoints/iteration-3")
+    assert {k: v for k, v in files_of(out).items() if k != "README.md"} == {k: v for k, v in kept.items() if k != "complete.json"}
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (out, folder / "checkpoints/iteration-3"))
+    assert all((theirs[k] == ours[k]).all() for k in ours) and AutoTokenizer.from_pretrained(out)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "smollm2-135m-instruct" and "sami" in card.data.tags and card.data.license is None
+    rows = json.loads((folder / "metrics.json").read_text())
+    (change,) = [r for r in rows if (r["metric"], r["subset"], r["iteration"]) == ("steerability_change", "helpful", 3)]
+    assert f"{change['value']:+.2f} [{change['ci95'][0]:+.2f}, {change['ci95'][1]:+.2f}]" in card.text and "Answer at length" in card.text
+    before = files_of(tmp_path)
+    cut = shutil.copytree(folder, tmp_path.parent / "cut")
+    (cut / "checkpoints/iteration-2/config.json").unlink()
+    for argv, said in (((folder, out), "there is something already"), ((folder, tmp_path / "b", "--iteration", 4), "--iteration 4: 1 to 3"),
+                       ((cut, tmp_path / "b", "--iteration", 2), "not there, or not as it was written"),
+                       ((tmp_path, tmp_path / "b"), "only a finished run can be exported")):
+        code, told = command(*argv)
+        assert code == 2 and said in told.splitlines()[-1] and files_of(tmp_path) == before
+    assert command(folder, tmp_path / "first", "--iteration", 1)[0] == 0
+    assert "The numbers are those of iteration 3." in (tmp_path / "first/README.md").read_text()
+
+
 def test_a_page_carries_what_it_shows_and_nothing_private(tiny, tmp_path):
     from repro.report.page import stories_of
     from repro.report.publish import again, publish, write_report

@@ -36,11 +36,12 @@ SPELLED = {
         archive:Path? work:Path=runs/judges out:Path?""",
     "show": "run:Path answers:int=2",
     "watch": "run:Path every:float=5.0",
+    "export": "run:Path folder:Path iteration:int?",
     "publish": "runs:Path...=() results:Path=results numbers_only:bool=False",
     "verify": "run:Path? archive:Path? out:Path=results/verify strict:bool=False responses:bool=False",
     "figures": "archive:Path? out:Path=results/figures run:Path...=()",
 }
-PLACES = {"run": ["experiment"], "compare": ["experiment"], "probe": ["principles"], "plan": ["experiment"], "judge": ["run"], "show": ["run"], "watch": ["run"], "publish": ["runs"], "verify": ["run"], "figures": []}
+PLACES = {"run": ["experiment"], "compare": ["experiment"], "probe": ["principles"], "plan": ["experiment"], "judge": ["run"], "show": ["run"], "watch": ["run"], "export": ["run", "folder"], "publish": ["runs"], "verify": ["run"], "figures": []}
 COMMANDS = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
 SETTINGS = [f for f in dataclasses.fields(flags.Run) if f.metadata.get("at") is not None]
 
@@ -144,7 +145,7 @@ def test_words_of_a_command_line(line, given):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "a command is missing: one of run, compare, probe, plan, judge, show, watch, publish, verify, figures; see repro --help"),
+    ([], "a command is missing: one of run, compare, probe, plan, judge, show, watch, export, publish, verify, figures; see repro --help"),
     ([""], "unknown option or command ''; see repro --help"), (["foo"], "unknown option or command foo; see repro --help"),
     (["--seed", "3", "run", "exp1"], "unknown option or command --seed; it is a flag of repro run"),
     (["run"], "the following arguments are required: EXPERIMENT; see repro run --help"),

@@ -60,6 +60,11 @@ def said(estimate, digits: int = 2, sign: str = "") -> str:
     return f"{estimate.value:{sign}.{digits}f}{around}"
 
 
+def plain(text: str) -> str:
+    """Text of a user or a model for Markdown, as it is: nothing in it marks up the page."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]<>#|~!&" else c for c in " ".join(text.split()))
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"

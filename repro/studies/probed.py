@@ -95,13 +95,8 @@ def _shown(row: dict) -> str:
     lines = [f"**{row['name']}**{'' if row['rule'] else ' (no rule)'}"]
     for side, sentence in ((row["name"], row["text"]), (f"not_{row['name']}", row["antithesis"])):
         if side in row["shown"]:
-            query, text = (_plain(row["shown"][side][part]) for part in ("query", "text"))
-            lines.append(f"- {_plain(sentence)} (*{query}*)\n  > {text}")
+            query, text = (look.plain(row["shown"][side][part]) for part in ("query", "text"))
+            lines.append(f"- {look.plain(sentence)} (*{query}*)\n  > {text}")
         else:
-            lines.append(f"- {_plain(sentence)} (answers under this side are not shown)")
+            lines.append(f"- {look.plain(sentence)} (answers under this side are not shown)")
     return "\n".join(lines) + "\n"
-
-
-def _plain(text: str) -> str:
-    """Text of a user or a model as it is: nothing in it marks up the page."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]<>#|~!&" else c for c in " ".join(text.split()))
