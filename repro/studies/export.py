@@ -58,6 +58,7 @@ def card(run: Path, iteration: int) -> str:
     lines = [line for found in own.values() for line in found]
     last, facts = config["iterations"], (*one["setting"], f"Measured on {one['measured']}; {one['took']}.", one["not_run"],
                                          *one["worsened"])
+    principles = [list(map(look.plain, row)) for row in one["principles"][1]]
     earlier = f"The numbers are those of iteration {last}.\n\n" if iteration < last else ""
     terms = "" if licence else " Its licence is that of the model it was made from."
     return f"""---
@@ -77,7 +78,7 @@ it and the response still answers. A bound that rises is not yet following.
 
 ## Principles
 
-""" + look.table(["name", "principle", "antithesis", "rule"], [list(map(look.plain, row)) for row in one["principles"][1]]) + """
+""" + look.table(["name", "principle", "antithesis", "rule"], principles) + """
 ## Where it comes from
 
 """ + "\n".join(f"- {look.plain(fact)}" for fact in facts) + "\n"
