@@ -188,7 +188,7 @@ def watch_command(args: Watch) -> None:
 
     if not args.every > 0:
         raise UserError(f"--every {args.every:g}: seconds, above 0")
-    watch(args.run, args.every, lambda line: print(line, flush=True))
+    watch(args.run, args.every, lambda line: print(line, flush=True), args.trackio)
 
 
 def export_command(args: Export) -> None:

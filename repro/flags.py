@@ -220,6 +220,8 @@ class Watch:
     """A run folder, or the folder of an experiment's variants."""
     every: float = 5.0
     """Seconds between two looks."""
+    trackio: str | None = None
+    """Numbers go to this project of trackio on this machine, too (pip install trackio); nothing is sent anywhere."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import unrendered
@@ -434,6 +435,19 @@ def test_watch_tells_each_thing_once_while_the_run_works(finished, tmp_path, mon
     assert lines[-1] == f"finished: {whole / 'report.html'}"
     with pytest.raises(UserError, match="no run has begun there"):
         watch.watch(tmp_path / "none")
+
+    logged = []
+    log = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished"))
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **how: logged.append((how["project"], how["name"])) or log))
+    watch.watch(whole, say=lines.append, trackio="mine")
+    assert logged[0] == ("mine", "exp1_dialogue-seed-0") and logged[-1] == "finished"
+    traces = [step for k in (1, 2, 3) for step in record["stages"][f"train-{k}"]["trace"]]
+    assert [(step, values["loss"]) for step, values in logged[1:-1] if "loss" in values] == [(n, t["loss"]) for n, t in enumerate(traces, 1)]
+    after = {step: values["helpful/sides followed"] for step, values in logged[1:-1] if "helpful/sides followed" in values}
+    assert list(after) == [0, 2, 6, 12] and after[12] == pytest.approx(found["steerability", "helpful", 3]["value"])
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as where it is not installed
+    with pytest.raises(UserError, match="--trackio: the package is not here; pip install trackio"):
+        watch.watch(whole, trackio="mine")
 
 
 def test_export_makes_a_folder_that_transformers_and_the_hub_read(finished, tmp_path, capsys):

@@ -35,7 +35,7 @@ SPELLED = {
         deadline:float=120.0 attempts:int=5 dry_run:bool=False reparse:bool=False strict:bool=False files:str...=() items:int=100
         archive:Path? work:Path=runs/judges out:Path?""",
     "show": "run:Path answers:int=2",
-    "watch": "run:Path every:float=5.0",
+    "watch": "run:Path every:float=5.0 trackio:str?",
     "export": "run:Path folder:Path iteration:int?",
     "publish": "runs:Path...=() results:Path=results numbers_only:bool=False",
     "verify": "run:Path? archive:Path? out:Path=results/verify strict:bool=False responses:bool=False",

@@ -6,6 +6,7 @@ shares its folder.
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from repro.base.records import UserError, read_json, read_jsonl
@@ -17,24 +18,54 @@ from repro.stages.measure import following
 from repro.stages.run import open_run
 
 SHOWN = {BOUND: "bound", FOLLOWED: "sides followed", AMONG: "of answers", ANSWERS: "answer", TOKENS: "tokens"}
+ORDER = ("write", "sample", "initial", "train", "evaluate", "baseline", "judge", "metrics", "report")
 
 
-def watch(folder: Path, every: float = 5.0, say: Callable[[str], None] = print) -> None:
-    """Say what is new in `folder` (of a run, or of an experiment's variants) every so many seconds, until it is finished.
-    Raises UserError where no run has begun there."""
-    told: dict[Path, set[str]] = {}
+@dataclass(frozen=True)
+class Event:
+    """Something that a run has done: a name of its own, a line about it, and its numbers behind so many training steps."""
+
+    key: str
+    line: str
+    step: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def watch(folder: Path, every: float = 5.0, say: Callable[[str], None] = print, trackio: str | None = None) -> None:
+    """Say what is new in `folder` (of a run, or of an experiment's variants) every so many seconds, until it is finished;
+    its numbers go to the project of that name of `trackio`, too. Raises UserError where no run has begun there."""
     if not _runs(folder):
         raise UserError(f"{folder}: no run has begun there; give its folder, such as runs/exp1_dialogue/mini")
+    told: dict[Path, set[str]] = {}
+    logs: dict[Path, object] = {}
     while True:
         for run in _runs(folder):
             name = "" if run == folder else f"{run.name}, "
-            for key, line in _events(run, told.setdefault(run, set())):
-                told[run].add(key)
-                say(name + line)
+            if trackio and run not in logs:
+                logs[run] = _log(trackio, run)
+            for event in _events(run, told.setdefault(run, set())):
+                told[run].add(event.key)
+                say(name + event.line)
+                if trackio and event.values:
+                    logs[run].log(event.values, step=event.step)
         whole = (folder / "run.json").is_file() and leaves(folder)
         if whole and all("report" in read_json(run / "run.json")["stages"] for run in whole):
+            for log in logs.values():
+                log.finish()
             return say(f"finished: {folder / 'report.html'}")
         time.sleep(every)
+
+
+def _log(project: str, run: Path):
+    """A new run in trackio's files on this machine (TRACKIO_DIR), nothing of which is sent anywhere."""
+    try:
+        import trackio
+    except ImportError:
+        raise UserError("--trackio: the package is not here; pip install trackio (an environment of its own, where its "
+                        "pins do not fit)") from None
+    config = read_json(run / "run.json")["config"]
+    name = "-".join(filter(None, (config["name"], config.get("variant"), f"seed-{config['seed']}")))
+    return trackio.init(project=project, name=name, config=config, embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -42,23 +73,21 @@ def _runs(folder: Path) -> list[Path]:
     return own or sorted((path.parent for path in folder.glob("*/run.json")), key=lambda path: path.stat().st_mtime)
 
 
-def _events(folder: Path, told: set[str]) -> Iterator[tuple[str, str]]:
-    """What is there and not yet told, with a name for each."""
-    record = read_json(folder / "run.json")
+def _events(folder: Path, told: set[str]) -> Iterator[Event]:
+    """What is there and not yet told, in the order of a run."""
+    record, done = read_json(folder / "run.json"), 0
     stages, iterations = record["stages"], record["config"]["iterations"]
     for stage in sorted({*stages, *(f"train-{k}" for k in range(1, iterations + 1))}, key=_place):
         kind, _, k = stage.rpartition("-")
         for step in (stages.get(stage, {}).get("trace") or _steps(folder, int(k))) if kind == "train" else ():
-            if (key := f"{stage}, step {step['step']}") not in told:
-                yield key, f"{key}: loss {step['loss']:.3f}, gradient norm {step['grad_norm']:.2f}"
+            key, done = f"{stage}, step {step['step']}", done + 1
+            if key not in told:
+                yield Event(key, f"{key}: loss {step['loss']:.3f}, gradient norm {step['grad_norm']:.2f}", done,
+                            {"loss": step["loss"], "grad_norm": step["grad_norm"], "iteration": int(k)})
         if stage in stages and stage not in told:
-            yield stage, f"{stage}: done in {stages[stage]['seconds'] / 60:.1f} min"
+            yield Event(stage, f"{stage}: done in {stages[stage]['seconds'] / 60:.1f} min")
             if kind == "evaluate":
-                for n, line in enumerate(_values(folder, int(k))):
-                    yield f"{stage}, line {n}", line
-
-
-ORDER = ("write", "sample", "initial", "train", "evaluate", "baseline", "judge", "metrics", "report")
+                yield from _values(folder, int(k), done)
 
 
 def _place(stage: str) -> tuple[float, int]:
@@ -77,19 +106,21 @@ def _steps(folder: Path, iteration: int) -> list[dict]:
         return []
 
 
-def _values(folder: Path, iteration: int) -> Iterator[str]:
+def _values(folder: Path, iteration: int, done: int) -> Iterator[Event]:
     """What the model after an iteration does, over the held-out queries that it was asked, and one of its answers."""
     run = open_run(folder, lambda line: None, finished=False)
     rows = [row for row in following(run, (iteration,)) if row["sides"]]
     for line in lines("", {0: rows}):
-        found = {word: line.by_query(measure, iteration) for measure, word in SHOWN.items()}
-        values = [f"{word} {line.value(measure, iteration).value:.{measure.digits}f}" for measure, word in SHOWN.items()
-                  if found[word] and (not measure.over or any(found["answer"].values()))]
-        yield (f"{'initial model' if iteration == 0 else f'iteration {iteration}'}, {line.subset.replace('_', ' ')}: "
-               f"{', '.join(values)} (n {len(found['tokens'])}; bound {len(found['bound'])})")
-    private = run.constitutions.private_sides
-    answers = read_jsonl(folder / evaluation_file(iteration))
+        found = {measure: line.by_query(measure, iteration) for measure in SHOWN}
+        values = {word: (line.value(measure, iteration).value, measure.digits) for measure, word in SHOWN.items()
+                  if found[measure] and (not measure.over or any(found[measure.over].values()))}
+        told = ", ".join(f"{word} {value:.{digits}f}" for word, (value, digits) in values.items())
+        model, of = f"iteration {iteration}" if iteration else "initial model", line.subset
+        told = f"{model}, {of.replace('_', ' ')}: {told} (n {len(found[TOKENS])}; bound {len(found[BOUND])})"
+        numbers = {f"{of}/{word}": value for word, (value, _) in values.items()}
+        yield Event(f"values {iteration} {of}", told, done, numbers)
+    private, answers = run.constitutions.private_sides, read_jsonl(folder / evaluation_file(iteration))
     if answer := next((r for r in answers if not private & set(r["constitution"].split(","))), None):
         asked = next(q.text for q in run.held_out if q.id == answer["query"])
-        yield f"  {' '.join(asked.split())} [{answer['constitution']}]"
-        yield f"  > {' '.join(answer['text'].split())}"
+        yield Event(f"query {iteration}", f"  {' '.join(asked.split())} [{answer['constitution']}]")
+        yield Event(f"answer {iteration}", f"  > {' '.join(answer['text'].split())}")
