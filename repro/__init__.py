@@ -10,7 +10,10 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "load_queries": "text.queries",
+    "Principle": "text.principles",
     "Constitution": "text.principles",
+    "load_model": "models.load",
+    "load_tokenizer": "models.load",
     "sample_responses": "sampling.local",
     "logprob_matrix": "core.logprobs",
     "symmetric_infonce": "core.losses",

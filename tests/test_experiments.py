@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -374,6 +375,16 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
     (out / "report.html").write_text("<html>a page of before</html>")
     for argv in ([str(out)], [str(second), "--results", str(tmp_path / "results")]):
         assert "report.html: an older page, which does not carry what it shows" in command(*argv)[2]
+
+
+def test_the_example_of_a_library_trains_the_model_that_it_is_given(tiny, capsys):
+    spec = importlib.util.spec_from_file_location("library", EXPERIMENTS / "library.py")
+    spec.loader.exec_module(library := importlib.util.module_from_spec(spec))
+    library.main(str(tiny))
+    said = re.fullmatch(r"(\d) of 6 queries; loss (\d\.\d+); bound (-?\d\.\d+) -> (-?\d\.\d+) nats on the same responses \(n (\d); "
+                        r"they were trained on\)\n", capsys.readouterr().out)
+    assert said[1] == said[5] and int(said[1]) >= 2 and 0 < float(said[2]) < 2 * 0.7 and said[3] != said[4]
+    assert len((EXPERIMENTS / "library.py").read_text().splitlines()) <= 60
 
 
 def test_show_says_what_came_out(finished, tmp_path, capsys):
