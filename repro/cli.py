@@ -19,7 +19,7 @@ from repro.experiment import configure, load_experiment, only_variant, paper_mod
 from repro.flags import Compare, Export, Figures, Judge, Plan, Probe, Publish, Run, Show, Verify, Watch, endpoint, held
 from repro.models.embedded import accept
 from repro.report.changes import verdict
-from repro.report.publish import changed, leaves
+from repro.report.publish import changed, leaves, standing_alone
 from repro.report.story import cut_answers, dropped_pairs, worsened
 
 
@@ -28,7 +28,8 @@ def summary(folder: Path) -> list[str]:
     lines, parts = [], leaves(folder)
     for leaf in parts:
         name = f"{leaf.name}, " if leaf != folder else ""
-        lines += [f"{name}{line.subset.replace('_', ' ')}: {sentence}" for own in changed([leaf]).values() for line in own
+        own = changed([leaf] if leaf in standing_alone(parts) else [])
+        lines += [f"{name}{line.subset.replace('_', ' ')}: {sentence}" for found in own.values() for line in found
                   for sentence in verdict(line)]
         lines += [(f"{leaf.name}: " if leaf != folder else "") + line
                   for line in (*dropped_pairs(leaf), *cut_answers(leaf), *worsened(leaf))]
@@ -168,6 +169,8 @@ def publish_command(args: Publish) -> None:
     if not args.runs:
         raise UserError("publish: name at least one run folder")
     published = [folder for folder in args.runs if is_published(folder)]
+    if published and args.numbers_only:
+        raise UserError(f"--numbers-only: {published[0]} is published already, with a page or without; leave it out")
     for folder in published:
         print(f"made again from what it holds: {again(folder)}")
     if runs := [folder for folder in args.runs if folder not in published]:

@@ -221,7 +221,7 @@ class Watch:
     every: float = 5.0
     """Seconds between two looks."""
     trackio: str | None = None
-    """Numbers go to this project of trackio on this machine, too (pip install trackio); nothing is sent anywhere."""
+    """Numbers go to this project of trackio, too (pip install trackio): on this machine, unless its settings say else."""
 
 
 @dataclass(frozen=True)

@@ -377,6 +377,56 @@ def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_p
         assert "report.html: an older page, which does not carry what it shows" in command(*argv)[2]
 
 
+def as_seed(folder: Path, seed: int, to: Path, **config) -> Path:
+    """A finished run as if its seed had been another one (its numbers are the same)."""
+    from repro.base.records import CHECK, write_json
+
+    shutil.copytree(folder, to)
+    record = {k: v for k, v in json.loads((to / "run.json").read_text()).items() if k != CHECK}
+    write_json(to / "run.json", record | {"config": record["config"] | {"seed": seed} | config})
+    write_json(to / "metrics.json", [r | {"seed": seed} for r in json.loads((to / "metrics.json").read_text())])
+    return to
+
+
+def test_a_publish_that_was_stopped_is_not_taken_for_whole(finished, tmp_path, monkeypatch):
+    """Stopped at any of its writes: the same command does it again, another one is refused, and names what is missing."""
+    from repro.base.records import write_json
+    from repro.report import publish as module
+
+    _, folder = finished
+    one, two, three = (as_seed(folder, k, tmp_path / f"run{k}") for k in (1, 2, 3))
+    want = files_of(module.publish([one], tmp_path / "a")) , files_of(module.publish([one, two], tmp_path / "b"))
+    stops = len(["run", "following", "constitutions", "metrics", "figures", "page"])
+    for first, then, before, after in (((one,), (one,), (), want[0]), ((two,), (two,), (one,), want[1])):
+        for at in range(stops + 1):
+            out = tmp_path / f"stopped-{len(before)}-{at}"
+            if before:
+                module.publish(list(before), out)
+            writes = iter(range(100))
+
+            def stopped(real, writes=writes, at=at):
+                def write(*args, **kwargs):
+                    if next(writes) == at:
+                        raise KeyboardInterrupt
+                    return real(*args, **kwargs)
+                return write
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                for name in ("write_json", "write_bytes", "_save_figures", "write_page"):
+                    patch.setattr(module, name, stopped(getattr(module, name)))
+                module.publish(list(first), out)
+            place = out / "exp1_dialogue/mini"
+            if (place / f"run-seed-{2 if before else 1}.json").exists():
+                left = files_of(place)
+                with pytest.raises(UserError, match=f"to publish seed-{2 if before else 1} did not come to its end; name that run again, too"):
+                    module.publish([three], out)
+                assert files_of(place) == left
+            assert files_of(module.publish(list(then), out)) == after
+    write_json(one / "run.json", json.loads((one / "run.json").read_text()) | {"counted": None})
+    with pytest.raises(UserError, match="differs in more than the seed: what counts as followed"):
+        module.publish([one], tmp_path / "b/nowhere/..")
+
+
 def test_the_example_of_a_library_trains_the_model_that_it_is_given(tiny, capsys):
     spec = importlib.util.spec_from_file_location("library", EXPERIMENTS / "library.py")
     spec.loader.exec_module(library := importlib.util.module_from_spec(spec))

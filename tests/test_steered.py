@@ -58,7 +58,7 @@ def test_values_by_hand(tmp_path):
         assert part in said[0]
     page = (tmp_path / "steered.md").read_text()
     assert "| exp1_x, helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | +0.22 [" in page and "| 0.10 -> 0.26 | 15 -> 9 | 0.62 -> 1.00 |" in page
-    assert "| exp1_x | helpful | plain | 2 | 0.12 -> 0.62 |" in page and (tmp_path / "steered.png").stat().st_size > 5000
+    assert "| exp1_x, helpful | plain | 2 | 0.12 -> 0.62 |" in page and (tmp_path / "steered.png").stat().st_size > 5000
 
 
 def test_more_queries_make_it_certain(tmp_path):
@@ -69,7 +69,7 @@ def test_more_queries_make_it_certain(tmp_path):
     (line,) = changes.published(tmp_path / "exp1_x/mini")
     change = line.change(FOLLOWED)
     assert change.n == 128 and change.ci95[0] > 0.15 and change.ci95[1] < 0.25
-    assert changes.detectable(change) < 0.05
+    assert float(changes.detectable(change)) < 0.05
     assert "is followed more" in steered.write(tmp_path)[0]
 
 
@@ -97,6 +97,40 @@ def test_the_interval_among_answers_holds_the_truth(tmp_path):
         low, high = changes.Line("x", "s", {0: rows}).change(AMONG).ci95
         held += low <= 0.1 <= high  # an easy query weighs as much at both ends
     assert 0.92 * 400 <= held <= 0.98 * 400
+
+
+def test_what_a_seed_or_a_run_lacks_is_left_out(tmp_path):
+    """A seed that answers nothing at the end, one whose principles have no rule, a run that training left as it was, rows of an
+    older version without lengths and bounds: told as far as they go, and no page falls over them."""
+    good = [(["11", "00"], ["11", "10"]), (["10", "00"], ["11", "00 loop"])]
+    silent = [(["11", "00"], ["11 loop", "10 off"]), (["10", "00"], ["11 loop", "00 off"])]
+    unruled = [(["-", "-"], ["-", "- off"]), (["-", "- off"], ["-", "-"])]
+    for seeds, followed, among in (([good, silent], 2, 1), ([good, unruled], 1, 1), ([silent], 1, 0), ([unruled], 0, 0)):
+        (line,) = changes.published(made(tmp_path / "exp1_x/mini", seeds))
+        assert (len(line.seeds(FOLLOWED)), len(line.seeds(AMONG))) == (followed, among)
+        told = " ".join(changes.verdict(line))
+        assert ("cannot be said" in told) == (not followed) and "nan" not in told
+        if followed:
+            assert f"(n 2, {followed} seed" in told and len(steered.write(tmp_path)) == 1 and "nan" not in (tmp_path / "steered.md").read_text().lower()
+        for path in (tmp_path / "exp1_x/mini").glob("following-*"):
+            path.unlink()
+    (line,) = changes.published(made(tmp_path / "exp1_x/mini", [[(["11", "00"], ["11", "00"])] * 9]))
+    assert line.change(AMONG).ci95 is None and "so many queries" not in " ".join(changes.verdict(line))  # nothing varied: no power to tell
+    assert len(steered.write(tmp_path)) == 1
+    rows = [{k: v for k, v in row.items() if k not in ("tokens", "bound")} for row in line.rows[0]]
+    write_jsonl(tmp_path / "exp1_x/mini/following-seed-0.jsonl", rows)
+    (tmp_path / "exp1_x/mini/following-notes.jsonl").write_text("{}\n")  # no run's
+    (line,) = changes.published(tmp_path / "exp1_x/mini")
+    told = changes.verdict(line)
+    assert "The constitution is not seen to be followed" in told[0] and "length" not in told[-1] and len(steered.write(tmp_path)) == 1
+
+
+def test_among_answers_counts_responses_with_a_rule_alone():
+    """Of two items of a query one has no rule: whether its responses answer changes nothing."""
+    ruled = {"query": "q", "constitutions": ["a", "not_a"], "sides": {"0": ["1", "0"], "1": ["1", "0"]}}
+    bare = {"query": "q", "constitutions": ["b", "not_b"], "sides": {"0": ["- loop", "- loop"], "1": ["-", "-"]}}
+    (line,) = [changes.Line("x", "s", {0: [ruled, bare] * 3})]
+    assert line.ends(AMONG) == "0.50 -> 0.50" and line.ends(ANSWERS) == "0.50 -> 1.00"
 
 
 def test_nothing_published_is_one_line(tmp_path):

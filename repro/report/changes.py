@@ -4,6 +4,7 @@ The unit is the held-out query, over whose items, constitutions, sides and seeds
 paired, and seeds, which share their queries, make no query count twice. No torch.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +41,26 @@ def _followed(row: dict, iteration: str, side: str | None = None, ruled: frozens
     return values
 
 
-BOUND = Measure("bound on mutual information, nats", lambda row, i: [row["bound"][i]] if i in row["bound"] else [],
-                share=False)
+def _of(row: dict, name: str, iteration: str) -> list[float]:
+    """Numbers of a row, which one of an older version does not have."""
+    found = row.get(name, {}).get(iteration, [])
+    return found if isinstance(found, list) else [found]
+
+
+BOUND = Measure("bound on mutual information, nats", lambda row, i: _of(row, "bound", i), share=False)
 FOLLOWED = Measure("sides of the constitution followed", _followed)
 ANSWERS = Measure("responses that answer", lambda row, i: [float(" " not in mark) for mark in row["sides"].get(i, ())])
-TOKENS = Measure("length, tokens", lambda row, i: [float(n) for n in row["tokens"].get(i, ())], share=False,
-                 digits=0)
+TOKENS = Measure("length of all responses, tokens", lambda row, i: _of(row, "tokens", i), share=False, digits=0)
 
 
-AMONG = Measure("sides followed, of responses that answer", _followed, share=False, over=ANSWERS)
+def _answered_sides(row: dict, iteration: str) -> list[float]:
+    """For every side with a rule whether its response answers."""
+    marks = (mark.partition(" ") for mark in row["sides"].get(iteration, ()))
+    return [float(not fault) for of, _, fault in marks if of != "-" for _ in of]
+
+
+AMONG = Measure("sides followed, of responses that answer", _followed, share=False,
+                over=Measure("sides of responses that answer", _answered_sides))
 
 
 def _won(row: dict, iteration: str) -> list[float]:
@@ -115,13 +127,18 @@ class Line:
         return (metrics.change if measure.share else metrics.mean)([last[q] - first[q] for q in queries])
 
     def seeds(self, measure: Measure) -> list[float]:
-        """The change of each seed alone."""
-        return [Line(self.name, self.subset, {seed: rows}).change(measure).value for seed, rows in self.rows.items()]
+        """The change of each seed that has one."""
+        alone = (Line(self.name, self.subset, {seed: rows}) for seed, rows in self.rows.items())
+        return [line.change(measure).value for line in alone if line.known(measure)]
+
+    def has(self, measure: Measure, iteration: int) -> bool:
+        """Whether there is a value at an iteration."""
+        found = self.by_query(measure, iteration)
+        return bool(found) and (not measure.over or any(self.by_query(measure.over, iteration)[q] for q in found))
 
     def known(self, measure: Measure) -> bool:
         """Whether both ends have a value."""
-        return all(bool(found := self.by_query(measure, k)) and (
-            not measure.over or any(self.by_query(measure.over, k)[q] for q in found)) for k in (0, self.last))
+        return self.has(measure, 0) and self.has(measure, self.last)
 
     def ends(self, measure: Measure) -> str:
         """The initial model -> the last iteration."""
@@ -132,25 +149,29 @@ class Line:
 
 def verdict(line: Line) -> list[str]:
     """What training did, in sentences: to the bound, to following, to the text."""
-    few = f"{len(line.rows)} seeds" if len(line.rows) > 1 else "1 seed"
+    def few(seeds: list[float]) -> str:
+        return f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+
     told = []
     if line.known(BOUND):
-        moved = _moved(line, BOUND, "rose", "fell", "is not seen to move")
-        told.append(f"The bound on mutual information {moved}, in nats (n {line.change(BOUND).n}, {few}).")
+        moved, n = _moved(line, BOUND, "rose", "fell", "is not seen to move"), line.change(BOUND).n
+        told.append(f"The bound on mutual information {moved}, in nats (n {n}, {few(line.seeds(BOUND))}).")
     if line.known(FOLLOWED):
         change, seeds = line.change(FOLLOWED), line.seeds(FOLLOWED)
         told.append("The constitution " + _moved(line, FOLLOWED, "is followed more", "is followed less",
                                                  "is not seen to be followed more or less")
-                    + f", as the share of its sides (n {change.n}, {few}"
+                    + f", as the share of its sides (n {change.n}, {few(seeds)}"
                     + (f" from {min(seeds):+.2f} to {max(seeds):+.2f})" if len(seeds) > 1 else ")")
-                    + ("." if change.ci95[0] > 0 or change.ci95[1] < 0 or change.sem is None else
-                       f"; so many queries would show a change of {detectable(change):.2f}."))
+                    + ("." if change.ci95[0] > 0 or change.ci95[1] < 0 or not change.sem else
+                       f"; so many queries would show a change of {detectable(change)}."))
         if line.known(AMONG):
             told.append("Among responses that answer, the share of sides followed "
                         f"{_moved(line, AMONG, 'has grown', 'has shrunk', 'is not seen to change')}.")
     else:
         told.append("Whether the constitution is followed cannot be said: no program can check its principles.")
     answer = _moved(line, ANSWERS, *(f"{how} responses answer" for how in ("More", "Fewer", "Neither more nor fewer")))
+    if not line.known(TOKENS):
+        return [*told, f"{answer}."]
     length = _moved(line, TOKENS, "grew", "fell", "is not seen to change")
     return [*told, f"{answer}; their length {length}, in tokens."]
 
@@ -172,18 +193,19 @@ def published(folder: Path, variant: str | None = None) -> list[Line]:
     """The lines of one published experiment, by variant, then subset; of one `variant` alone, where it is given."""
     runs: dict[str, dict[int, list[dict]]] = {}
     for path in sorted(folder.glob(PUBLISHED)):
-        own, _, seed = path.stem.removeprefix("following-").rpartition("seed-")
-        runs.setdefault(own.removesuffix("-"), {})[int(seed)] = read_jsonl(path)
+        if of := re.fullmatch(r"following-(?:(.+)-)?seed-(\d+)", path.stem):
+            runs.setdefault(of[1] or "", {})[int(of[2])] = read_jsonl(path)
     return [line for own, seeds in runs.items() if variant in (None, own)
-            for line in lines("-".join(filter(None, (folder.parent.name, own))), seeds)]
+            for line in lines("-".join(filter(None, (folder.absolute().parent.name, own))), seeds)]
 
 
 def ruled(folder: Path) -> dict[str, str]:
     """Names of the principles with a rule -> the rule."""
-    data = read_json(folder / "constitutions.json")
+    data = read_json(min(folder.glob("constitutions*.json"), key=lambda path: len(path.name)))
     return {p["name"]: p["rule"] for p in (*data["principles"], *data.get("held_out", ())) if p["rule"]}
 
 
-def detectable(change: Estimate) -> float:
-    """The change that these queries would show in four of five such studies (two-sided 5 %, normal)."""
-    return 2.8 * (change.sem or float("nan"))
+def detectable(change: Estimate) -> str:
+    """The change that these queries would show in four of five such studies (two-sided 5 %, normal); nothing where all
+    changed alike, which does not say."""
+    return f"{2.8 * change.sem:.2f}" if change.sem else ""

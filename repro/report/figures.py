@@ -177,6 +177,8 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     for axis in axes:
         axis.set_xticks(iterations)
         axis.set_xlabel(AXES["iteration"])
+    if steered and any(not select(metrics, metric="steerability", **line) for line in lines):
+        axes[3].text(0.5, 0.02, "not of principles without a rule", fontsize=7, ha="center", transform=axes[3].transAxes)
     if shown and shown != [None]:  # else it would be the legend of all panels again
         axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7, handlelength=3.2, ncols=2,
                        columnspacing=1)
@@ -200,12 +202,12 @@ def _bars(metrics: list[dict]) -> str:
 @style()
 def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str):
     """Every principle of a pool by itself, the initial model (open) and the last iteration (filled): the bound over the
-    items that hold it, and how often a rule is met under the principle and under its antithesis. Bars: ± SEM over items,
-    of several seeds the mean. `metrics`: of one model, writer and kind of sampling. `kinds`: "learned", "held_out" ->
-    names."""
+    items that hold it, and how often the principle is followed where it is asked for, and its antithesis where that is.
+    Bars: ± SEM over items, of several seeds the mean. `metrics`: of one model, writer and kind of sampling. `kinds`:
+    "learned", "held_out" -> names."""
     last = max(r["iteration"] for r in metrics)
     names = [(kind, name) for kind in kinds for name in kinds[kind]]
-    figure, axes = subplots(1, 2, (11, 1.6 + 0.26 * len(names)), sharey=True)
+    figure, axes = subplots(1, 2, (8.6, 1.9 + 0.36 * len(names)), sharey=True)
 
     def pooled(**fixed):
         """The mean of the seeds, and of their SEMs (they share the items); empty where nothing was measured."""
@@ -225,17 +227,17 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
             fixed = {"iteration": iteration, "subset": kind}
             bar(axes[0], y + up, pooled(metric="mi", estimator="infonce", principle=name, **fixed),
                 COLOURS[kind == "held_out"], "o", filled)
-            bar(axes[1], y + up, pooled(metric="following", principle=name, **fixed), COLOURS[2], "^", filled, 100)
-            against = pooled(metric="following", principle=f"not_{name}", **fixed)
-            bar(axes[1], y + up, against and [1 - against[0], against[1]], COLOURS[3], "v", filled, 100)
+            for side, aside, colour, marker in ((name, -0.2, COLOURS[2], "^"), (f"not_{name}", 0.2, COLOURS[3], "v")):
+                found = pooled(metric="following", principle=side, **fixed)
+                bar(axes[1], y + aside + 0.6 * up, found, colour, marker, filled, 100)
         if not select(metrics, metric="following", principle=name):
             axes[1].text(50, y, "no rule", ha="center", va="center", fontsize=7, color="0.45")
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for _, name in names])
     axes[0].invert_yaxis()
     axes[0].axvline(math.log(2), color=GREY, ls=":", lw=1)
-    axes[0].set(xlabel="InfoNCE lower bound (nats; dotted: log 2, the most possible)", title="Mutual information")
+    axes[0].set(xlabel="InfoNCE lower bound, nats\n(dotted: log 2, the most possible)", title="Mutual information")
     axes[0].set_xlim(left=min(0, axes[0].get_xlim()[0]))
-    axes[1].set(xlabel="responses that meet the principle's rule (%)", title="Rule", xlim=(-4, 104))
+    axes[1].set(xlabel="responses that follow the side they were asked for (%)", title="Following", xlim=(-4, 104))
     line = len(kinds["learned"]) - 0.5
     for axis in axes:
         axis.axhline(line, color="0.3", lw=0.8)
@@ -244,12 +246,11 @@ def draw_principles(metrics: list[dict], kinds: dict[str, list[str]], title: str
     def key(colour, marker, label, filled=True):
         return Line2D([], [], color=colour, marker=marker, ls="none", mfc=colour if filled else "white", label=label)
 
-    axes[0].legend(handles=[key(COLOURS[0], "o", "learned"), key(COLOURS[1], "o", "held out"),
-                            key("0.4", "o", "initial model", False), key("0.4", "o", f"iteration {last}")],
-                   loc="lower right", bbox_to_anchor=(0.94, 0), fontsize=7)  # left of the dotted line
-    axes[1].legend(handles=[key(COLOURS[2], "^", "under the principle"), key(COLOURS[3], "v", "under its antithesis")],
-                   loc="lower right", fontsize=7)
+    figure.legend(handles=[key(COLOURS[0], "o", "learned"), key(COLOURS[1], "o", "held out"),
+                           key(COLOURS[2], "^", "principle"), key(COLOURS[3], "v", "antithesis"),
+                           key(GREY, "o", "initial model", False), key(GREY, "o", f"iteration {last}")],
+                  loc="outside lower center", ncols=6, fontsize=7)
     seeds = len({r["seed"] for r in metrics})
-    figure.suptitle(f"{title} (bars: ± SEM over items{_bare(metrics)}"
-                    f"{f'; mean of {seeds} seeds' if seeds > 1 else ''})", fontsize=10)
+    figure.suptitle(f"{title}\nbars: ± SEM over items{_bare(metrics)}"
+                    f"{f'; mean of {seeds} seeds' if seeds > 1 else ''}", fontsize=9)
     return figure

@@ -65,6 +65,11 @@ def plain(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>#|~!&" else c for c in " ".join(text.split()))
 
 
+def printable(text: str) -> str:
+    """Text of a user or a model for a terminal, on one line: nothing in it moves the cursor."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"

@@ -1,4 +1,4 @@
-"""The page of a run or of an experiment: what came out in words, five numbers, figures, the responses side by side, every
+"""The page of a run or of an experiment: what came out in words, six numbers, figures, the responses side by side, every
 value, where it comes from. No torch, no network. What it shows is escaped where page.html takes it in, and nowhere else.
 
 The pages of paper/ and plan/ are Markdown, sentences around numbers: Python's strings say that more plainly than templates.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from repro.base.records import UserError, write_text
+from repro.base.records import UserError, loads, read_text, write_text
 from repro.base.settings import safe_name
 from repro.judges.standing import standing
 from repro.report import look
@@ -50,7 +50,7 @@ def _values(metrics: list[dict]) -> tuple[list[int], list[tuple]]:
         rows.append((LABELS[metric] + (f": {what}" if what else ""),
                      tell(first) if first["model"] in policies else first["model"], first["seed"],
                      [_cell(of[i], digits) if i in of else None for i in iterations],
-                     f"{last['value'] - first['value']:+.{digits}f}" if first is not last else "",
+                     "" if first is last or first["iteration"] else f"{last['value'] - first['value']:+.{digits}f}",
                      n[0] if len(set(n)) == 1 else ", ".join(map(str, n))))
     return iterations, rows
 
@@ -79,8 +79,8 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
     return first | {
         "title": " ".join(filter(None, (first["variant"], f"seed{'s' * (len(stories) > 1)} {seeds}"))),
         "facts": [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
-                  first["not_run"], *first["notes"]],
-        "warnings": [line for one in stories for line in one["worsened"]],
+                  *dict.fromkeys(line for one in stories for line in (one["not_run"], *one["notes"]))],
+        "warnings": list(dict.fromkeys(line for one in stories for line in one["worsened"])),
         "written": [one for k, one in enumerate(written) if one not in written[:k]],
         "lines": [{"subset": line.subset.replace("_", " "), "last": line.last, "verdict": verdict(line),
                    "tables": [(what, rows) for what, measures in (("measure", HEADLINES), ("side followed", sides))
@@ -128,10 +128,13 @@ CARRIED = re.compile(r'<script type="application/json" id="runs">(.*?)</script>'
 
 def stories_of(path: Path) -> list[dict]:
     """The stories that a page carries. Raises UserError where it carries none."""
-    found = CARRIED.search(path.read_text())
+    found = CARRIED.search(read_text(path))
     if not found:
         raise UserError(f"{path}: an older page, which does not carry what it shows; it can only be made from the runs")
-    return json.loads(found[1])
+    try:
+        return loads(found[1])
+    except ValueError as e:
+        raise UserError(f"{path}: what it carries (in the element with the id runs) was altered: {e}") from None
 
 
 def write_page(path: Path, stories: list[dict], metrics: list[dict], figures: Path, own: dict[str, list[Line]]) -> None:

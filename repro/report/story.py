@@ -123,16 +123,13 @@ def _setting(record: dict, writer_of: str) -> list[str]:
     by = f"by {writer_of}" if not writer else (
         f"whose rules measure following; the principles of this run: {writer['label']} was asked for some to "
         f"{writer['asked']}, and they are by {writer_of}")
-    lines = [
+    return [
         f"Model {config['model']['label']}; constitutions {Path(config['constitutions']).name}, {by}; "
         f"queries {Path(config['data']['source']).name}.",
         f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
         f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "
         f"{train['batches_increment']} more in each later one, {train['precision']}"
         + (f", LoRA adapters of rank {train['lora']['rank']}, all other weights frozen." if train.get("lora") else ".")]
-    if config["profile"] == "mini":
-        lines.insert(0, "A mini run: its own model, principles and queries. None of these numbers is the paper's.")
-    return lines
 
 
 def sentences(one: dict) -> dict[str, str]:

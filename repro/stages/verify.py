@@ -19,7 +19,7 @@ from repro.servers.endpoint import HOSTED, Endpoint
 from repro.stages.evaluate import judged_here, llm_judgments
 from repro.stages.folder import BY_HAND
 from repro.stages.measure import following, marks_following, records
-from repro.stages.run import ANSWERS, open_run
+from repro.stages.run import ANSWERS, Run, open_run
 from repro.text.principles import constitutions_of
 
 
@@ -161,9 +161,19 @@ def _metrics(folder: Path) -> tuple[str, int, str]:
              for a in off]
     if len(kept) != len(again):
         wrong.append(f"metrics.json: {len(kept)} records; {len(again)} are due")
-    if marks_following(run) and not _same(read_jsonl(folder / FOLLOWING), following(run)):
-        wrong.append(f"{FOLLOWING}: not what the responses give")
-    return _verdict(wrong + _lengths(folder), len(again))
+    return _verdict(wrong + _marks(run) + _lengths(folder), len(again))
+
+
+def _marks(run: Run) -> list[str]:
+    """What is wrong with following.jsonl, which an older run may have without lengths and bounds, or, where a model wrote
+    the principles, not at all."""
+    path = run.folder / FOLLOWING
+    if not marks_following(run) or (run.experiment.writer and not path.is_file()):
+        return []
+    kept, due = read_jsonl(path), following(run)
+    if kept and not {"tokens", "bound"} & kept[0].keys():
+        due = [{k: v for k, v in row.items() if k not in ("tokens", "bound")} for row in due]
+    return [] if _same(kept, due) else [f"{FOLLOWING}: not what the responses give"]
 
 
 def _lengths(folder: Path) -> list[str]:

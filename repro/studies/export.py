@@ -2,11 +2,12 @@
 and where it comes from. Nothing leaves the machine.
 """
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from repro.base.records import UserError, make_folder, read_json, sealed, write_text
+from repro.base.records import UserError, first_line, make_folder, read_json, sealed, write_json, write_text
 from repro.base.settings import EMBEDDED, GEMMA
 from repro.report import look
 from repro.report.changes import Line, verdict
@@ -38,13 +39,21 @@ def export(run: Path, folder: Path, iteration: int | None = None) -> Path:
     try:
         shutil.copytree(weights, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns("complete.json"))
         write_text(part / "README.md", card(run, iteration))
+        for adapter in part.glob("*/adapter_config.json"):  # peft wrote this machine's folder
+            write_json(adapter, read_json(adapter) | {"base_model_name_or_path": _base(config)[0]})
         part.chmod(0o755)  # mkdtemp's is the owner's alone
         part.replace(folder)
     except OSError as e:
-        raise UserError(f"{folder}: {e.strerror}") from None
+        raise UserError(f"{folder}: {first_line(e)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _base(config: dict) -> tuple[str, str | None]:
+    """The model that training began from, as the hub names it, or by its label; and its licence, where it is known."""
+    name, label = config["model"]["name"], config["model"]["label"]
+    return KNOWN.get(name, (name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else label, None))
 
 
 def card(run: Path, iteration: int) -> str:
@@ -52,7 +61,7 @@ def card(run: Path, iteration: int) -> str:
     from huggingface_hub import ModelCardData
 
     config, one, own = read_json(run / "run.json")["config"], story(run), changed([run])
-    base, licence = KNOWN.get(config["model"]["name"], (config["model"]["label"], None))
+    base, licence = _base(config)
     data = ModelCardData(base_model=base, license=licence, library_name="transformers", pipeline_tag="text-generation",
                          tags=["sami", "alignment", "mutual-information"])
     lines = [line for found in own.values() for line in found]
@@ -60,7 +69,8 @@ def card(run: Path, iteration: int) -> str:
                                          *one["worsened"])
     principles = [list(map(look.plain, row)) for row in one["principles"][1]]
     earlier = f"The numbers are those of iteration {last}.\n\n" if iteration < last else ""
-    terms = "" if licence else " Its licence is that of the model it was made from."
+    terms = ("" if licence else " Its licence is that of the model it was made from.") + (
+        " Training began from the weights of its 4-bit package." if config["model"]["name"] in KNOWN else "")
     return f"""---
 {data.to_yaml()}
 ---
@@ -88,5 +98,6 @@ def _told(line: Line) -> str:
     rows = [[m.name, line.ends(m), look.said(line.change(m), max(m.digits, 1), "+"), str(line.change(m).n)]
             for m in HEADLINES if line.known(m)]
     sentences = "".join(f"- {sentence}\n" for sentence in verdict(line))
-    return f"### {line.subset.replace('_', ' ')} queries\n\n{sentences}\n" + look.table(
+    subset = look.plain(line.subset.replace("_", " "))
+    return f"### {subset} queries\n\n{sentences}\n" + look.table(
         ["measure", "initial -> last", "change", "queries"], rows)

@@ -14,18 +14,21 @@ HEADER = ["run, subset", "n, seeds", "steerability", "change", "change among ans
 
 
 def _row(line: Line) -> list[str]:
-    change = line.change(FOLLOWED)
-    return [f"{line.name}, {line.subset.replace('_', ' ')}", f"{change.n}, {len(line.rows)}", line.ends(FOLLOWED),
-            look.said(change, sign="+"), look.said(line.change(AMONG), sign="+"),
-            *map(line.ends, (BOUND, TOKENS, ANSWERS))]
+    among = look.said(line.change(AMONG), sign="+") if line.known(AMONG) else "NOT RUN"
+    return [_name(line), f"{line.change(FOLLOWED).n}, {len(line.seeds(FOLLOWED))}", line.ends(FOLLOWED),
+            look.said(line.change(FOLLOWED), sign="+"), among, *map(line.ends, (BOUND, TOKENS, ANSWERS))]
+
+
+def _name(line: Line) -> str:
+    return f"{line.name}, {look.plain(line.subset.replace('_', ' '))}"
 
 
 def _sides(folder: Path, line: Line) -> list[list[str]]:
     """A row for every side whose principle has a rule."""
     names = changes.ruled(folder)
     sides = [changes.of_side(s, frozenset(names)) for name in names for s in (name, f"not_{name}")]
-    return [[line.name, line.subset.replace("_", " "), side.name, str((change := line.change(side)).n), line.ends(side),
-             look.said(change, sign="+"), f"{changes.detectable(change):.2f}"] for side in sides if line.known(side)]
+    return [[_name(line), side.name, str((change := line.change(side)).n), line.ends(side),
+             look.said(change, sign="+"), changes.detectable(change)] for side in sides if line.known(side)]
 
 
 def write(results: Path) -> list[str]:
@@ -35,7 +38,7 @@ def write(results: Path) -> list[str]:
     lines = [(folder, line) for folder in folders for line in changes.published(folder) if line.known(FOLLOWED)]
     if not lines:
         raise UserError(f"{results}: no published run with {changes.PUBLISHED} in it; `repro publish` puts it there")
-    words = [f"{line.name}, {line.subset.replace('_', ' ')}: {' '.join(changes.verdict(line))}" for _, line in lines]
+    words = [f"{_name(line)}: {' '.join(changes.verdict(line))}" for _, line in lines]
     write_text(results / "steered.md", """# What training did to following
 
 A side of a constitution is followed where the response meets its rule (for an antithesis: does not) and still answers
@@ -54,7 +57,7 @@ n: held-out queries of the change (the bound may be of fewer: metrics.json).
 
 The last column: the change that so many queries would show in four of five such studies.
 
-""" + look.table(["run", "subset", "side", "n", "followed", "change", "detectable"],
+""" + look.table(["run, subset", "side", "n", "followed", "change", "detectable"],
                  [row for folder, line in lines for row in _sides(folder, line)]))
     look.save(draw([line for _, line in lines]), results / "steered")
     return words
@@ -67,10 +70,12 @@ def draw(lines: list[Line]):
     titles = {FOLLOWED: "steerability", AMONG: "among answers", ANSWERS: "responses that answer"}
     for axes, (measure, title) in zip(panels, titles.items()):
         for k, line in enumerate(lines):
-            change, colour = line.change(measure), look.COLOURS[k % len(look.COLOURS)]
-            axes.errorbar([change.value], [k], xerr=[[change.value - change.ci95[0]], [change.ci95[1] - change.value]],
-                          color=colour, marker="o")
-            axes.plot(line.seeds(measure), [k + 0.25] * len(line.rows), ls="", marker="|", color=colour, markersize=5)
+            if not line.known(measure):
+                continue
+            change, seeds, colour = line.change(measure), line.seeds(measure), look.COLOURS[k % len(look.COLOURS)]
+            low, high = change.ci95 or (change.value, change.value)
+            axes.errorbar([change.value], [k], xerr=[[change.value - low], [high - change.value]], color=colour, marker="o")
+            axes.plot(seeds, [k + 0.25] * len(seeds), ls="", marker="|", color=colour, markersize=5)
         axes.axvline(0, color=look.GREY, ls=":", lw=1)
         axes.set(xlabel="change", title=title)
     names = [f"{line.name}\n{line.subset.replace('_', ' ')}" for line in lines]

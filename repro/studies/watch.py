@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repro.base.records import UserError, read_json, read_jsonl
+from repro.report import look
 from repro.report.changes import AMONG, ANSWERS, BOUND, FOLLOWED, TOKENS, lines
-from repro.report.publish import leaves
+from repro.report.publish import leaves, without_places
 from repro.stages.folder import evaluation_file
 from repro.stages.jobs import steps_folder
 from repro.stages.measure import following
@@ -19,6 +20,8 @@ from repro.stages.run import open_run
 
 SHOWN = {BOUND: "bound", FOLLOWED: "sides followed", AMONG: "of answers", ANSWERS: "answer", TOKENS: "tokens"}
 ORDER = ("write", "sample", "initial", "train", "evaluate", "baseline", "judge", "metrics", "report")
+
+PATIENCE = 60.0  # seconds without a new variant, after which those that are finished are all
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ def watch(folder: Path, every: float = 5.0, say: Callable[[str], None] = print, 
         raise UserError(f"{folder}: no run has begun there; give its folder, such as runs/exp1_dialogue/mini")
     told: dict[Path, set[str]] = {}
     logs: dict[Path, object] = {}
+    quiet = 0  # looks since something was new
     while True:
+        before = sum(map(len, told.values()))
         for run in _runs(folder):
             name = "" if run == folder else f"{run.name}, "
             if trackio and run not in logs:
@@ -48,22 +53,24 @@ def watch(folder: Path, every: float = 5.0, say: Callable[[str], None] = print, 
                 say(name + event.line)
                 if trackio and event.values:
                     logs[run].log(event.values, step=event.step)
-        whole = (folder / "run.json").is_file() and leaves(folder)
-        if whole and all("report" in read_json(run / "run.json")["stages"] for run in whole):
+        whole = leaves(folder) if (folder / "run.json").is_file() else []
+        quiet = quiet + 1 if sum(map(len, told.values())) == before else 0
+        # One variant alone is never put together with others, and another one may be about to begin.
+        if all("report" in told.get(run, ()) for run in whole or _runs(folder)) and (whole or quiet * every >= PATIENCE):
             for log in logs.values():
                 log.finish()
-            return say(f"finished: {folder / 'report.html'}")
+            return say(f"finished: {(folder if whole else _runs(folder)[-1]) / 'report.html'}")
         time.sleep(every)
 
 
 def _log(project: str, run: Path):
-    """A new run in trackio's files on this machine (TRACKIO_DIR), nothing of which is sent anywhere."""
+    """A new run of trackio: in its files on this machine (TRACKIO_DIR), unless its own settings name a place elsewhere."""
     try:
         import trackio
     except ImportError:
         raise UserError("--trackio: the package is not here; pip install trackio (an environment of its own, where its "
                         "pins do not fit)") from None
-    config = read_json(run / "run.json")["config"]
+    config = without_places(read_json(run / "run.json"))["config"]
     name = "-".join(filter(None, (config["name"], config.get("variant"), f"seed-{config['seed']}")))
     return trackio.init(project=project, name=name, config=config, embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
@@ -111,16 +118,16 @@ def _values(folder: Path, iteration: int, done: int) -> Iterator[Event]:
     run = open_run(folder, lambda line: None, finished=False)
     rows = [row for row in following(run, (iteration,)) if row["sides"]]
     for line in lines("", {0: rows}):
-        found = {measure: line.by_query(measure, iteration) for measure in SHOWN}
         values = {word: (line.value(measure, iteration).value, measure.digits) for measure, word in SHOWN.items()
-                  if found[measure] and (not measure.over or any(found[measure.over].values()))}
+                  if line.has(measure, iteration)}
+        n, scored = (len(line.by_query(measure, iteration)) for measure in (ANSWERS, BOUND))
         told = ", ".join(f"{word} {value:.{digits}f}" for word, (value, digits) in values.items())
         model, of = f"iteration {iteration}" if iteration else "initial model", line.subset
-        told = f"{model}, {of.replace('_', ' ')}: {told} (n {len(found[TOKENS])}; bound {len(found[BOUND])})"
+        told = f"{model}, {of.replace('_', ' ')}: {told} (n {n}; bound {scored})"
         numbers = {f"{of}/{word}": value for word, (value, _) in values.items()}
         yield Event(f"values {iteration} {of}", told, done, numbers)
     private, answers = run.constitutions.private_sides, read_jsonl(folder / evaluation_file(iteration))
     if answer := next((r for r in answers if not private & set(r["constitution"].split(","))), None):
         asked = next(q.text for q in run.held_out if q.id == answer["query"])
-        yield Event(f"query {iteration}", f"  {' '.join(asked.split())} [{answer['constitution']}]")
-        yield Event(f"answer {iteration}", f"  > {' '.join(answer['text'].split())}")
+        yield Event(f"query {iteration}", f"  {look.printable(asked)} [{answer['constitution']}]")
+        yield Event(f"answer {iteration}", f"  > {look.printable(answer['text'])}")
