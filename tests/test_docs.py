@@ -13,6 +13,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from repro import flags
+from repro.studies import steered
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"run": flags.Run, "compare": flags.Compare, "probe": flags.Probe, "plan": flags.Plan, "judge": flags.Judge, "show": flags.Show, "watch": flags.Watch, "export": flags.Export, "publish": flags.Publish, "verify": flags.Verify, "figures": flags.Figures}
@@ -151,15 +152,26 @@ def test_a_wrong_target_or_flag_is_found(text, found):
     assert unknown_targets({"p": text}, "exp1: x\nverify: x\n") + unknown_flags({"p": text}, 'add_argument("--made")') == found
 
 
-# The rows of README's table: what they begin with -> the record, its subset or writer, the principle that is followed.
-ROWS = {"[exp1]": ("exp1_dialogue", {"subset": "helpful"}, "brief"), "exp1, harmless": ("exp1_dialogue", {"subset": "harmless"}, "brief"),
-        "[exp1, queries of HH-RLHF]": ("exp1_dialogue_hh", {}, "brief"), "[exp2]": ("exp2_tldr", {"writer": "hand"}, "concise"),
+def test_the_readmes_table_is_what_the_records_hold(tmp_path):
+    """results/steered.md is what its command makes of the published runs, and README has its first table."""
+    for path in (p for p in tracked("results/*") if re.search(r"/(following|run)-[^/]*$|/mini/(metrics|constitutions)\.json$", p)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    steered.write(tmp_path / "results")
+    page = (ROOT / "results/steered.md").read_text()
+    assert (tmp_path / "results/steered.md").read_text() == page
+    rows = page.split("\n| run, subset |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 2 and [line for line in READMES["README.md"].splitlines() if re.match(r"\| exp\d_\w+(-\w+)*, ", line)] == rows
+
+
+# The rows of the table of older records: what they begin with -> the record, its subset or writer, the principle that is followed.
+ROWS = {"[exp1, queries of HH-RLHF]": ("exp1_dialogue_hh", {}, "brief"), "[exp2]": ("exp2_tldr", {"writer": "hand"}, "concise"),
         "exp2, principles by the 135M": ("exp2_tldr", {"writer": "smollm2-135m-instruct"}, "concise"),
         "[exp3]": ("exp3_diverse", {"subset": "learned"}, None), "exp3, held-out": ("exp3_diverse", {"subset": "held_out"}, None)}
 
 
 @pytest.mark.parametrize("begin", ROWS)
-def test_the_readmes_table_is_what_the_records_hold(begin):
+def test_the_table_of_older_records_is_what_they_hold(begin):
     """Of all seeds: the lowest and highest value, and the lowest and highest end of their intervals."""
     folder, keys, principle = ROWS[begin]
     rows = [r for r in json.loads((ROOT / f"results/{folder}/mini/metrics.json").read_text()) if keys.items() <= r.items()]
@@ -168,7 +180,7 @@ def test_the_readmes_table_is_what_the_records_hold(begin):
         at = [[r for r in rows if (r["metric"], r["estimator"], r.get("principle"), r["iteration"]) == (metric, estimator, of, k)] for k in (0, 3)]
         cells.append(" -> ".join(ranged(found) for found in at))
         counts += [r["n"] for found in at for r in found]
-    line, = (line for line in READMES["README.md"].splitlines() if line.startswith(f"| {begin}"))
+    line, = (line for line in READMES["results/README.md"].splitlines() if line.startswith(f"| {begin}"))
     assert [cell.strip() for cell in line.split("|")[2:5]] == [", ".join(map(str, dict.fromkeys(counts))), *cells]
 
 
