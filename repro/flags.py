@@ -49,6 +49,9 @@ def endpoint(args, model: str, **other) -> Endpoint:
 class Run:
     """Run an experiment, or what is left of it. A setting that no flag gives is the experiment's own."""
 
+    examples = ("repro run exp1",
+                "repro run exp1 --name mine --constitutions my_principles.toml --queries my_queries.jsonl")
+
     experiment: str = argument()
     """exp1, ..., or a Python file that holds EXPERIMENTS, a dict of profile -> Experiment."""
     profile: str | None = None
@@ -88,6 +91,8 @@ class Compare:
     """Train SAMI's objective and its rivals on the same sampled pairs, and say what each buys at which cost. A comparison
     that is stopped goes on with the same command."""
 
+    examples = ("repro compare exp2 --variant hand --seeds 0 1", "repro compare exp2 --objectives sami mipo --path")
+
     experiment: str = argument()
     """exp1, ..., or a Python file that holds EXPERIMENTS."""
     objectives: tuple[str, ...] = ()
@@ -115,6 +120,8 @@ class Probe:
     """Say which principles a model can follow before it is trained, and which of their antitheses: which of them SAMI has
     something to strengthen in."""
 
+    examples = ("repro probe dialogue_mini", "repro probe my_principles.toml --task summary --queries embedded-tldr")
+
     principles: str = argument()
     """A shipped set (dialogue_mini, tldr_mini, diverse, ...) or a JSON or TOML file of principles."""
     probe_queries: int = 16
@@ -130,6 +137,8 @@ class Probe:
 class Plan:
     """Say what an experiment takes before it starts: bytes per GPU, FLOPs, tokens, hours, judge cost; what fits, and the
     change that makes it fit. Needs no weights, no GPU and no network."""
+
+    examples = ("repro plan exp1 --profile paper", "repro plan exp2 --variant mixtral-8x7b --gpu h200 --gpus 8")
 
     experiment: str = argument()
     """exp1, ..., a Python file that holds EXPERIMENTS, or all: the three experiments."""
@@ -165,6 +174,9 @@ class Judge:
     """Judge a finished run's stored responses with an LLM, in both orders; or (--admit) hold a judge against the archive.
     Every answer is kept and none is asked for twice: the same command goes on where it stopped."""
 
+    examples = ("repro judge runs/exp1_dialogue/mini --model NAME --base-url http://127.0.0.1:8000/v1",
+                "repro judge --admit --model NAME --max-usd 5")
+
     run: Path | None = argument(None)
     """A run folder."""
     dry_run: bool = False
@@ -193,6 +205,8 @@ class Publish:
     """Copy finished runs (one experiment, one seed each) to results/: numbers, figures and page only. They join the seeds
     that are there. Of a published folder, figures and page are made again."""
 
+    examples = ("repro publish runs/exp1_dialogue/mini", "repro publish results/exp1_dialogue/mini")
+
     runs: tuple[Path, ...] = argument(())
     """Run folders, or published ones."""
     results: Path = Path("results")
@@ -205,6 +219,8 @@ class Publish:
 class Show:
     """Say in the terminal what came out of a run: verdict, changes, responses side by side."""
 
+    examples = ("repro show runs/exp1_dialogue/mini", "repro show results/exp1_dialogue/mini --answers 4")
+
     run: Path = argument()
     """A run folder, or a published one."""
     answers: int = 2
@@ -215,6 +231,8 @@ class Show:
 class Watch:
     """Say what a run does while it works, from the files that it leaves: stages, losses, values of each iteration, and
     answers."""
+
+    examples = ("repro watch runs/exp1_dialogue/mini", "repro watch runs/exp2_tldr/mini --trackio sami")
 
     run: Path = argument()
     """A run folder, or the folder of an experiment's variants."""
@@ -229,6 +247,9 @@ class Export:
     """Copy a run's trained model to a new folder that the hub takes: weights, tokenizer, adapter, a model card with
     numbers, intervals and provenance. Nothing leaves the machine."""
 
+    examples = ("repro export runs/exp1_dialogue/mini my-model",
+                "repro export runs/exp1_dialogue/mini first --iteration 1")
+
     run: Path = argument()
     """The folder of a finished run."""
     folder: Path = argument()
@@ -241,6 +262,8 @@ class Export:
 class Verify:
     """Recompute the paper's tables from the authors' record; or a run's numbers from what it keeps, and hold those of a run
     of the paper's models against the printed cells."""
+
+    examples = ("repro verify", "repro verify runs/exp1_dialogue/mini")
 
     run: Path | None = argument(None)
     """A run folder (or a published one); without it the paper itself is verified."""
@@ -257,6 +280,8 @@ class Verify:
 @dataclass(frozen=True)
 class Figures:
     """Redraw the paper's figures from the authors' record."""
+
+    examples = ("repro figures", "repro figures --run runs/exp1_dialogue/mini")
 
     archive: Path | None = None
     """The authors' record as <repo>/<path>; by default ../shared/archive, else a pinned download."""

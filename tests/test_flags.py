@@ -189,3 +189,15 @@ def test_help_is_read_from_the_source(monkeypatch):
     monkeypatch.setitem(sys.modules, "made", type(sys)("made"))
     monkeypatch.setattr("inspect.getsource", lambda module: 'class A:\n    "doc"\n    a: int = 1\n    """The\n    a."""\n    b: int = 2\n    c = 3\n    """no"""\n')
     assert commandline._texts("made") == {("A", "a"): "The a."}
+
+
+def test_every_command_has_two_examples_that_are_read_and_shown(capsys):
+    from repro import cli
+
+    for name, kind in ((kind.__name__.lower(), kind) for kind in cli.COMMANDS):
+        assert len(kind.examples) == 2
+        for example in kind.examples:
+            assert example.startswith(f"repro {name}") and type(cli.parse(example.split()[1:])) is kind
+        with pytest.raises(SystemExit):
+            cli.parse([name, "--help"])
+        assert capsys.readouterr().out.endswith("examples:\n  " + "\n  ".join(kind.examples) + "\n")

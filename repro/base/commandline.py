@@ -1,4 +1,6 @@
-"""A command line, made of dataclasses: each is a command, each of its fields a flag, the text below a field its help."""
+"""A command line, made of dataclasses: each is a command, each of its fields a flag, the text below a field its help;
+`examples` stand below the help.
+"""
 
 import argparse
 import ast
@@ -80,11 +82,19 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
+class _Help(argparse.HelpFormatter):
+    """One that leaves examples on their lines."""
+
+    def _fill_text(self, text, width, indent):
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
 def _parser(commands: dict[str, type]) -> _Parser:
     top = _Parser(prog="repro", description="`repro --version` says which version this is.")
     named = top.add_subparsers(title="commands", metavar="COMMAND")
     for name, kind in commands.items():
-        parser = named.add_parser(name, help=kind.__doc__, description=kind.__doc__, allow_abbrev=False)
+        parser = named.add_parser(name, help=kind.__doc__, description=kind.__doc__, allow_abbrev=False,
+                                  formatter_class=_Help, epilog="\n  ".join(["examples:", *kind.examples]))
         places = [f.name.upper() if f.default is MISSING else f"[{f.name.upper()}]"
                   for f in fields(kind) if f.metadata.get("place")]
         parser.usage = " ".join(["repro", name, *places, "[flags]"])

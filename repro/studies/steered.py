@@ -78,6 +78,7 @@ def draw(lines: list[Line]):
             axes.plot(seeds, [k + 0.25] * len(seeds), ls="", marker="|", color=colour, markersize=5)
         axes.axvline(0, color=look.GREY, ls=":", lw=1)
         axes.set(xlabel="change", title=title)
+        axes.locator_params(axis="x", nbins=4)
     names = [f"{line.name}\n{line.subset.replace('_', ' ')}" for line in lines]
     panels[0].set_yticks(range(len(lines)), names, fontsize=8)
     panels[0].set_ylim(len(lines) - 0.5, -0.5)
