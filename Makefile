@@ -28,10 +28,11 @@ setup: $(STAMP)  ## Make the environment in .venv (every other target does this 
 $(STAMP): pyproject.toml constraints.txt
 	@for p in $(PYTHON); do \
 	  $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
-	  echo "setting up .venv with $$($$p --version) (about 2 GB, once)"; \
-	  $$p -m venv --clear .venv && { $(INSTALL_TORCH); } && exit; \
+	  echo "setting up .venv with $$($$p --version) (once: 2.7 GB, a few minutes)"; \
+	  $$p -m venv --clear .venv && echo "  1 of 2: torch" && { $(INSTALL_TORCH); } && exit; \
 	  echo "make: $$p: torch $(TORCH) could not be installed"; \
 	done; echo "make: none of $(PYTHON) is Python 3.11 or newer with venv and takes torch $(TORCH); pass PYTHON=..."; exit 2
+	@echo "  2 of 2: the other packages"
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
