@@ -191,7 +191,7 @@ def test_one_query_is_said_to_be_one():
         "The bound on mutual information is not seen to move: 0.25 -> 0.50, +0.25, in nats (n 1, 1 seed).",
         "The constitution is not seen to be followed more or less: 0.00 -> 1.00, +1.00 [-0.95, +1.00], as the share of its sides (n 1, 1 seed).",
         "Among responses that answer, the share of sides followed is not seen to change: 0.00 -> 1.00, +1.00.",
-        "Neither more nor fewer responses answer: 1.00 -> 1.00, +0.00 [-0.97, +0.97]; their length is not seen to change: 9 -> 4, -5.0, in tokens."]
+        "No change of how many answer is seen: 1.00 -> 1.00, +0.00 [-0.97, +0.97]; their length is not seen to change: 9 -> 4, -5.0, in tokens."]
     assert _cell(made(None)[0], 3) == {"value": "0.500", "around": "n 1"}
 
 

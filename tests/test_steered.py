@@ -54,7 +54,7 @@ def test_values_by_hand(tmp_path):
     said = steered.write(tmp_path)
     assert len(said) == 1 and said[0].startswith("exp1_x, helpful: The bound on mutual information rose: 0.10 -> 0.26, +0.15 [")
     for part in ("The constitution is not seen to be followed more or less: 0.25 -> 0.62, +0.38 [-0.75, +0.88], as the share of its sides "
-                 "(n 2, 2 seeds from +0.38 to +0.38)", "Neither more nor fewer responses answer: 0.62 -> 1.00, +0.38 [-0.79, +0.94]"):
+                 "(n 2, 2 seeds from +0.38 to +0.38)", "No change of how many answer is seen: 0.62 -> 1.00, +0.38 [-0.79, +0.94]"):
         assert part in said[0]
     page = (tmp_path / "steered.md").read_text()
     assert "| exp1_x, helpful | 2, 2 | 0.25 -> 0.62 | +0.38 [-0.75, +0.88] | +0.22 [" in page and "| 0.10 -> 0.26 | 15 -> 9 | 0.62 -> 1.00 |" in page

@@ -169,7 +169,8 @@ def verdict(line: Line) -> list[str]:
                         f"{_moved(line, AMONG, 'has grown', 'has shrunk', 'is not seen to change')}.")
     else:
         told.append("Whether the constitution is followed cannot be said: no program can check its principles.")
-    answer = _moved(line, ANSWERS, *(f"{how} responses answer" for how in ("More", "Fewer", "Neither more nor fewer")))
+    neither = "No change of how many answer is seen"
+    answer = _moved(line, ANSWERS, "More responses answer", "Fewer responses answer", neither)
     if not line.known(TOKENS):
         return [*told, f"{answer}."]
     length = _moved(line, TOKENS, "grew", "fell", "is not seen to change")

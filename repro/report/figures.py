@@ -163,7 +163,7 @@ def draw(metrics: list[dict], constitutions: int, title: str):
     axes[0].text(iterations[0], 1.02 * limit, f"log {constitutions}, the most possible", va="bottom", fontsize=8,
                  color=GREY)
     axes[0].set(title="Mutual information", ylabel=AXES["infonce"], ylim=(0, limit * 1.15))
-    axes[1].set(title="Length", ylabel=AXES["length_tokens"])
+    axes[1].set(title="Length, judged constitution", ylabel=AXES["length_tokens"])
     axes[1].set_ylim(0, axes[1].get_ylim()[1] * 1.04)
     axes[2].axhline(50, color=GREY, ls=":", lw=1)
     axes[2].set(title=f"Win rate, {named(judge)}", ylabel="against the initial model (%), ties half", ylim=(0, 103))
@@ -174,8 +174,10 @@ def draw(metrics: list[dict], constitutions: int, title: str):
                 "responses that follow the principle (%)")
     if judge in language_models(metrics):
         axes[2].text(0.02, 0.02, "\n".join(textwrap.wrap(standing(judge), 52)), fontsize=6, transform=axes[2].transAxes)
-    for axis in axes:
-        axis.set_xticks(iterations)
+    for axis, metric in zip(axes, ("mi", "length_tokens", "length_tokens", "length_tokens")):
+        counts = [", ".join(map(str, sorted({r["n"] for r in select(metrics, metric=metric, iteration=i, principle=None)})))
+                  for i in iterations]
+        axis.set_xticks(iterations, [f"{i}\nn {n}" if len(set(counts)) > 1 else i for i, n in zip(iterations, counts)])
         axis.set_xlabel(AXES["iteration"])
     if steered and any(not select(metrics, metric="steerability", **line) for line in lines):
         axes[3].text(0.5, 0.02, "not of principles without a rule", fontsize=7, ha="center", transform=axes[3].transAxes)

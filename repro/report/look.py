@@ -22,7 +22,7 @@ STYLE = {
 
 LABELS = {  # metric -> its name in tables, in their order
     "mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
-    "length_tokens": "length (tokens)", "following": "following", "steerability": "steerability",
+    "length_tokens": "length (tokens), judged constitution", "following": "following", "steerability": "steerability",
     "steerability_change": "change of steerability", "answered": "responses that answer", "win_rate": "win rate (%)",
     "hack_constitution_overlap": "words taken from the constitution", "hack_query_overlap": "words taken from the query",
     "hack_repetition": "repeated trigrams", "position_rate": "answers that prefer the first response",
@@ -33,9 +33,12 @@ MEANINGS = {  # metric -> what it is, in a sentence or two
           "itself; mean_of_logs: what the paper plots, no bound.",
     "accuracy_row": "How often a constitution's own response is the likeliest under it.",
     "accuracy_col": "How often a response is likeliest under its own constitution.",
-    "length_tokens": "Tokens of the response to the judged constitution.",
-    "following": "Share of responses that are on a side of a principle, by a program's rule, and still answer the query.",
-    "steerability": "Share of sides followed over all constitutions of a query, each in its own response. A model that "
+    "length_tokens": "Tokens of the response under the judged constitution: of a set that with all principles as they are.",
+    "following": "Share of responses that are on a side of a principle, by a program's rule, and still answer the query: "
+                 "of a principle under the judged constitution, of an antithesis (not_...) under all that hold it. (The "
+                 "sides above are over all constitutions that hold them.)",
+    "steerability": "Above: sides of the constitution followed. Share of sides followed over all constitutions of a "
+                    "query, each in its own response. A model that "
                     "hears no constitution follows 0.5 at most.",
     "steerability_change": "Steerability less the initial model's, on the same queries.",
     "answered": "Share of responses that answer: not empty, no loop, no recital of the principles, enough words of the "

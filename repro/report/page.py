@@ -22,6 +22,7 @@ from repro.report.figures import SERIES, language_models, named, select, telling
 from repro.report.look import LABELS, MEANINGS
 from repro.report.story import sentences
 from repro.text.answers import FAULTS
+from repro.text.rules import RULES
 
 
 def _cell(row: dict, digits: int) -> dict:
@@ -81,11 +82,18 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
         "facts": [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
                   *dict.fromkeys(line for one in stories for line in (one["not_run"], *one["notes"]))],
         "warnings": list(dict.fromkeys(line for one in stories for line in one["worsened"])),
-        "written": [one for k, one in enumerate(written) if one not in written[:k]],
+        "written": [(by, [[*row[:3], _rule(row[3])] for row in rows]) for k, (by, rows) in enumerate(written)
+                    if [by, rows] not in written[:k]],
         "lines": [{"subset": line.subset.replace("_", " "), "last": line.last, "verdict": verdict(line),
                    "tables": [(what, rows) for what, measures in (("measure", HEADLINES), ("side followed", sides))
                               if (rows := _rows(line, measures))]} for line in own],
         "shown": [_shown(item, first) for item in first["items"]]}
+
+
+def _rule(name: str) -> str:
+    """A rule's name, and what it holds of a text."""
+    told = (RULES[name].__doc__ or "").split(". ")[0] if name in RULES else ""
+    return " ".join(f"{name}: {told}".split()) if told else name
 
 
 def _shown(item: dict, one: dict) -> dict:
@@ -100,7 +108,7 @@ def _shown(item: dict, one: dict) -> dict:
             "answers": [{"iteration": i, "words": _words(text, answers[0] if i else text),
                          **_followed(mark, [s for s in sides if s.removeprefix("not_") in ruled])}
                         for i, (text, mark) in enumerate(zip(answers, marks))]})
-    of = f"{item['subset'].replace('_', ' ')} principles" if one["kinds"] else ""
+    of = item["subset"].replace("_", " ") + " principles" * bool(one["kinds"])
     return {"query": item["query"], "of": of, "columns": columns}
 
 

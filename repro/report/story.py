@@ -12,7 +12,7 @@ from repro.judges.rule import FOLLOWING
 from repro.report.figures import SERIES, select
 from repro.text.principles import Constitutions, constitutions_of
 
-CARRIED_ITEMS = 32  # of each kind of principles: so many are in the page
+CARRIED_ITEMS = 20  # of each kind of principles or queries: so many are in the page
 
 
 def told(record: dict) -> list[str]:
@@ -84,16 +84,18 @@ def constitutions_in(folder: Path) -> Constitutions:
 
 
 def _responses(folder: Path, record: dict) -> tuple[str, list[dict]]:
-    """What the responses are, in words, and those to the first held-out items that every iteration answers: of a set,
-    queries of its first (everyday) subset; of a pool, items of each kind of principles. `answers` and `marks` (what
-    following.jsonl says of each) have a row for every iteration, a column for every constitution that may be shown."""
+    """What the responses are, in words, and those to the first held-out items that every iteration answers: of our own
+    queries all subsets, of others the first (everyday) one; of a pool, items of each kind of principles. `answers` and
+    `marks` (what following.jsonl says of each) have a row for every iteration, a column for every constitution that may
+    be shown."""
     constitutions, config = constitutions_in(folder), record["config"]
     private, C = constitutions.private_sides, constitutions.count
     items = read_jsonl(folder / "logprobs/evaluation-0.jsonl")
     queries = {row["id"]: row["text"] for row in read_jsonl(folder / "queries.jsonl")}
     answers = [read_jsonl(folder / f"responses/evaluation-{i}.jsonl") for i in range(config["iterations"] + 1)]
     marks = read_jsonl(folder / FOLLOWING) if (folder / FOLLOWING).is_file() else []
-    kinds = constitutions.kinds or [items[0]["subset"]]
+    ours = config["data"]["source"].startswith("embedded")  # harmless queries of others may be offensive
+    kinds = constitutions.kinds or list(dict.fromkeys(row["subset"] for row in items))[:None if ours else 1]
     carried, left_out = [], set()
     for kind in kinds:
         for k in [k for k, row in enumerate(items) if row["subset"] == kind][:CARRIED_ITEMS]:
@@ -108,7 +110,8 @@ def _responses(folder: Path, record: dict) -> tuple[str, list[dict]]:
                 one["marks"] = [[marks[k]["sides"][str(i)][c] for c in shown] for i in range(len(answers))]
             carried.append(one)
     note = f" {len(left_out)} constitutions are left out: their responses stay in the run directory." if left_out else ""
-    return (f"Held-out {'' if constitutions.kinds else kinds[0] + ' '}queries, greedy, at most "
+    of = "" if constitutions.kinds else f"{' and '.join(kinds)} "
+    return (f"The first {len(carried)} of the held-out {of}queries that every iteration answers, greedy, at most "
             f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}"), carried
 
 
