@@ -166,8 +166,7 @@ def test_the_readmes_table_is_what_the_records_hold(tmp_path):
 
 # The rows of the table of older records: what they begin with -> the record, its subset or writer, the principle that is followed.
 ROWS = {"[exp1, queries of HH-RLHF]": ("exp1_dialogue_hh", {}, "brief"), "[exp2]": ("exp2_tldr", {"writer": "hand"}, "concise"),
-        "exp2, principles by the 135M": ("exp2_tldr", {"writer": "smollm2-135m-instruct"}, "concise"),
-        "[exp3]": ("exp3_diverse", {"subset": "learned"}, None), "exp3, held-out": ("exp3_diverse", {"subset": "held_out"}, None)}
+        "exp2, principles by the 135M": ("exp2_tldr", {"writer": "smollm2-135m-instruct"}, "concise")}
 
 
 @pytest.mark.parametrize("begin", ROWS)
