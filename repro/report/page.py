@@ -92,7 +92,7 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
 
 def _rule(name: str) -> str:
     """A rule's name, and what it holds of a text."""
-    told = (RULES[name].__doc__ or "").split(". ")[0] if name in RULES else ""
+    told = re.split(r"\.\s+(?=[A-Z])", RULES[name].__doc__ or "")[0] if name in RULES else ""
     return " ".join(f"{name}: {told}".split()) if told else name
 
 
