@@ -15,10 +15,10 @@ from repro.base.records import UserError, read_json, read_jsonl
 from repro.experiment import load_experiment
 from repro.models import embedded, files, hub, load
 
-HASHES = {  # of the shipped experiments' settings, as they were when drop phrases were a default and a batch 32 prompts
-    "exp1_dialogue/mini": "6b879cf123fd5a56", "exp1_dialogue/paper": "165ca505132355ea", "exp2_tldr/mini/weak": "34519d0783a6c74d",
-    "exp2_tldr/mini/hand": "c30e38ab3a990aff", "exp2_tldr/paper/mistral-7b": "e7dd09e7ff6aec52",
-    "exp2_tldr/paper/mixtral-8x7b": "fd4208a2159afb23", "exp3_diverse/mini": "35052f634f298fc0",
+HASHES = {  # of the shipped experiments' settings, with batches of 32 prompts: of the paper's as they were when drop phrases were a default
+    "exp1_dialogue/mini": "aeaa7b5e71a8c6e2", "exp1_dialogue/paper": "165ca505132355ea", "exp2_tldr/mini/weak": "50ce52a2e3f6f303",
+    "exp2_tldr/mini/hand": "12728367bc232801", "exp2_tldr/paper/mistral-7b": "e7dd09e7ff6aec52",
+    "exp2_tldr/paper/mixtral-8x7b": "fd4208a2159afb23", "exp3_diverse/mini": "b4bcd8c63200d01e",
     "exp3_diverse/paper/direct": "673d94553752a07a", "exp3_diverse/paper/cot": "a473b0695c17dfb9"}
 WORDS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 SPM = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"

@@ -248,9 +248,9 @@ def _draw(figure: str, rows: list[dict]) -> Figure:
     if any(differs(r) for r in rows):
         handles["printed value, where it differs from the record"] = Line2D(
             [], [], color=look.GREY, marker="o", markerfacecolor="white", markersize=6, linestyle="none")
-    counts = [r["n"] for r in rows if r.get("n")]
-    over = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else min(counts)
-    drawing.suptitle(f"{TITLES[figure]}\nbars and bands: ± SEM over n = {over} items", fontsize=9)
+    counts = sorted({r["n"] for r in rows if r.get("n")})
+    over = f" over n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} items" if counts else ""
+    drawing.suptitle(f"{TITLES[figure]}\nbars and bands: ± SEM{over}", fontsize=9)
     columns = 2 if len(handles) == 4 or max(map(len, handles)) > 30 else 3
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     drawing.set_figheight(2.8 * lines + 0.5 + 0.17 * -(-len(handles) // columns))
