@@ -26,9 +26,10 @@ from repro.report.story import cut_answers, dropped_pairs, worsened
 def summary(folder: Path) -> list[str]:
     """The last lines of a run: what training did, in words; what went wrong; where the page is."""
     lines, parts = [], leaves(folder)
+    alone = standing_alone(parts)
     for leaf in parts:
         name = f"{leaf.name}, " if leaf != folder else ""
-        own = changed([leaf] if leaf in standing_alone(parts) else [])
+        own = changed([leaf] if leaf in alone else [])
         lines += [f"{name}{line.subset.replace('_', ' ')}: {sentence}" for found in own.values() for line in found
                   for sentence in verdict(line)]
         lines += [(f"{leaf.name}: " if leaf != folder else "") + line

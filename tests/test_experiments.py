@@ -331,19 +331,25 @@ def test_the_report_shows_responses_escaped_and_never_the_private_ones(tiny, tmp
         "constitutions.json", "following-seed-0.jsonl", "iterations.pdf", "iterations.png", "metrics.json", "run-seed-0.json"]
 
 
+def said_by(capsys, *argv) -> tuple[int, str, str]:
+    """A command's exit code, and what it says on either stream."""
+    from repro import cli
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(map(str, argv)))
+    return stop.value.code, *capsys.readouterr()
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_publish_joins_seeds_and_refuses_other_differences(finished, tiny, tmp_path, capsys):
     """At once or one after the other, in any order: the same files; and figures and page again from these alone."""
-    from repro import cli
     from repro.report.publish import publish
 
     def command(*argv) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["publish", *map(str, argv)])
-        return stop.value.code, *capsys.readouterr()
+        return said_by(capsys, "publish", *argv)
 
     experiment, folder = finished
     with unrendered():
@@ -396,7 +402,7 @@ def test_a_publish_that_was_stopped_is_not_taken_for_whole(finished, tmp_path, m
     _, folder = finished
     one, two, three = (as_seed(folder, k, tmp_path / f"run{k}") for k in (1, 2, 3))
     want = files_of(module.publish([one], tmp_path / "a")) , files_of(module.publish([one, two], tmp_path / "b"))
-    stops = len(["run", "following", "constitutions", "metrics", "figures", "page"])
+    stops = 6  # after the first: a run's record, its marks, constitutions, metrics, figures, page
     for first, then, before, after in (((one,), (one,), (), want[0]), ((two,), (two,), (one,), want[1])):
         for at in range(stops + 1):
             out = tmp_path / f"stopped-{len(before)}-{at}"
@@ -439,14 +445,11 @@ def test_the_example_of_a_library_trains_the_model_that_it_is_given(tiny, capsys
 
 def test_show_says_what_came_out(finished, tmp_path, capsys):
     """Of a run and of its published copy the same, but for the responses of other seeds; a mistake in one line."""
-    from repro import cli
     from repro.report.publish import publish
 
     def shown(*argv) -> tuple[int, list[str], str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["show", *map(str, argv)])
-        out, error = capsys.readouterr()
-        return stop.value.code, out.splitlines(), error
+        code, out, error = said_by(capsys, "show", *argv)
+        return code, out.splitlines(), error
 
     _, folder = finished
     code, lines, _ = shown(folder)
@@ -515,12 +518,10 @@ def test_export_makes_a_folder_that_transformers_and_the_hub_read(finished, tmp_
     from huggingface_hub import ModelCard
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from repro import cli
 
     def command(*argv) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["export", *map(str, argv)])
-        return stop.value.code, "".join(capsys.readouterr())
+        code, *said = said_by(capsys, "export", *argv)
+        return code, "".join(said)
 
     _, folder = finished
     code, said = command(folder, out := tmp_path / "hub/model")
