@@ -71,8 +71,10 @@ def _rows(line: Line, measures: Sequence[Measure]) -> list[dict]:
 
 def _group(stories: list[dict], own: list[Line]) -> dict:
     """What the page says of a variant: `own` lines say what changed; responses are those of the first of its runs."""
-    first, measured, written = stories[0], {}, [one["principles"] for one in stories]
+    first, measured, written = stories[0], {}, {}
     for one in stories:
+        by, rows = one["principles"]
+        written.setdefault(json.dumps(rows), [by, rows, []])[2].append(str(one["seed"]))
         measured.setdefault(one["measured"], []).append(one["took"])
     seeds = ", ".join(str(one["seed"]) for one in stories)
     ruled = [p for p, *_, rule in first["principles"][1] if rule != "none"] if not first["principles"][0] else []
@@ -82,12 +84,21 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
         "facts": [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
                   *dict.fromkeys(line for one in stories for line in (one["not_run"], *one["notes"]))],
         "warnings": list(dict.fromkeys(line for one in stories for line in one["worsened"])),
-        "written": [(by, [[*row[:3], _rule(row[3])] for row in rows]) for k, (by, rows) in enumerate(written)
-                    if [by, rows] not in written[:k]],
+        "written": [(by and f"Written by {by}, seed{'s' * (len(of) > 1)} {', '.join(of)}",
+                     [[*row[:3], _rule(row[3])] for row in rows]) for by, rows, of in written.values()],
         "lines": [{"subset": line.subset.replace("_", " "), "last": line.last, "verdict": verdict(line),
                    "tables": [(what, rows) for what, measures in (("measure", HEADLINES), ("side followed", sides))
                               if (rows := _rows(line, measures))]} for line in own],
         "shown": [_shown(item, first) for item in first["items"]]}
+
+
+def _setting(groups: dict[str, list[dict]]) -> list[str]:
+    """What the runs are, each sentence once, with the variants that it is of where it is not of all."""
+    of: dict[str, list[str]] = {}
+    for variant, runs in groups.items():
+        for line in runs[0]["setting"]:
+            of.setdefault(line, []).append(variant)
+    return [line if len(variants) == len(groups) else f"{', '.join(variants)}: {line}" for line, variants in of.items()]
 
 
 def _rule(name: str) -> str:
@@ -163,7 +174,8 @@ def write_page(path: Path, stories: list[dict], metrics: list[dict], figures: Pa
                                   finalize=lambda value: Markup(html.escape(str(value)))).from_string(source)
     iterations, values = _values(metrics)
     text = template.render(
-        name=stories[0]["name"], profile=stories[0]["profile"], pictures=pictures, iterations=iterations, values=values,
+        name=stories[0]["name"], profile=stories[0]["profile"], setting=_setting(groups), pictures=pictures,
+        iterations=iterations, values=values,
         groups=[_group(runs, own.get(variant, [])) for variant, runs in groups.items()],
         meanings=[(LABELS[m], MEANINGS[m]) for m in dict.fromkeys(r["metric"] for r in metrics) if m in MEANINGS],
         files=[name for name in ("metrics.json", "run.json", "responses", *sorted(

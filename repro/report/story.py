@@ -123,12 +123,12 @@ def _setting(record: dict, writer_of: str) -> list[str]:
     """What every run of a variant has in common, whatever its seed."""
     config, train = record["config"], record["config"]["train"]
     writer = config.get("writer")
-    by = f"by {writer_of}" if not writer else (
-        f"whose rules measure following; the principles of this run: {writer['label']} was asked for some to "
-        f"{writer['asked']}, and they are by {writer_of}")
+    names = Path(config["constitutions"]).name
+    by = f"constitutions {names}, by {writer_of}" if not writer else (
+        f"principles by {writer_of}; {writer['label']} was asked for some for a model that has to {writer['asked']}, "
+        f"and following in the table of every value is by the rules of {names}, which it was not asked for")
     return [
-        f"Model {config['model']['label']}; constitutions {Path(config['constitutions']).name}, {by}; "
-        f"queries {Path(config['data']['source']).name}.",
+        f"Model {config['model']['label']}; {by}; queries {Path(config['data']['source']).name}.",
         f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
         f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "
         f"{train['batches_increment']} more in each later one, {train['precision']}"
