@@ -1,7 +1,6 @@
 """The documentation: README of a page, links that lead somewhere, targets and flags that exist, a table that the records give."""
 
 import dataclasses
-import json
 import posixpath
 import re
 import subprocess
@@ -164,25 +163,3 @@ def test_the_readmes_table_is_what_the_records_hold(tmp_path):
     assert len(rows) >= 2 and [line for line in READMES["README.md"].splitlines() if re.match(r"\| exp\d_\w+(-\w+)*, ", line)] == rows
 
 
-# The rows of the table of older records: what they begin with -> the record, its subset or writer, the principle that is followed.
-ROWS = {"[exp1, queries of HH-RLHF]": ("exp1_dialogue_hh", {}, "brief"), "[exp2]": ("exp2_tldr", {"writer": "hand"}, "concise"),
-        "exp2, principles by the 135M": ("exp2_tldr", {"writer": "smollm2-135m-instruct"}, "concise")}
-
-
-@pytest.mark.parametrize("begin", ROWS)
-def test_the_table_of_older_records_is_what_they_hold(begin):
-    """Of all seeds: the lowest and highest value, and the lowest and highest end of their intervals."""
-    folder, keys, principle = ROWS[begin]
-    rows = [r for r in json.loads((ROOT / f"results/{folder}/mini/metrics.json").read_text()) if keys.items() <= r.items()]
-    cells, counts = [], []
-    for metric, estimator, of in (("mi", "infonce", None), ("following", None, principle)):
-        at = [[r for r in rows if (r["metric"], r["estimator"], r.get("principle"), r["iteration"]) == (metric, estimator, of, k)] for k in (0, 3)]
-        cells.append(" -> ".join(ranged(found) for found in at))
-        counts += [r["n"] for found in at for r in found]
-    line, = (line for line in READMES["results/README.md"].splitlines() if line.startswith(f"| {begin}"))
-    assert [cell.strip() for cell in line.split("|")[2:5]] == [", ".join(map(str, dict.fromkeys(counts))), *cells]
-
-
-def ranged(found: list[dict]) -> str:
-    values = dict.fromkeys(f"{f(r['value'] for r in found):.2f}" for f in (min, max))
-    return f"{' to '.join(values)} [{min(r['ci95'][0] for r in found):.2f}, {max(r['ci95'][1] for r in found):.2f}]"

@@ -82,3 +82,11 @@ def test_every_panel_draws_the_same_line_in_the_same_look(lines):
     for some in orders(rows):
         for panel, again in zip([*first, one], [*drawn(draw(some, 4, "t")), *drawn(draw_win_rate(some, "judge-a", "t"))]):
             assert again == panel and list(again) == list(panel)
+
+
+@pytest.mark.parametrize("seeds, said", [({HAND: (0, 1), MODEL: (0, 1)}, "each of 2 seeds"), ({HAND: (0, 1), MODEL: (0,)}, "each of 1 to 2 seeds"),
+                                         ({HAND: (0,), MODEL: (0,)}, None)])
+def test_a_figure_says_how_many_seeds_each_line_has(seeds, said):
+    rows = [r for r in records(HAND, MODEL) if r["seed"] in seeds[r["model"], r["writer"], r["cot"], r["subset"]]]
+    title = draw(rows, 4, "a run")._suptitle.get_text()
+    assert said in title if said else "seeds" not in title

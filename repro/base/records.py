@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARKER = "complete.json"
@@ -304,22 +304,24 @@ def locked(folder: Path, *, wait: bool = False):
     `flock` would be.
     """
     made = [p for p in (Path(folder), *Path(folder).parents) if not p.exists()]
+    path = Path(folder) / ".lock"
     while True:
-        path = make_folder(Path(folder)) / ".lock"  # the last owner may have left no folder
+        make_folder(Path(folder))  # the last owner may have left none
         with _readable(path, "lock"):
             f = open(path, "a+")
-        try:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            f.seek(0)
-            said = f"{folder} is in use by {f.read().strip() or 'another process'}"
-            if not wait:
-                f.close()
-                raise UserError(f"{said}; wait for it, or choose another OUT") from None
-            print(f"{said}; waiting for it", file=sys.stderr, flush=True)
-            fcntl.lockf(f, fcntl.LOCK_EX)
-        if path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino:
-            break
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                f.seek(0)
+                said = f"{folder} is in use by {f.read().strip() or 'another process'}"
+                if not wait:
+                    f.close()
+                    raise UserError(f"{said}; wait for it, or choose another OUT") from None
+                print(f"{said}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.lockf(f, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.fstat(f.fileno()).st_ino == path.stat().st_ino:
+                break
         f.close()  # the last owner removed the file between our open and our lock
     try:
         f.truncate(0)
@@ -328,9 +330,7 @@ def locked(folder: Path, *, wait: bool = False):
         yield
     finally:
         path.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing was written into a new folder, leave none
+            for new in made:
+                new.rmdir()
         f.close()
-        for folder in made:  # where nothing was written into a new folder, leave none
-            try:
-                folder.rmdir()
-            except OSError:
-                break

@@ -4,7 +4,8 @@ to 5; each LLM judge's win rate; of a pool, every principle by itself. No torch,
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 
 from repro.judges.standing import standing
 from repro.report.look import AXES, COLOURS, GREY, MARKERS, style, subplots
@@ -195,9 +196,12 @@ def draw(metrics: list[dict], constitutions: int, title: str):
 
 def _bars(metrics: list[dict]) -> str:
     """What bars and thin lines are, and over how many queries: the fewest to the most of a point."""
-    seeds, n = len({r["seed"] for r in metrics}), [r["n"] for r in metrics if not r.get("principle") and not r.get("judge")]
-    over = f"{min(n)} to {max(n)}" if min(n) < max(n) else str(min(n))
-    each = f"; thin: each of {seeds} seeds, thick: their mean" if seeds > 1 else ""
+    def span(values: Collection[int]) -> str:
+        return " to ".join(str(v) for v in sorted({min(values), max(values)}))
+
+    seeds = Counter(line for line, _ in {(tuple(r[k] for k in SERIES), r["seed"]) for r in metrics}).values()
+    over = span([r["n"] for r in metrics if not r.get("principle") and not r.get("judge")])
+    each = f"; thin: each of {span(seeds)} seeds, thick: their mean" if max(seeds) > 1 else ""
     return f"bars: ± SEM over n = {over} held-out queries{_bare(metrics)}{each}"
 
 

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 49152
 
 
-def smollm2(layers: int) -> LlamaForCausalLM:
+def smollm2(layers: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """SmolLM2-135M's shape (30 layers) with random weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True))
 
 
