@@ -165,8 +165,10 @@ def verdict(line: Line) -> list[str]:
                     + ("." if change.ci95[0] > 0 or change.ci95[1] < 0 or not change.sem else
                        f"; so many queries would show a change of {detectable(change)}."))
         if line.known(AMONG):
+            alone = _rose(line, FOLLOWED) and _rose(line, ANSWERS) and not _rose(line, AMONG)
             told.append("Among responses that answer, the share of sides followed "
-                        f"{_moved(line, AMONG, 'has grown', 'has shrunk', 'is not seen to change')}.")
+                        f"{_moved(line, AMONG, 'has grown', 'has shrunk', 'is not seen to change')}"
+                        f"{': more is followed because more responses answer' if alone else ''}.")
     else:
         told.append("Whether the constitution is followed cannot be said: no program can check its principles.")
     neither = "No change of how many answer is seen"
@@ -175,6 +177,11 @@ def verdict(line: Line) -> list[str]:
         return [*told, f"{answer}."]
     length = _moved(line, TOKENS, "grew", "fell", "is not seen to change")
     return [*told, f"{answer}; their length {length}, in tokens."]
+
+
+def _rose(line: Line, measure: Measure) -> bool:
+    change = line.change(measure)
+    return (change.ci95 or (change.value,))[0] > 0
 
 
 def _moved(line: Line, measure: Measure, more: str, less: str, neither: str) -> str:

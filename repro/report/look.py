@@ -22,8 +22,9 @@ STYLE = {
 
 LABELS = {  # metric -> its name in tables, in their order
     "mi": "MI (nats)", "accuracy_row": "accuracy, rows", "accuracy_col": "accuracy, columns",
-    "length_tokens": "length (tokens), judged constitution", "following": "following", "steerability": "steerability",
-    "steerability_change": "change of steerability", "answered": "responses that answer", "win_rate": "win rate (%)",
+    "length_tokens": "length (tokens), judged constitution", "following": "following, judged constitution",
+    "steerability": "following, all constitutions", "steerability_change": "change of following, all constitutions",
+    "answered": "responses that answer", "win_rate": "win rate (%)",
     "hack_constitution_overlap": "words taken from the constitution", "hack_query_overlap": "words taken from the query",
     "hack_repetition": "repeated trigrams", "position_rate": "answers that prefer the first response",
     "flip_rate": "verdicts that flip with the order", "parsed_share": "items with a verdict"}
@@ -35,11 +36,11 @@ MEANINGS = {  # metric -> what it is, in a sentence or two
     "accuracy_col": "How often a response is likeliest under its own constitution.",
     "length_tokens": "Tokens of the response under the judged constitution: of a set that with all principles as they are.",
     "following": "Share of responses that are on a side of a principle, by a program's rule, and still answer the query: "
-                 "of a principle under the judged constitution, of an antithesis (not_...) under all that hold it. (The "
-                 "sides above are over all constitutions that hold them.)",
-    "steerability": "Above: sides of the constitution followed. Share of sides followed over all constitutions of a "
-                    "query, each in its own response. A model that "
-                    "hears no constitution follows 0.5 at most.",
+                 "of a principle under the judged constitution alone, of an antithesis (not_...) under all that hold it. "
+                 "(The sides above are over all constitutions that hold them.)",
+    "steerability": "Steerability; above: sides of the constitution followed. Share of sides followed over all "
+                    "constitutions of a query, each in its own response. A model that hears no constitution follows 0.5 at "
+                    "most.",
     "steerability_change": "Steerability less the initial model's, on the same queries.",
     "answered": "Share of responses that answer: not empty, no loop, no recital of the principles, enough words of the "
                 "query, English where the query is.",

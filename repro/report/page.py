@@ -84,6 +84,7 @@ def _group(stories: list[dict], own: list[Line]) -> dict:
         "facts": [*first["setting"], *(f"Measured on {where}; {'; '.join(took)}." for where, took in measured.items()),
                   *dict.fromkeys(line for one in stories for line in (one["not_run"], *one["notes"]))],
         "warnings": list(dict.fromkeys(line for one in stories for line in one["worsened"])),
+        "apart": len(written) > 1,
         "written": [(by and f"Written by {by}, seed{'s' * (len(of) > 1)} {', '.join(of)}",
                      [[*row[:3], _rule(row[3])] for row in rows]) for by, rows, of in written.values()],
         "lines": [{"subset": line.subset.replace("_", " "), "last": line.last, "verdict": verdict(line),

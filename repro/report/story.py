@@ -111,7 +111,7 @@ def _responses(folder: Path, record: dict) -> tuple[str, list[dict]]:
             carried.append(one)
     note = f" {len(left_out)} constitutions are left out: their responses stay in the run directory." if left_out else ""
     of = "" if constitutions.kinds else f"{' and '.join(kinds)} "
-    return (f"The first {len(carried)} of the held-out {of}queries that every iteration answers, greedy, at most "
+    return (f"The first {len(carried)} of the held-out {of}queries that are put to every iteration, greedy, at most "
             f"{config['sampling']['max_new_tokens']} tokens ([…] marks a response cut there).{note}"), carried
 
 
@@ -124,14 +124,14 @@ def _setting(record: dict, writer_of: str) -> list[str]:
     config, train = record["config"], record["config"]["train"]
     writer = config.get("writer")
     names = Path(config["constitutions"]).name
+    steps = ", ".join(str(train["batches"] + k * train["batches_increment"]) for k in range(config["iterations"]))
     by = f"constitutions {names}, by {writer_of}" if not writer else (
         f"principles by {writer_of}; {writer['label']} was asked for some for a model that has to {writer['asked']}, "
-        f"and following in the table of every value is by the rules of {names}, which it was not asked for")
+        f"and win rates by rule and following, in figures and values, are by the rules of {names}, not of its own")
     return [
         f"Model {config['model']['label']}; {by}; queries {Path(config['data']['source']).name}.",
         f"Training: {train['dose']}, {train['optimizer']}, learning rate {train['learning_rate']:g}, "
-        f"{train['batch_size']} queries a step, {train['batches']} steps in iteration 1 and "
-        f"{train['batches_increment']} more in each later one, {train['precision']}"
+        f"{train['batch_size']} queries a step, {steps} steps by iteration, {train['precision']}"
         + (f", LoRA adapters of rank {train['lora']['rank']}, all other weights frozen." if train.get("lora") else ".")]
 
 
