@@ -208,7 +208,7 @@ def test_the_last_lines_say_what_happened_and_where_the_report_is(tmp_path):
     assert lines[:4] == [
         "held out: The bound on mutual information rose: 0.25 -> 0.50, +0.25, in nats (n 9, 1 seed).",
         "held out: The constitution is followed more: 0.50 -> 1.00, +0.50 [+0.05, +0.64], as the share of its sides (n 9, 1 seed).",
-        "held out: Among responses that answer, the share of sides followed is not seen to change: 1.00 -> 1.00, +0.00.",
+        "held out: Among responses that answer, the share of sides followed is not seen to change: 1.00 -> 1.00, +0.00: more is followed because more responses answer.",
         "held out: More responses answer: 0.50 -> 1.00, +0.50 [+0.05, +0.64]; their length fell: 9 -> 6, -3.0 [-4.1, -1.9], in tokens."]
     assert lines[-2] == "1.0 minutes of work in all, peak memory 1.5 GiB"
 
