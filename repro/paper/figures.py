@@ -248,8 +248,8 @@ def _draw(figure: str, rows: list[dict]) -> Figure:
     if any(differs(r) for r in rows):
         handles["printed value, where it differs from the record"] = Line2D(
             [], [], color=look.GREY, marker="o", markerfacecolor="white", markersize=6, linestyle="none")
-    counts = sorted({r["n"] for r in rows if r.get("n")})
-    over = f" over n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} items" if counts else ""
+    counts = [r["n"] for r in rows if r.get("n")]
+    over = f" over n = {look.span(counts)} items" if counts else ""
     drawing.suptitle(f"{TITLES[figure]}\nbars and bands: ± SEM{over}", fontsize=9)
     columns = 2 if len(handles) == 4 or max(map(len, handles)) > 30 else 3
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)

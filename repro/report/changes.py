@@ -179,14 +179,18 @@ def verdict(line: Line) -> list[str]:
     return [*told, f"{answer}; their length {length}, in tokens."]
 
 
+def _seen(change: Estimate) -> tuple[float, float]:
+    """The interval of a change: where all changed alike its value, and of a single one, which shows nothing, zero."""
+    return change.ci95 or ((change.value,) * 2 if change.n > 1 else (0, 0))
+
+
 def _rose(line: Line, measure: Measure) -> bool:
-    change = line.change(measure)
-    return (change.ci95 or (change.value,))[0] > 0
+    return _seen(line.change(measure))[0] > 0
 
 
 def _moved(line: Line, measure: Measure, more: str, less: str, neither: str) -> str:
     change = line.change(measure)
-    low, high = change.ci95 or ((change.value,) * 2 if change.n > 1 else (0, 0))
+    low, high = _seen(change)
     word = more if low > 0 else less if high < 0 else neither
     return f"{word}: {line.ends(measure)}, {look.said(change, digits=max(measure.digits, 1), sign='+')}"
 

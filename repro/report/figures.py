@@ -5,10 +5,10 @@ to 5; each LLM judge's win rate; of a pool, every principle by itself. No torch,
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from repro.judges.standing import standing
-from repro.report.look import AXES, COLOURS, GREY, MARKERS, style, subplots
+from repro.report.look import AXES, COLOURS, GREY, MARKERS, span, style, subplots
 
 SERIES = ("model", "writer", "cot", "subset")  # what tells one line of a figure from another
 SECOND = ("harmless", "held_out")  # subsets that are drawn beside another one
@@ -196,9 +196,6 @@ def draw(metrics: list[dict], constitutions: int, title: str):
 
 def _bars(metrics: list[dict]) -> str:
     """What bars and thin lines are, and over how many queries: the fewest to the most of a point."""
-    def span(values: Collection[int]) -> str:
-        return " to ".join(str(v) for v in sorted({min(values), max(values)}))
-
     seeds = Counter(line for line, _ in {(tuple(r[k] for k in SERIES), r["seed"]) for r in metrics}).values()
     over = span([r["n"] for r in metrics if not r.get("principle") and not r.get("judge")])
     each = f"; thin: each of {span(seeds)} seeds, thick: their mean" if max(seeds) > 1 else ""

@@ -4,7 +4,7 @@ No torch; matplotlib is loaded when something is drawn. Drawings are `Figure`s, 
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,11 @@ def said(estimate, digits: int = 2, sign: str = "") -> str:
     """A value with its interval, where it has one; `sign` "+": with the sign of a difference."""
     around = f" [{estimate.ci95[0]:{sign}.{digits}f}, {estimate.ci95[1]:{sign}.{digits}f}]" if estimate.ci95 else ""
     return f"{estimate.value:{sign}.{digits}f}{around}"
+
+
+def span(values: Collection[int]) -> str:
+    """The least to the most of them; one number where they are equal."""
+    return " to ".join(str(v) for v in sorted({min(values), max(values)}))
 
 
 def plain(text: str) -> str:
