@@ -47,7 +47,7 @@ def run_command(args: Run) -> None:
     servers = [{"endpoint": endpoint(args, e.judge.model) if "openai" in e.judge.judges else None,
                 "writer_endpoint": endpoint(args, e.writer.model, base_url=args.writer_url, flag="--writer-url")
                 if e.writer and e.writer.kind == "openai" else None,
-                "sampler_url": args.sampler_url} for e in runs]
+                "sampler_url": args.sampler_url, "sampler_as_is": args.sampler_as_is} for e in runs]
     if len(runs) > 1:
         check_together(runs, args.out, servers)
     folders = []

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from judge_habits import HABITS
 
+from repro.sampling import alike
+
 RATES = (3_000_000, 12_000_000)  # picodollars per token: 3 and 12 USD per million
 WORDS = ("the first answer keeps close to what was asked while the second one wanders off and adds details that nobody wanted "
          "although it is written with care and ends on a friendly note that many readers will like").split()
@@ -95,9 +97,10 @@ class JudgeServer:
 class TextServer(JudgeServer):
     """Continues prompts, which are texts; or, with a `tokenizer` (its tokenizer.json), token ids, as vLLM does. The
     continuation is a function of the prompt; it ends at the end token, at a stop string, or at max_tokens. `lists`: its
-    /v1/models, name -> root, beside which it has no models; None: any, unlisted."""
+    /v1/models, name -> root, beside which it has no models; None: any that is a model's, unlisted. `tells`: of its models, more."""
 
     END = 2
+    any_name, tells = False, {}
 
     def __init__(self, *args, tokenizer=None, lists=None, secret="", **more):
         from tokenizers import Tokenizer
@@ -150,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.judge.secret and self.headers["Authorization"] != f"Bearer {self.judge.secret}":
             return self.raw(b"{}", 401)
         if self.path.endswith("/models") and self.judge.lists is not None:
-            return self.give({"data": [{"id": k, "root": v} for k, v in self.judge.lists.items()]})
+            return self.give({"data": [{"id": k, "root": v, **self.judge.tells} for k, v in self.judge.lists.items()]})
         if self.path == "/version" and self.judge.lists is not None:
             return self.give({"version": "0.0.1"})
         self.raw(b"{}", 200 if self.path == "/health" else 500)
@@ -161,7 +164,9 @@ class Handler(BaseHTTPRequestHandler):
         lists = getattr(judge, "lists", None)
         if lists is not None and body["model"] not in lists:
             return self.error(404)
-        probe = "messages" in body and "Neither response is shown" in body["messages"][-1]["content"]
+        if body["model"] == alike.NOBODY and not judge.any_name:
+            return self.error(404)
+        probe = body.get("max_tokens") == alike.TOKENS or "messages" in body and "Neither response is shown" in body["messages"][-1]["content"]
         with judge.lock:
             k = len(judge.probes if probe else judge.requests)
             (judge.probes if probe else judge.requests).append(judge.key(body))

@@ -21,7 +21,7 @@ SPELLED = {
         writer_model:str? writer_url:str? asked:str? cot:bool=False reasoning:bool=False truncate:bool=False judge:str...?
         judge_model:str? base_url:str? answer:str? leave_out:str...? price:float,float? max_usd:float=10.0 precision:str?
         dose:str? leakage:str? pack_tokens:int? dropout:str? lora:int? ranks:int=1 nodes:int=1 models:Path? sampler:str?
-        sampler_url:str? tensor_parallel:int? iterations:int? batch_size:int? learning_rate:float? max_new_tokens:int?
+        sampler_url:str? sampler_as_is:bool=False tensor_parallel:int? iterations:int? batch_size:int? learning_rate:float? max_new_tokens:int?
         drop_phrases:str...? score_eos:bool=False objective:str? beta:float? contrast_temperature:float? margin:float? anchor:float?
         scored_queries:int? accept_licence:str?""",
     "compare": """experiment:str objectives:str...=() rates:float...=() path:bool=False seeds:int...=() profile:str? variant:str? iterations:int?

@@ -188,3 +188,42 @@ def test_the_gpu_script_times_nothing_that_is_wrong(plant, kind, op, monkeypatch
 def test_the_readme_shows_the_records():
     text = bench.README.read_text()
     assert bench.with_tables(text) == text, "run: .venv/bin/python tests/perf/bench.py --table"
+
+
+# ---- history
+
+def test_a_row_of_history_holds_what_was_measured_anew_and_a_commit_has_one():
+    import history
+
+    step = [{"what": "step", "lengths": "equal", "queries": 1, "C": 2, "R": 2, "commit": "c" * 40, "implementations": {
+        "reference": {"times_ours": 2.5, "times_ours_min_max": [2.4, 2.6]}, "shared (ours)": {"times_ours": 1.0}}}]
+    costs = {"costs": {"2.13": {size: {"shared": {"peak_bytes": 2**20, "saved_bytes": 2**19, "flops": 10**9}} for size in history.SIZES}}}
+    exp1 = {"commit": "d" * 40, "threads": 2, "config": {"data": {"evaluation": 8}},
+            "stages": {"train-1": {"seconds": 3.0}, "train-2": {"seconds": 4.5}, "judge": {"seconds": 1.0}}}
+    files = {history.BENCH: {"rows": step}, history.CHECK: costs, history.EXP1: exp1}
+    found = history.measured(files.get)
+    assert found == {"step": {"on": "c" * 8, "2x2": [2.5, 2.4, 2.6]}, "peak_mib": {"2x2": 1.0, "4x4": 1.0}, "held_mib": {"2x2": 0.5, "4x4": 0.5},
+                     "gflop": {"2x2": 1.0, "4x4": 1.0}, "stages": {"on": "d" * 8, "threads": 2, "queries": 8, "train": 7.5, "judge": 1.0}}
+    assert history.measured(lambda path: None) == {}
+    rows = history.append("a", "2026-01-01", found, [])
+    assert rows == [{"commit": "a", "date": "2026-01-01"} | found]
+    assert history.append("b", "2026-01-02", found, rows) == rows  # nothing new
+    slower = found | {"step": {"on": "e" * 8, "2x2": [2.0, 1.9, 2.1]}}
+    rows = history.append("b", "2026-01-02", slower, rows)
+    assert rows[1:] == [{"commit": "b", "date": "2026-01-02", "step": slower["step"]}]
+    assert history.append("b", "2026-01-02", found, rows) == rows[:1]  # measured again, and it was as before
+
+
+def test_the_history_in_the_repository_is_what_its_records_say_and_is_drawn(tmp_path, monkeypatch):
+    import history
+
+    rows = history.rows()
+    assert len(rows) >= 5 and len({row["commit"] for row in rows}) == len(rows)
+    known = {}
+    for row in rows:
+        known |= row
+    now = history.measured(history._now)
+    assert {k: known[k] for k in now} == now, "make bench, or tests/perf/history.py, adds the row"
+    monkeypatch.setattr(history, "PICTURE", tmp_path / "history")
+    history.draw(rows[:2])  # with a kind that is not there yet
+    assert (tmp_path / "history.png").stat().st_size > 10000

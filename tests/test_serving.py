@@ -201,6 +201,59 @@ def test_no_proxy_stands_before_a_server_of_this_machine(tiny, tmp_path, monkeyp
         assert len(sample(prepared(tiny, tmp_path / "run", "server", sampler_url=url))) == 16
 
 
+# ---- whose answers they are
+
+class Drawing(TextServer):
+    """It knows no temperature."""
+
+    drawn = 0
+
+    def continuation(self, prompt):
+        self.drawn += 1
+        return super().continuation(f"{prompt} {self.drawn}")
+
+
+def odd(tiny, what: str) -> TextServer:
+    server = (Drawing if what == "draws" else TextServer)(tokenizer=tiny / "tokenizer.json", lists=None if what == "any name" else {str(tiny): str(tiny)})
+    server.any_name = what == "any name"
+    server.tells = {"meta": {"n_params": 1000, "size": 562}} if what == "quantised" else {}
+    return server
+
+
+@pytest.mark.parametrize("what, said", [("draws", "it draws its answers, although it is asked at temperature 0"),
+                                        ("any name", "it answers to any model's name and does not list this one"),
+                                        ("quantised", "its weights are quantised to 4.5 bits each")])
+def test_a_server_whose_answers_are_not_those_of_the_weights_stops_the_run_or_is_taken_as_it_is(tiny, tmp_path, what, said):
+    """Neither is seen in a single answer. Taken as it is, the run says so in its record."""
+    server, lines = odd(tiny, what), []
+    with server.serve() as url:
+        with pytest.raises(UserError, match=f"{url} does not answer as {tiny} does: {said}.*--sampler-as-is takes them") as e:
+            sample(prepared(tiny, tmp_path / "run", "vllm", sampler_url=url))
+        assert "\n" not in str(e.value) and len(server.requests) == 1  # nothing was sampled
+        run = prepared(tiny, tmp_path / "as it is", "vllm", sampler_url=url, sampler_as_is=True, say=lines.append)
+        assert len(sample(run)) == 16
+    assert said in run.record["sampled_by"]["differs"][0] and any(said in line for line in lines)
+
+
+@pytest.mark.parametrize("meta", [{"n_params": 1000, "size": 2000}, {"n_params": 0, "size": 5}, {"n_params": "many"}, 3, None])
+def test_what_a_server_tells_of_its_size_is_believed_where_it_is_two_numbers(meta):
+    from repro.sampling import alike
+
+    assert alike.differences(lambda body: {}, "server", "m", {"id": "m", "meta": meta}) == []
+
+
+def test_an_answer_longer_than_it_was_asked_for_is_no_answer(tiny, tmp_path, monkeypatch):
+    class Long(TextServer):
+        def answer(self, body):
+            right = super().answer(body)
+            right["usage"]["completion_tokens"] = body["max_tokens"] + 1
+            return right
+
+    with Long(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)}).serve() as url:
+        with pytest.raises(UserError, match="must serve .* now.*an answer of 2 tokens, where 1 were asked for"):
+            sample(prepared(tiny, tmp_path / "run", "vllm", sampler_url=url))
+
+
 # ---- faults, and going on
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "half", "reset", "garbage", "wrong_schema", "empty_choices",

@@ -6,7 +6,6 @@ stands between a run and the server that it starts. It holds the run's end of a 
 whatever way the run did, it ends the server and all that this one has started.
 """
 
-import functools
 import os
 import shutil
 import signal
@@ -16,20 +15,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from repro.base.records import UserError, dumps, first_line, loads, open_log
+from repro.base.records import UserError, first_line, open_log
 from repro.models import decoding, load
+from repro.sampling import alike
 from repro.sampling.server import CONCURRENCY
-from repro.servers.client import MAX_ERROR, http_client
-from repro.servers.endpoint import Endpoint, shown, wrong_shape
-from repro.servers.words import reason, redact
+from repro.servers.endpoint import Endpoint, wrong_shape
+from repro.servers.fetch import Refused, get_json
 
 HOST = "127.0.0.1"
 KEY = "VLLM_API_KEY"       # vLLM's own name for the key that it asks for, where it is told to ask for one
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's own name for the GiB of its cache on a CPU
+CPU_CACHE_GIB = 2
 START_S = 3600.0           # until a server must have loaded its weights, a first download included
 SAY_EVERY_S = 60.0
 DEADLINE_S = 1200.0        # one request, in which it may wait for others
@@ -56,7 +57,8 @@ def _vllm() -> str:
     if not found:
         where = f"$SAMI_VLLM is {named!r}, which is no executable" if named else "there is no vllm on PATH"
         raise UserError(f"--sampler vllm: {where}; install it in an environment of its own (python -m venv E; E/bin/pip "
-                        "install vllm) and set SAMI_VLLM=E/bin/vllm, or name a server with --sampler-url")
+                        "install vllm; for a CPU `make vllm`) and set SAMI_VLLM=E/bin/vllm, or name a server with "
+                        "--sampler-url")
     return found
 
 
@@ -68,8 +70,11 @@ def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share:
     if engine == "vllm":  # sampling defaults that came with the weights stay out of it
         share = share or max(1, gpus)
         copies = ["--data-parallel-size", str(gpus // share)] if gpus // share > 1 else []
-        return ["env", "-u", "PYTHONPATH", _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
-                "--max-model-len", str(context), "--seed", "0", "--generation-config", "vllm"]
+        # On a CPU: no compiler is asked for, and the cache is not nine tenths of the machine's memory, less what is in use.
+        here = [] if gpus else ["--enforce-eager"]
+        cache = [] if gpus or os.environ.get(CPU_CACHE) else [f"{CPU_CACHE}={CPU_CACHE_GIB}"]
+        return ["env", "-u", "PYTHONPATH", *cache, _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
+                "--max-model-len", str(context), "--seed", "0", "--generation-config", "vllm", *here]
     code, device = "from repro.sampling.launch import transformers_serve; transformers_serve()", "auto" if gpus else "cpu"
     return [sys.executable, "-c", code, ",".join(map(str, sorted(ends))), "serve", *there, "--device", device]
 
@@ -91,10 +96,13 @@ def transformers_serve() -> None:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that was seen to serve the model asked for. `process`: where the run has started it."""
+    """A server that was seen to serve the model asked for, which is `listed` as /v1/models tells it. `process`: where the
+    run has started it. `differs`: how its answers are others than the run's own weights', where a user takes them."""
 
     engine: str
     endpoint: Endpoint
+    listed: dict | None = field(default=None, repr=False)
+    differs: tuple[str, ...] = ()
     log: Path | None = None
     process: subprocess.Popen | None = None
 
@@ -113,6 +121,8 @@ class Server:
             return "no usage in the answer"
         if isinstance(prompt, list) and read != len(prompt):
             return f"an answer to a prompt of {read} tokens, not {len(prompt)}"
+        if said > request["max_tokens"]:
+            return f"an answer of {said} tokens, where {request['max_tokens']} were asked for"
         if choice["finish_reason"] == "length" and said < request["max_tokens"]:
             return f"an answer cut at {said} tokens of {request['max_tokens']}: is the server's context too short?"
         return None
@@ -121,8 +131,9 @@ class Server:
         """What a run's record says of it: the engine, and its version where it tells one."""
         version = None
         with suppress(OSError, ValueError, AttributeError):
-            version = _get(f"{self.endpoint.url.removesuffix('/v1')}/version", self.endpoint.key()).get("version")
-        return {"engine": self.engine, "version": version, "started_here": self.process is not None}
+            version = get_json(f"{self.endpoint.url.removesuffix('/v1')}/version", self.endpoint.key()).get("version")
+        return {"engine": self.engine, "version": version, "started_here": self.process is not None,
+                **({"differs": list(self.differs)} if self.differs else {})}
 
     def last_words(self) -> str:
         """Why the server ended, if it did, to be added to a message."""
@@ -135,17 +146,15 @@ class Server:
 
 @contextmanager
 def served(engine: str, model: str, *, url: str | None, dtype: str, share: int | None, context: int, log: Path,
-           say: Callable[[str], None], ends: Collection[int] = ()) -> Iterator[Server]:
+           say: Callable[[str], None], ends: Collection[int] = (), as_is: bool = False) -> Iterator[Server]:
     """A server of `model` (a folder or a hub name) for as long as the block lasts: the one at `url`, or one that is
-    started here on all GPUs (`share`, `ends`: as of `command`). Raises UserError where it does not come up, or serves
-    something else."""
+    started here on all GPUs (`share`, `ends`: as of `command`). Raises UserError where it does not come up, serves
+    something else, or, unless it is taken `as_is`, does not answer as these weights do."""
     place = str(Path(model).resolve()) if Path(model).is_dir() else model
     if url:
-        yield _identified(engine, place, Endpoint(model=place, base_url=url, **_limits(engine)), dtype)
+        yield _alike(_identified(engine, place, Endpoint(model=place, base_url=url, **_limits(engine)), dtype), as_is, say)
         return
-    with socket.socket() as s:
-        s.bind((HOST, 0))
-        port = s.getsockname()[1]
+    port = _free_port()
     argv = command(engine, place, port=port, dtype=dtype, gpus=_free_gpus(), share=share, context=context, ends=ends)
     say(f"starting {engine if engine == 'vllm' else 'transformers serve'} with {place}; its log is {log}")
     with open_log(log) as out:
@@ -154,8 +163,8 @@ def served(engine: str, model: str, *, url: str | None, dtype: str, share: int |
     try:
         _wait_until_ready(process, f"http://{HOST}:{port}/health", log, say)
         endpoint = Endpoint(model=place, base_url=f"http://{HOST}:{port}/v1", **_limits(engine))
-        server = _identified(engine, place, endpoint, dtype)
-        yield Server(engine, server.endpoint, log, process)
+        server = _alike(_identified(engine, place, endpoint, dtype), as_is, say)
+        yield replace(server, log=log, process=process)
     finally:
         _stop(process)
 
@@ -163,6 +172,12 @@ def served(engine: str, model: str, *, url: str | None, dtype: str, share: int |
 def _limits(engine: str) -> dict:
     return {"key_env": KEY, "flag": "--sampler-url", "price": (0.0, 0.0), "max_usd": 0.0, "deadline_s": DEADLINE_S,
             "concurrency": CONCURRENCY[engine]}
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind((HOST, 0))
+        return s.getsockname()[1]
 
 
 def _free_gpus() -> int:
@@ -179,7 +194,7 @@ def _wait_until_ready(process: subprocess.Popen, health: str, log: Path, say: Ca
     began = said = time.monotonic()
     while process.poll() is None:
         with suppress(OSError):
-            if _get(health) is not None:
+            if get_json(health) is not None:
                 return
         now = time.monotonic()
         if now - began > START_S:
@@ -201,8 +216,8 @@ def _tail(log: Path, lines: int) -> str:
 def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Server:
     """The server at `endpoint`, which lists `place` as a model or answers as it; else UserError says what to serve."""
     try:
-        rows = (_get(f"{endpoint.url}/models", endpoint.key()) or {}).get("data") or []
-    except _Refused as e:
+        rows = (get_json(f"{endpoint.url}/models", endpoint.key()) or {}).get("data") or []
+    except Refused as e:
         rows = []
         if e.status in (401, 403):
             raise UserError(f"the sampling server {endpoint.url} refused the key in ${KEY} ({e})") from None
@@ -211,10 +226,11 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     named = {row["id"]: row.get("root") or row["id"] for row in rows if row.get("id") and isinstance(row["id"], str)}
     found = next((name for name, root in named.items() if place in (_real(name), _real(root))), place)
-    server = Server(engine, Endpoint(model=found, base_url=endpoint.url, **_limits(engine)))
+    listed = next((row for row in rows if row.get("id") == found), None)
+    server = Server(engine, Endpoint(model=found, base_url=endpoint.url, **_limits(engine)), listed=listed)
     body = {"model": found, "prompt": [1] if engine == "vllm" else ".", "max_tokens": 1, "temperature": 0.0}
     try:
-        answer = _get(f"{endpoint.url}/completions", endpoint.key(), body | (
+        answer = get_json(f"{endpoint.url}/completions", endpoint.key(), body | (
             {"return_token_ids": True} if engine == "vllm" else {}), timeout=DEADLINE_S)
         wrong = wrong_shape(answer, chat=False) or server.wrong(answer, body)
     except (OSError, ValueError) as e:
@@ -228,53 +244,26 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
                     "the same command to go on")
 
 
+def _alike(server: Server, as_is: bool, say: Callable[[str], None]) -> Server:
+    """The server, if its answers are those of the weights asked for, or are taken as they are."""
+    endpoint = server.endpoint
+
+    def ask(body: dict) -> dict:
+        return get_json(f"{endpoint.url}/completions", endpoint.key(), body, timeout=DEADLINE_S)
+
+    differs = tuple(alike.differences(ask, server.engine, endpoint.model, server.listed))
+    if differs and not as_is:
+        raise UserError(f"{endpoint.url} does not answer as {endpoint.model} does: {'; '.join(differs)}. The run's numbers "
+                        "would be of other responses; --sampler-as-is takes them, and run.json says so")
+    for why in differs:
+        say(f"{endpoint.url}: {why}; taken as it is (--sampler-as-is)")
+    return replace(server, differs=differs)
+
+
 def _real(name) -> str:
     if not isinstance(name, str) or "\0" in name:
         return ""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-class _Refused(OSError):
-    """An HTTP status that is no success, with the server's own reason."""
-
-    def __init__(self, status: int, said: str):
-        super().__init__(f"HTTP {status}: {said}")
-        self.status = status
-
-
-@functools.cache
-def _http():
-    """No proxy stands between (a transport of our own takes none from the environment), no redirect is followed, and no
-    connection is kept."""
-    import httpx2
-
-    transport = http_client(httpx2.HTTPTransport, limits=httpx2.Limits(max_keepalive_connections=0))
-    return http_client(httpx2.Client, transport=transport)
-
-
-def _get(url: str, key: str = "", body: dict | None = None, timeout: float = 10.0):
-    """The JSON that a GET, or a POST of `body`, is answered with ({} where there is none). Raises OSError where no answer
-    comes within `timeout` seconds of silence or it is no success (_Refused), ValueError where it is no JSON."""
-    import httpx2
-
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    method, data, text = ("GET", None, bytearray()) if body is None else ("POST", dumps(body).encode(), bytearray())
-    try:
-        with _http().stream(method, url, content=data, headers=headers, timeout=timeout) as answer:
-            good = answer.is_success
-            with nullcontext() if good else suppress(httpx2.HTTPError):  # of an error, what came of its body
-                for chunk in answer.iter_bytes():
-                    text += chunk
-                    if len(text) > MAX_ERROR and not good:
-                        break
-    except (httpx2.HTTPError, httpx2.InvalidURL) as e:
-        raise ConnectionError(first_line(e)) from None
-    text = text.decode("utf-8", "replace")
-    if not good:
-        to = answer.headers.get("location") if answer.status_code < 400 else None
-        said = f"it sends on to {to}, where none goes unless --sampler-url names it" if to else reason(text)
-        raise _Refused(answer.status_code, redact(shown(said), key))
-    return loads(text) if text.strip() else {}
 
 
 def _stop(process: subprocess.Popen) -> None:

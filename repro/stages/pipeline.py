@@ -25,7 +25,8 @@ from repro.text.principles import constitutions_of
 
 def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str], None] | None = None,
         endpoint: Endpoint | None = None, writer_endpoint: Endpoint | None = None, ranks: int = 1,
-        nodes: int = 1, sampler_url: str | None = None, tensor_parallel: int | None = None) -> Path:
+        nodes: int = 1, sampler_url: str | None = None, sampler_as_is: bool = False,
+        tensor_parallel: int | None = None) -> Path:
     """Run the experiment (or what is left of it) in `out`/<name>/<profile>[/<variant>]; returns that folder. `endpoint`
     is where the LLM judge is, `writer_endpoint` the principle writer, by default the hosted one; `ranks` is how many
     processes train (on each of `nodes` machines), each on a GPU where there are any; a server samples at `sampler_url`, or
@@ -37,7 +38,7 @@ def run(experiment: Experiment, out: Path | str = "runs", *, say: Callable[[str]
     jobs.check_ranks(ranks, nodes)
     folder = Path(out) / experiment.path
     run = Run(experiment, folder, say, endpoint=endpoint, writer_endpoint=writer_endpoint, ranks=ranks, nodes=nodes,
-              sampler_url=sampler_url, tensor_parallel=tensor_parallel)
+              sampler_url=sampler_url, sampler_as_is=sampler_as_is, tensor_parallel=tensor_parallel)
     with locked(folder):
         new = not (folder / "run.json").exists()
         try:

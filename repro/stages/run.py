@@ -32,6 +32,7 @@ class Run(Folder):
     ranks: int = 1  # processes that train and score; no part of the config, since any number gives the same update
     nodes: int = 1  # machines that train, with that many each
     sampler_url: str | None = None  # a server to sample from that is already there; else the run starts its own
+    sampler_as_is: bool = False  # whatever its answers are
     tensor_parallel: int | None = None  # GPUs that hold a copy of the model together there; by default all
     inputs: Inputs | None = None
     voice: Voice | None = None

@@ -87,7 +87,7 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
         longest = max(len(ids) for ids in run.voice.tokenizer(texts, add_special_tokens=False).input_ids)
         with launch.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
                             share=run.tensor_parallel, context=longest + most, ends=ends,
-                            log=run.folder / "sampler.log") as server:
+                            log=run.folder / "sampler.log", as_is=run.sampler_as_is) as server:
             run.record["sampled_by"] = server.facts()
             asker = Asker(server.endpoint, ledger, wrong=server.wrong)
             asker.run(calls.values(), label=name)

@@ -44,8 +44,8 @@ from repro.base.records import MARKER, UserError, digest, dumps, loads, read_jso
 
 RECORD = ROOT / "results/kill_study.json"
 STAGES = ("prepare", "write", "evaluate", "baseline", "sample", "train", "judge", "metrics", "report")
-RUNS = {"dialogue": 1, "summary": 1, "dialogue on 2 ranks": 2, "brief": 1}  # each with its number of ranks
-TAKES = {"dialogue": 0.46, "summary": 0.48, "dialogue on 2 ranks": 0.06, "brief": 1.0}  # share of the trials; brief: of a test
+RUNS = {"dialogue": 1, "summary": 1, "dialogue at a server": 1, "dialogue on 2 ranks": 2, "brief": 1}  # each with its number of ranks
+TAKES = {"dialogue": 0.3, "summary": 0.4, "dialogue at a server": 0.24, "dialogue on 2 ranks": 0.06, "brief": 1.0}  # share of the trials
 AGAIN, MOST = 0.5, 5  # the chance that a resumed run is killed too, and so on; kills of one trial at most
 LIMIT_S = 300.0
 # What may differ between two undisturbed runs, and so is left out of the comparison: wall clock, memory, the bill and the
@@ -73,6 +73,8 @@ def experiment_of(name: str, tiny: Path):
     dialogue = small(load_experiment("exp1", "mini")[0], tiny)
     if name == "brief":
         return dataclasses.replace(dialogue, iterations=1, judge=judge)
+    if "server" in name:  # one that the run starts and stops: vLLM's stand-in
+        return dataclasses.replace(dialogue, iterations=2, sampling=dataclasses.replace(dialogue.sampling, engine="vllm"))
     if "ranks" in name:  # each training and each scoring is a torchrun
         return dataclasses.replace(dialogue, iterations=1, judge=JudgeSpec(judges=("rule",)))
     return dataclasses.replace(dialogue, iterations=2)
@@ -236,6 +238,8 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
+        if name == "sampler.log":  # of a port and of processes
+            continue
         if name in ("run.json", "writing.jsonl", "judge_requests.jsonl"):
             rows = [read_json(path)] if path.suffix == ".json" else read_jsonl(path)
             rows = [row for row in rows if row.get("record") not in ("attempt", "outcome")]
@@ -262,7 +266,7 @@ def torn(folder: Path, final: dict[str, str]) -> list[str]:
         home = next((p for p in path.parents if p != folder and (p.name.startswith(("step-", "iteration-")))
                      and not p.name.endswith(".steps")), None)
         try:
-            if path.name.endswith(".tmp") or path.name == ".lock":
+            if path.name.endswith(".tmp") or path.name in (".lock", "sampler.log"):
                 continue
             if home is not None:
                 if (home / MARKER).exists() and path.name == MARKER and not sealed(home):
@@ -279,6 +283,25 @@ def torn(folder: Path, final: dict[str, str]) -> list[str]:
         except (UserError, ValueError) as e:
             bad.append(f"{name}: {e}")
     return bad
+
+
+def outlived(folder: Path, patience: float = 20.0) -> list[int]:
+    """The processes of servers that the run has started (as the stand-in tells them) which are there `patience` seconds later."""
+    log = folder / "sampler.log"
+    told = re.findall(r"^pids: (\d+) (\d+)$", log.read_text(), re.MULTILINE) if log.exists() else []
+    left, end = [int(pid) for pids in told for pid in pids], time.monotonic() + patience
+    while left := [pid for pid in left if _alive(pid)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.02)
+    return left
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def saved_queries(folder: Path) -> dict[str, int]:
@@ -362,6 +385,7 @@ def trial(setting: Setting, work: Path, rng: random.Random) -> dict:
         if ran.code == -signal.SIGKILL and target:
             kills.append([ran.stage, round(ran.into, 3)])
             faults += [f"torn: {name}" for name in torn(folder, setting.final)]
+            faults += [f"outlived the run: process {pid}" for pid in outlived(folder)]
             saved = saved_queries(folder)
         elif ran.code:
             faults.append(f"exit code {ran.code}")
@@ -463,6 +487,10 @@ def study(args) -> dict:
             tell("at", address)
             signal.pause()
 
+    stand_in = work / "vllm"
+    stand_in.write_text(f"#!/bin/sh\nexec {sys.executable} {TESTS / 'fake_vllm.py'} \"$@\"\n")
+    stand_in.chmod(0o755)
+    os.environ["SAMI_VLLM"] = str(stand_in)
     server, pipe = forked(serve, work / "server.log")
     url = os.read(pipe, 1000).decode().split()[1]
 

@@ -1,4 +1,5 @@
-"""`make bench`: every case of bench_cases.py, one table, one JSON object as the last line, the same under results/bench/.
+"""`make bench`: every case of bench_cases.py, one table, one JSON object as the last line, the same under results/bench/,
+and a row of history.jsonl (history.py). Each case's samples stay in .benchmarks, for `pytest-benchmark compare`.
 
     .venv/bin/python tests/perf/bench.py [--quick] [--only step|head|infonce] [--table]
 
@@ -14,6 +15,8 @@ import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import history
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD, KERNELS, README = ROOT / "results/bench/bench_cpu.json", ROOT / "results/bench/kernels_aot.json", ROOT / "kernels/README.md"
@@ -39,7 +42,7 @@ def run(quick: bool, only: str | None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         code = pytest.main([str(Path(__file__).with_name("bench_cases.py")), "-q", "-W", "ignore", "--benchmark-json", str(out), "-p",
-                            "no:cacheprovider", "--benchmark-columns=median,rounds", "--override-ini", "python_files=bench_*.py", *(["-k", f"test_{only}"] if only else [])])
+                            "no:cacheprovider", *([] if quick else ["--benchmark-autosave"]), "--benchmark-columns=median,rounds", "--override-ini", "python_files=bench_*.py", *(["-k", f"test_{only}"] if only else [])])
         if code:
             sys.exit(int(code))
         cases = json.loads(out.read_text())["benchmarks"]
@@ -151,6 +154,7 @@ def main() -> None:
     print(*table(record), sep="\n")
     if not args.quick:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        history.update()
     print(json.dumps(record))
 
 
