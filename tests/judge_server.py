@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from judge_habits import HABITS
 
 from repro.sampling import alike
+from repro.servers.offers import TEN_WORDS
 
 RATES = (3_000_000, 12_000_000)  # picodollars per token: 3 and 12 USD per million
 WORDS = ("the first answer keeps close to what was asked while the second one wanders off and adds details that nobody wanted "
@@ -34,6 +35,8 @@ class JudgeServer:
         self.faults, self.latency, self.offers, self.flips, self.unparsed = faults, latency, offers, flips, unparsed
         self.requests, self.bodies, self.fired, self.billed, self.in_flight, self.sent = [], [], [], 0, 0, 0
         self.lock = threading.Lock()
+
+    draws = True  # else it ignores the temperature
 
     def key(self, body: dict) -> tuple:
         return body["messages"][-1]["content"], body.get("seed")
@@ -59,7 +62,8 @@ class JudgeServer:
     def answer(self, body: dict) -> dict:
         prompt = body["messages"][-1]["content"]
         letter = self.verdict(prompt, body.get("seed"))
-        words = [WORDS[number(prompt, str(k)) % len(WORDS)] for k in range(75 + number(prompt) % 30)]
+        drawn = str(body.get("seed")) if self.draws and prompt == TEN_WORDS else ""
+        words = [WORDS[number(prompt + drawn, str(k)) % len(WORDS)] for k in range(75 + number(prompt) % 30)]
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
         form = body.get("response_format", {}).get("type")
         if body.get("logprobs") and "logprobs" in self.offers:
@@ -166,7 +170,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(404)
         if body["model"] == alike.NOBODY and not judge.any_name:
             return self.error(404)
-        probe = body.get("max_tokens") == alike.TOKENS or "messages" in body and "Neither response is shown" in body["messages"][-1]["content"]
+        probe = body.get("max_tokens") == alike.TOKENS or "messages" in body and any(
+            s in body["messages"][-1]["content"] for s in ("Neither response is shown", TEN_WORDS))
         with judge.lock:
             k = len(judge.probes if probe else judge.requests)
             (judge.probes if probe else judge.requests).append(judge.key(body))

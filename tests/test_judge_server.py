@@ -207,6 +207,24 @@ def test_judge_finds_out_what_the_server_offers(offers, form, undisturbed, tmp_p
     assert kinds == ({"json_schema"} if form == "schema" else {None})
 
 
+def test_judge_whose_server_ignores_the_temperature_stops_unless_it_is_left_out(undisturbed, tmp_path):
+    """One answer over and over looks like a steady judge. At temperature 0 nothing is drawn, and nothing is asked."""
+    pairs, warm = made_pairs(4), replace(SPEC, temperature=0.8)
+    cold = JudgeServer()
+    cold.draws = False
+    with pytest.raises(UserError, match="ignores the temperature: one answer to two seeds at 1.5; --leave-out temperature goes on"):
+        judged(cold, pairs, tmp_path / "l.jsonl", spec=warm)
+    assert len(cold.probes) == 3 and not cold.requests
+    verdicts, _ = judged(cold, pairs, tmp_path / "l.jsonl", spec=warm, leave_out=("temperature",))
+    assert len(verdicts) == 4 and not any(v.outcome == "failed" for v in verdicts)
+    assert all("temperature" not in body for body in cold.bodies)
+    for spec, asked in ((warm, 3), (SPEC, 1)):
+        server = JudgeServer()
+        for _ in range(2):  # once a ledger
+            judged(server, pairs, tmp_path / f"{asked}.jsonl", spec=spec)
+        assert len(server.probes) == asked
+
+
 def test_judge_by_logprobs_needs_a_server_that_gives_them(undisturbed, tmp_path):
     pairs, expected = undisturbed[0][:8], undisturbed[1][:8]
     verdicts, _ = judged(server := JudgeServer(), pairs, tmp_path / "a.jsonl", spec=replace(SPEC, answer="logprobs"))

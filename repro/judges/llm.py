@@ -19,7 +19,7 @@ from repro.judges.verdicts import read_logprobs, read_schema, read_text
 from repro.servers.client import Asker
 from repro.servers.endpoint import HOSTED, PICO, PRICES_OF, Call, Endpoint, count_tokens, shown, text_of, was_cut
 from repro.servers.ledger import Ledger
-from repro.servers.offers import agree, known
+from repro.servers.offers import agree, check_draws, known
 from repro.text import prompts
 
 EXPECTED_TOKENS = {"schema": 125, "text": 120, "logprobs": 1}  # a comparison of about 80 words and the form around it
@@ -128,6 +128,8 @@ def settle(spec: JudgeSpec, judge: LLMJudge, endpoint: Endpoint, ledger: Ledger,
         return form == "text" or replace(judge, answer=form).verdict(answer) is not None
 
     form, left = agree(endpoint, ledger, build, _forms(spec), keeps, who=f"judge {judge.name}", say=say)
+    if judge.temperature:
+        check_draws(endpoint, ledger, left, who=f"judge {judge.name}")
     return replace(judge, answer=form, left_out=left)
 
 

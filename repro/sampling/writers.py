@@ -18,7 +18,7 @@ from repro.models.speaker import Speaker
 from repro.servers.client import Asker
 from repro.servers.endpoint import HOSTED, Call, Endpoint, text_of
 from repro.servers.ledger import Ledger
-from repro.servers.offers import agree
+from repro.servers.offers import agree, check_draws
 from repro.text import prompts
 from repro.text.principles import ConstitutionSet, constitutions_of
 from repro.text.written import Fault, own, parse_antithesis, parse_principles
@@ -106,6 +106,8 @@ class ServerWriter:
 
         if self.left_out is None:
             _, self.left_out = agree(self.endpoint, self.ledger, build, ("text",), who=f"writer {self.name}", say=self.say)
+        if self.temperature:  # asked once: the ledger has its answers
+            check_draws(self.endpoint, self.ledger, self.left_out, who=f"writer {self.name}")
         call = build("text", self.left_out)
         asker = Asker(self.endpoint, self.ledger, lambda answer: bool(_content(answer).strip()))
         asker.run([call], label=f"writer {self.name}")

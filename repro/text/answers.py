@@ -3,6 +3,7 @@ what keeps a followed principle from counting."""
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from repro.text.rules import words
 
@@ -61,8 +62,8 @@ def fault(text: str, query: str, sentences: Sequence[str]) -> str | None:
     if repetition(text) >= LOOP:
         return "loop"
     asked, said = _content(query), [w for w in found if w not in STOP_WORDS]
-    told = {stem for s in sentences for stem in _content(s)} - asked - TASK
-    runs = {run for s in sentences for run in _runs(words(s)) if len(_content(" ".join(run)) - TASK) > 1}
+    stems, runs = _of_sentences(tuple(sentences))
+    told = stems - asked - TASK
     taken = [_stem(w) for w in said if _stem(w) in told]
     if runs & set(_runs(found)) or len(set(taken)) > 1 and len(taken) > RECITED * len(said):
         return "recital"
@@ -81,10 +82,20 @@ def kept(query: str) -> int:
     return min(3, 1 + len(_content(query)) // 12)
 
 
-def _content(text: str) -> set[str]:
-    return {_stem(w) for w in words(text) if w not in STOP_WORDS}
+# The same few sentences, and one query after the other: a million responses are looked at in minutes.
+@lru_cache(maxsize=1024)
+def _of_sentences(sentences: tuple[str, ...]) -> tuple[frozenset[str], frozenset[tuple]]:
+    """Their stems, and the runs of words that recite them."""
+    return (frozenset(stem for s in sentences for stem in _content(s)),
+            frozenset(run for s in sentences for run in _runs(words(s)) if len(_content(" ".join(run)) - TASK) > 1))
 
 
+@lru_cache(maxsize=4096)
+def _content(text: str) -> frozenset[str]:
+    return frozenset(_stem(w) for w in words(text) if w not in STOP_WORDS)
+
+
+@lru_cache(maxsize=2**16)
 def _stem(word: str) -> str:
     """"lawns" is "lawn", and "strawberries" begins as "strawberry" does; "baking" and "bakes" stay apart."""
     return re.sub(r"(?<=[^s])s$", "", word.removesuffix("'s"))[:STEM]

@@ -57,6 +57,11 @@ class Engine:
         except ValueError:
             return status, {"text": data.decode("utf-8", "replace")}
 
+    @property
+    def story(self) -> str:
+        """A prompt that the model answers at some length."""
+        return chat(self.tokenizer, STORY)
+
     def complete(self, prompt, **body) -> tuple[int, dict]:
         return self.post("completions", **{"prompt": prompt, "max_tokens": 16, "temperature": 0.0} | body)
 
@@ -70,73 +75,80 @@ def chat(tokenizer, text: str) -> str:
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
 
 
+def refusal(status: int, answer: dict) -> str:
+    """A refusal with the server's reason."""
+    why = answer.get("error") or answer.get("detail") or answer.get("text") or ""
+    why = why.get("message", "") if isinstance(why, dict) else why[0].get("msg", "") if isinstance(why, list) and why else why
+    return f"refused ({status}: {' '.join(str(why).split())[:80]})"
+
+
 # ---- one row of the table each: Engine -> words
 
 def unknown_model(engine: Engine) -> str:
     status, answer = engine.complete("a", model="no-such-model")
-    return f"refused ({status})" if status != 200 else f"answered, as {answer.get('model')!r}"
+    return refusal(status, answer) if status != 200 else f"answered, as {answer.get('model')!r}"
 
 
 def unknown_field(engine: Engine) -> str:
-    status, _ = engine.complete("a", no_such_field=1)
-    return f"refused ({status})" if status != 200 else "ignored"
+    status, answer = engine.complete("a", no_such_field=1)
+    return refusal(status, answer) if status != 200 else "ignored"
 
 
 def id_prompts(engine: Engine) -> str:
-    prompt = chat(engine.tokenizer, STORY)
+    prompt = engine.story
     status, answer = engine.complete(engine.tokenizer(prompt).input_ids)
     if status != 200:
-        return f"refused ({status})"
+        return refusal(status, answer)
     return "taken" if answer["choices"][0]["text"] == engine.text(prompt) else "another answer than to the text"
 
 
 def ids_back(engine: Engine) -> str:
     status, answer = engine.complete("a", return_token_ids=True)
     if status != 200:
-        return f"refused ({status})"
+        return refusal(status, answer)
     return "given" if answer["choices"][0].get("token_ids") else "not given"
 
 
 def read_tokens(engine: Engine) -> str:
-    prompt = chat(engine.tokenizer, STORY)
+    prompt = engine.story
     _, answer = engine.complete(prompt)
     usage, want = answer.get("usage") or {}, len(engine.tokenizer(prompt).input_ids)
     return f"{usage.get('prompt_tokens')} for {want}"
 
 
 def greedy(engine: Engine) -> str:
-    return "the same twice" if engine.text(STORY, max_tokens=48) == engine.text(STORY, max_tokens=48) else "differs"
+    return "the same twice" if engine.text(engine.story, max_tokens=48) == engine.text(engine.story, max_tokens=48) else "differs"
 
 
 def no_temperature(engine: Engine) -> str:
-    answers = {engine.post("completions", prompt=STORY, max_tokens=24)[1]["choices"][0]["text"] for _ in range(3)}
-    return "greedy" if answers == {engine.text(STORY, max_tokens=24)} else "drawn" if len(answers) > 1 else "another, the same each time"
+    answers = {engine.post("completions", prompt=engine.story, max_tokens=24)[1]["choices"][0]["text"] for _ in range(3)}
+    return "greedy" if answers == {engine.text(engine.story, max_tokens=24)} else "drawn" if len(answers) > 1 else "another, the same each time"
 
 
 def temperature(engine: Engine) -> str:
-    hot = {engine.text(STORY, temperature=1.5, seed=k, max_tokens=24) for k in (1, 2, 3)}
-    return "refused" if None in hot else "drawn" if len(hot) == 3 else "ignored" if hot == {engine.text(STORY, max_tokens=24)} else "?"
+    hot = {engine.text(engine.story, temperature=1.5, seed=k, max_tokens=24) for k in (1, 2, 3)}
+    return "refused" if None in hot else "drawn" if len(hot) == 3 else "ignored" if hot == {engine.text(engine.story, max_tokens=24)} else "?"
 
 
 def seed(engine: Engine) -> str:
-    same = {engine.text(STORY, temperature=1.5, seed=7, max_tokens=24) for _ in range(3)}
+    same = {engine.text(engine.story, temperature=1.5, seed=7, max_tokens=24) for _ in range(3)}
     return "obeyed" if len(same) == 1 else "ignored"
 
 
 def choices(engine: Engine) -> str:
-    status, answer = engine.complete(STORY, n=2, temperature=1.0)
-    return f"refused ({status})" if status != 200 else "obeyed" if len(answer["choices"]) == 2 else "ignored: one choice"
+    status, answer = engine.complete(engine.story, n=2, temperature=1.0)
+    return refusal(status, answer) if status != 200 else "obeyed" if len(answer["choices"]) == 2 else "ignored: one choice"
 
 
 def stop(engine: Engine) -> str:
-    plain = engine.text(STORY, max_tokens=24)
+    plain = engine.text(engine.story, max_tokens=24)
     word = plain.split()[3]
-    cut = engine.text(STORY, max_tokens=24, stop=[word])
+    cut = engine.text(engine.story, max_tokens=24, stop=[word])
     return "refused" if cut is None else "obeyed" if word not in cut and plain.startswith(cut) else "ignored"
 
 
 def most_tokens(engine: Engine) -> str:
-    status, answer = engine.complete(STORY, max_tokens=5)
+    status, answer = engine.complete(engine.story, max_tokens=5)
     said = (answer.get("usage") or {}).get("completion_tokens")
     return f"{said} of 5, {answer['choices'][0].get('finish_reason')}"
 
@@ -161,7 +173,7 @@ def schema(engine: Engine) -> str:
     status, answer = engine.post("chat/completions", messages=[{"role": "user", "content": "Tell me of rivers."}], max_tokens=40, temperature=0.0,
                                  response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": shape}})
     if status != 200:
-        return f"refused ({status})"
+        return refusal(status, answer)
     text = answer["choices"][0]["message"]["content"]
     return "obeyed" if re.match(r'\s*\{\s*"a"', text) else "ignored"
 
@@ -171,7 +183,7 @@ def too_long(engine: Engine, context: int) -> str:
     ids = engine.tokenizer("word " * (context + 200)).input_ids
     status, answer = engine.complete(engine.tokenizer.decode(ids))
     if status != 200:
-        return f"refused ({status})"
+        return refusal(status, answer)
     usage = answer.get("usage") or {}
     return f"answered: {usage.get('prompt_tokens')} tokens read of {len(ids)}"
 
