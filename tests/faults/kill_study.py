@@ -46,6 +46,7 @@ RECORD = ROOT / "results/kill_study.json"
 STAGES = ("prepare", "write", "evaluate", "baseline", "sample", "train", "judge", "metrics", "report")
 RUNS = {"dialogue": 1, "summary": 1, "dialogue at a server": 1, "dialogue on 2 ranks": 2, "brief": 1}  # each with its number of ranks
 TAKES = {"dialogue": 0.3, "summary": 0.4, "dialogue at a server": 0.24, "dialogue on 2 ranks": 0.06, "brief": 1.0}  # share of the trials
+A_STAGE = 60  # kills of each that the record is to have: a stage is drawn the more often, the more it lacks
 AGAIN, MOST = 0.5, 5  # the chance that a resumed run is killed too, and so on; kills of one trial at most
 LIMIT_S = 300.0
 # What may differ between two undisturbed runs, and so is left out of the comparison: wall clock, memory, the bill and the
@@ -358,8 +359,8 @@ def undisturbed(setting: Setting, work: Path, times: int = 2) -> Setting:
     return setting
 
 
-def trial(setting: Setting, work: Path, rng: random.Random) -> dict:
-    """One folder, killed once or more often, then run to its end."""
+def trial(setting: Setting, work: Path, rng: random.Random, had: dict[str, int]) -> dict:
+    """One folder, killed once or more often, then run to its end. `had`: kills so far by kind of stage."""
     out, before, kills, faults, scheduled = work / "trial", [], [], [], 0
     shutil.rmtree(out, ignore_errors=True)
     (work / "log").unlink(missing_ok=True)
@@ -376,7 +377,7 @@ def trial(setting: Setting, work: Path, rng: random.Random) -> dict:
             kinds = list(dict.fromkeys(map(kind, left)))
             if setting.name.endswith("ranks"):
                 kinds = [k for k in ("train", "evaluate") if k in kinds] or kinds
-            drawn = rng.choice(kinds)
+            drawn = rng.choices(kinds, [max(1, A_STAGE - had.get(k, 0)) for k in kinds])[0]
             target = rng.choice([s for s in left if kind(s) == drawn] or left)
             wait = rng.random() * setting.stages[target]
         ran = run_child(setting.act(out), work / "log", target=target, wait=wait)
@@ -516,7 +517,7 @@ def study(args) -> dict:
         while fired < args.kills and time.monotonic() - began < 60 * args.minutes:
             rng = random.Random(f"kill study/{args.seed}/{k}")
             name = rng.choices(args.runs, [TAKES[n] for n in args.runs])[0]
-            done = trial(settings[name], work, rng) | {"seed": args.seed}
+            done = trial(settings[name], work, rng, summarise(record)["stages"]) | {"seed": args.seed}
             record["trials"].append(done)
             write_record(args.record, record)
             k, fired = k + 1, fired + len(done["kills"])
