@@ -115,6 +115,12 @@ class TextServer(JudgeServer):
     def key(self, body: dict) -> tuple:
         return body["model"], str(body["prompt"])
 
+    def reads(self, text: str) -> int:
+        """Tokens of a prompt of text, by the tiny models' tokenizer."""
+        from conftest import byte_tokenizer
+
+        return len(byte_tokenizer()(text).input_ids)
+
     def continuation(self, prompt: str) -> str:
         seed = number(prompt)
         words = [WORDS[number(str(seed), str(k)) % len(WORDS)] for k in range(1 + seed % 6)]
@@ -134,7 +140,7 @@ class TextServer(JudgeServer):
         elif body.get("return_token_ids"):
             choice |= {"token_ids": ids, "stop_reason": None}
         return {"id": "x", "object": "text_completion", "created": 0, "model": body["model"], "choices": [choice],
-                "usage": {"prompt_tokens": len(given), "completion_tokens": len(ids), "total_tokens": 0}}
+                "usage": {"prompt_tokens": len(given) if isinstance(given, list) else self.reads(given), "completion_tokens": len(ids), "total_tokens": 0}}
 
 
 class Server(ThreadingHTTPServer):

@@ -502,11 +502,16 @@ def test_verify_sees_ids_of_another_number_than_what_was_scored(tmp_path):
 def test_a_server_of_text_has_the_ids_of_its_text_in_its_place_and_that_is_said(tmp_path):
     """Behind a cue that ends in a space the word that would join it is its own token, as the model goes on from there."""
     for cue, first in (("ASSISTANT:", "\u0120time"), ("ASSISTANT: ", "time")):
+        tokenizer = made("bpe", cue)
+
         class Server(TextServer):
             def continuation(self, prompt, first=first):
                 return first.replace("\u0120", " ") + " and my house."
 
-        folder, said = save(tmp_path / cue / "m", made("bpe", cue)), []
+            def reads(self, text, tokenizer=tokenizer):
+                return len(tokenizer(text).input_ids)
+
+        folder, said = save(tmp_path / cue / "m", tokenizer), []
         experiment = experiment_of(folder, tokens=24, engine="server")
         with Server().serve() as url:
             shared = Run(experiment, tmp_path / cue / "out", said.append, sampler_url=url)

@@ -242,6 +242,17 @@ def test_what_a_server_tells_of_its_size_is_believed_where_it_is_two_numbers(met
     assert alike.differences(lambda body: {}, "server", "m", {"id": "m", "meta": meta}) == []
 
 
+def test_a_server_that_reads_another_text_than_is_trained_with_is_said(tiny, tmp_path):
+    """As one that puts a second opening token before it: the answer looks like any other."""
+    class Opens(TextServer):
+        def reads(self, text):
+            return super().reads(text) + 1
+
+    with Opens().serve() as url:
+        with pytest.raises(UserError, match=r"16 of 16 responses are missing: .* an answer to a prompt of (\d+) tokens, not \d+"):
+            sample(prepared(tiny, tmp_path / "run", "server", sampler_url=url))
+
+
 def test_an_answer_longer_than_it_was_asked_for_is_no_answer(tiny, tmp_path, monkeypatch):
     class Long(TextServer):
         def answer(self, body):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -106,8 +106,9 @@ class Server:
     log: Path | None = None
     process: subprocess.Popen | None = None
 
-    def wrong(self, answer: dict, request: dict) -> str | None:
-        """What makes an answer to a request useless, in words."""
+    def wrong(self, answer: dict, request: dict, reads: Mapping[str, int] | None = None) -> str | None:
+        """What makes an answer to a request useless, in words. `reads`: the tokens that a prompt of text is trained as, of
+        which a server of its own mind reads more (a second opening token) or fewer."""
         choice, usage, prompt = answer["choices"][0], answer.get("usage"), request["prompt"]
         if answer.get("model") not in (self.endpoint.model, f"{self.endpoint.model}@main"):
             return f"an answer by the model {answer.get('model')!r}, not {self.endpoint.model!r}"
@@ -119,8 +120,9 @@ class Server:
         read, said = (usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens"))
         if type(read) is not int or type(said) is not int:
             return "no usage in the answer"
-        if isinstance(prompt, list) and read != len(prompt):
-            return f"an answer to a prompt of {read} tokens, not {len(prompt)}"
+        expected = len(prompt) if isinstance(prompt, list) else (reads or {}).get(prompt, read)
+        if read != expected:
+            return f"an answer to a prompt of {read} tokens, not {expected}"
         if said > request["max_tokens"]:
             return f"an answer of {said} tokens, where {request['max_tokens']} were asked for"
         if choice["finish_reason"] == "length" and said < request["max_tokens"]:

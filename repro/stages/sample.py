@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -71,25 +72,26 @@ def _sampled_here(run: Run, iteration: int, texts: list[str], done: dict, name: 
             bar.update(len(batch))
 
 
-def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, name: str, partial: Path,
+def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, name: str, kept: Path,
                        key: str) -> Iterator[tuple]:
-    """One request a prompt; each is kept in the partial file with its raw answer as it arrives."""
+    """One request a prompt; each is `kept` in the partial file with its raw answer as it arrives."""
     spec, most = run.experiment.sampling, run.response_tokens()
     todo = [i for i in range(len(texts)) if i not in done]
     ends = end_tokens(run.voice.tokenizer, run.voice.place) | run.voice.speaker.ends
     requests = {i: request(spec.engine, run.voice.tokenizer, texts[i], most, ends, run.voice.form.stops) for i in todo}
+    lengths = [len(ids) for ids in run.voice.tokenizer(texts, add_special_tokens=False).input_ids]
+    reads = {requests[i]["prompt"]: lengths[i] for i in todo if isinstance(requests[i]["prompt"], str)}
     calls = {i: Call(key=digest([key, i]), request=requests[i], about={"job": i}) for i in todo}
-    ledger = Ledger(partial, {"sampler": spec.engine}, chat=False)
+    ledger = Ledger(kept, {"sampler": spec.engine}, chat=False)
     if spec.engine == "server":
         run.once("the server answers with text: what is trained and scored are the token ids of that text behind its "
                  "prompt, which need not be those that were sampled (--sampler vllm gives them)")
     if any(call.key not in ledger.answers for call in calls.values()):
-        longest = max(len(ids) for ids in run.voice.tokenizer(texts, add_special_tokens=False).input_ids)
         with launch.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
-                            share=run.tensor_parallel, context=longest + most, ends=ends,
+                            share=run.tensor_parallel, context=max(lengths) + most, ends=ends,
                             log=run.folder / "sampler.log", as_is=run.sampler_as_is) as server:
             run.record["sampled_by"] = server.facts()
-            asker = Asker(server.endpoint, ledger, wrong=server.wrong)
+            asker = Asker(server.endpoint, ledger, wrong=partial(server.wrong, reads=reads))
             asker.run(calls.values(), label=name)
             missing = [call for call in calls.values() if call.key not in ledger.answers]
             if missing:

@@ -132,7 +132,7 @@ def temperature(engine: Engine) -> str:
 
 def seed(engine: Engine) -> str:
     same = {engine.text(engine.story, temperature=1.5, seed=7, max_tokens=24) for _ in range(3)}
-    return "obeyed" if len(same) == 1 else "ignored"
+    return "nothing is drawn" if temperature(engine) != "drawn" else "obeyed" if len(same) == 1 else "ignored"
 
 
 def choices(engine: Engine) -> str:
