@@ -98,8 +98,8 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view):]
 
 
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -107,8 +107,13 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> Path:
+    """The folder, made durably with those above it: what is synced in a folder whose own name is lost is lost with it."""
     with _readable(path, "create folder"):
+        new = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for p in new:
+            with suppress(PermissionError):  # a folder that may be written and not read
+                _fsync(p.parent)
     return path
 
 
@@ -126,7 +131,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             finally:
                 os.close(fd)
             os.replace(tmp, path)
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
         except OSError:
             tmp.unlink(missing_ok=True)
             raise
@@ -161,7 +166,7 @@ def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
                 raise
         finally:
             os.close(fd)
-        _fsync_folder(Path(path).parent)  # of a new file, the name must be durable too
+        _fsync(Path(path).parent)  # of a new file, the name must be durable too
 
 
 # ---- reading
@@ -249,12 +254,11 @@ def numbered_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = F
 
 def file_facts(folder: Path, pattern: str = "*") -> dict[str, dict]:
     """Name -> size and sha256 of the files below `folder`, made durable; the marker left out."""
-    facts = {}
-    for path in sorted(p for p in Path(folder).rglob(pattern) if p.is_file() and p.name != MARKER):
-        with _readable(path, "write"), open(path, "rb") as f:
-            os.fsync(f.fileno())
-        facts[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    return facts
+    paths = sorted(p for p in Path(folder).rglob(pattern) if p.is_file() and p.name != MARKER)
+    for path in (*paths, *{p.parent for p in paths}):  # names too: who wrote them may have synced neither
+        with _readable(path, "write"):
+            _fsync(path)
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
 
 
 def seal(folder: Path, key: str, files: dict[str, dict] | None = None) -> None:
@@ -262,7 +266,7 @@ def seal(folder: Path, key: str, files: dict[str, dict] | None = None) -> None:
     several processes have found them out)."""
     write_json(Path(folder) / MARKER, {"key": key, "files": file_facts(folder) if files is None else files})
     with _readable(folder, "write"):
-        _fsync_folder(Path(folder).parent)  # before anyone removes an older folder in its favour
+        _fsync(Path(folder).parent)  # before anyone removes an older folder in its favour
 
 
 def sealed(folder: Path, key: str | None = None, share: slice = slice(None)) -> bool:

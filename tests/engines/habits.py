@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,7 +80,7 @@ def refusal(status: int, answer: dict) -> str:
     """A refusal with the server's reason."""
     why = answer.get("error") or answer.get("detail") or answer.get("text") or ""
     why = why.get("message", "") if isinstance(why, dict) else why[0].get("msg", "") if isinstance(why, list) and why else why
-    return f"refused ({status}: {' '.join(str(why).split())[:80]})"
+    return f"refused ({status}: {' '.join(str(why).split())[:70]})"
 
 
 # ---- one row of the table each: Engine -> words
@@ -196,7 +197,7 @@ def tells(engine: Engine) -> str:
     except (OSError, ValueError):
         return "nothing"
     row = next((row for row in rows if engine.model in (row.get("id"), row.get("root"))), rows[0])
-    facts = [f"root {'=' if row['root'] == engine.model else row['root']}"] if row.get("root") else []
+    facts = ["their folder"] if row.get("root") == engine.model else []
     if meta := row.get("meta"):
         facts.append(f"{8 * meta['size'] / meta['n_params']:.1f} bits a weight")
     return ", ".join(facts) or "its name alone"
@@ -207,6 +208,9 @@ HABITS = {"a model's name that it does not serve": unknown_model, "a field that 
           "`temperature: 0`": greedy, "no `temperature`": no_temperature, "`temperature: 1.5`": temperature, "`seed`": seed, "`n: 2`": choices,
           "`stop`": stop, "`max_tokens`": most_tokens, "`repetition_penalty`": penalty, "`logprobs`": logprobs, "`response_format`, a schema": schema,
           "what it says of its weights": tells}
+
+
+BEYOND = "a prompt longer than its context"
 
 
 # ---- greedy answers
@@ -283,6 +287,36 @@ def serving(kind: str, dtype: str, place: str, tokenizer, work: Path, context: i
         yield Engine(server.endpoint.url, server.endpoint.model, tokenizer), name, time.monotonic() - began
 
 
+# ---- the table
+
+README, START, END = ROOT / "repro/sampling/README.md", "<!-- engines: tests/engines/habits.py --table -->", "<!-- end of engines -->"
+
+
+def table(record: dict) -> list[str]:
+    """Markdown: a line a habit, a column an engine; then how many greedy answers are transformers'; then tokens a second."""
+    engines = [record["engines"][k] for k in CONTEXT if k in record["engines"]]
+    lines = ["| asked | " + " | ".join(f"{e['name']}, {e['weights']}" for e in engines) + " |", "|---|" + "---|" * len(engines)]
+    for what in (*HABITS, BEYOND):
+        lines.append(f"| {what} | " + " | ".join(e["cells"][what].replace("|", "\\|") for e in engines) + " |")
+    for what, dtype in (("greedy answers that are transformers', one at a time, 16 at once", "float32"), ("the same, from bfloat16 weights", "bfloat16")):
+        cells = [", ".join(f"{a['same']} of {a['of']}" for a in e["answers"][dtype]) if dtype in e["answers"] else "NOT RUN" for e in engines]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    if speed := record.get("speed"):
+        first = statistics.median(speed["arms"][next(iter(speed["arms"]))]["tokens_a_second"])
+        lines += ["", f"{speed['processor']}; {speed['threads']} threads; prompts of {speed['tokens_of_a_prompt']:.0f} tokens, answers of at most 48.", "",
+                  "| | tokens a second, median (least, most; rounds) | times the first | prompt tokens at hand |", "|---|---|---|---|"]
+        for name, row in speed["arms"].items():
+            found = row["tokens_a_second"]
+            lines.append(f"| {name} | {statistics.median(found):.0f} ({min(found):.0f}, {max(found):.0f}; {len(found)}) | "
+                         f"{statistics.median(found) / first:.2f} | " + (f"{row['prefix']:.0%}" if "prefix" in row else "") + " |")
+    return lines
+
+
+def with_table(text: str, record: dict) -> str:
+    head, rest = text.split(START)
+    return head + "\n".join([START, *table(record), END]) + rest.split(END)[1]
+
+
 CONTEXT = {"vllm": 1024, "serve": 8192, "llama": 2560}
 
 
@@ -290,7 +324,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engines", nargs="+", choices=list(CONTEXT), default=list(CONTEXT))
     parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--table", action="store_true", help="run nothing: write the record into repro/sampling/README.md")
     args = parser.parse_args()
+    if args.table:
+        README.write_text(with_table(README.read_text(), read_json(args.out)))
+        return
     place = str(embedded.embedded_model())
     tokenizer = load.load_tokenizer(place)
     texts = prompts(tokenizer)
@@ -302,14 +340,14 @@ def main() -> None:
                 row = {"name": name, "ready_s": round(ready, 1), "context": CONTEXT[kind], "weights": "Q4_1" if kind == "llama" else "float32"}
                 row["cells"] = {}
                 for what, look in HABITS.items():
-                    row["cells"][what] = look(engine)
+                    row["cells"][what] = look(engine).replace(place, "MODEL")
                     print(f"{name}: {what}: {row['cells'][what]}", flush=True)
-                row["cells"]["a prompt longer than its context"] = too_long(engine, CONTEXT[kind])
+                row["cells"][BEYOND] = too_long(engine, CONTEXT[kind])
                 row["answers"] = {"float32": [same(engine, texts, want, n) for n in (1, 16)]}
             if kind == "vllm":
                 with serving(kind, "bfloat16", place, tokenizer, Path(work), CONTEXT[kind]) as (engine, *_):
                     row["answers"]["bfloat16"] = [same(engine, texts, want, n) for n in (1, 16)]
-            print(f"{name}: {row['cells']['a prompt longer than its context']}; {row['answers']}", flush=True)
+            print(f"{name}: {row['cells'][BEYOND]}; {row['answers']}", flush=True)
             record["engines"][kind] = row
             write_json(args.out, record)
 

@@ -23,7 +23,7 @@ DEFECTS = [
      "                _write_all(fd, data)\n                os.fsync(fd)\n            finally:", "                _write_all(fd, data)\n            finally:",
      "tests/faults/test_faults.py::test_a_power_loss_leaves_the_old_state_or_the_new_one"),
     ("the name of a new file is not synced", "repro/base/records.py",
-     "        _fsync_folder(Path(path).parent)  # of a new file, the name must be durable too\n", "",
+     "        _fsync(Path(path).parent)  # of a new file, the name must be durable too\n", "",
      "tests/faults/test_faults.py::test_a_power_loss_leaves_the_old_state_or_the_new_one"),
     ("a short write is taken for a whole one", "repro/base/records.py",
      "        view = view[os.write(fd, view):]", "        os.write(fd, view)\n        break", "tests/test_records.py::test_short_writes_are_continued"),

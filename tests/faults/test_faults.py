@@ -55,6 +55,41 @@ def test_a_power_loss_leaves_the_old_state_or_the_new_one(tmp_path):
         assert good == replays >= 120, writer
 
 
+@pytest.fixture(scope="module")
+def their_writes(tiny, tmp_path_factory):
+    """What torch and safetensors do to a folder, call by call; the folder."""
+    import shutil
+
+    import power
+
+    if not shutil.which("strace"):
+        pytest.skip("NOT RUN: no strace here")
+    out = tmp_path_factory.mktemp("power") / "out"
+    return power.traced(out, tiny), out
+
+
+def test_a_power_loss_under_torch_and_safetensors_leaves_what_was_sealed(their_writes, tmp_path):
+    import power
+
+    calls, out = their_writes
+    found = power.lost(calls, out, tmp_path, every=12)
+    assert all(good == looked >= 250 for good, looked in found.values()), found
+
+
+@pytest.mark.parametrize("without", ["files", "names", "names above"])
+def test_a_power_loss_is_seen_where_something_was_not_synced(their_writes, tmp_path, without):
+    """And so is each kind of sync that our seals do for them."""
+    import power
+
+    calls, out = their_writes
+    left_out = {"files": lambda p: p.is_file(), "names": lambda p: p.is_dir() and p.name in ("adapter", "iteration-1"),
+                "names above": lambda p: p in (out, out / "run", out / "run/checkpoints")}[without]
+    assert any(c[0] == "sync" and left_out(c[1]) for c in calls)
+    found = power.lost([c for c in calls if not (c[0] == "sync" and left_out(c[1]))], out, tmp_path, every=40)
+    good, looked = found["a unit that had been sealed is whole"]
+    assert good < looked
+
+
 def test_a_key_and_a_token_are_in_no_file_and_no_output_of_a_whole_run(tmp_path):
     """Nor in run.json, nor below HOME; a judge's server echoes the key, git's remote has a token, debug logs are on."""
     from judges import secrets
