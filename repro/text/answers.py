@@ -67,7 +67,7 @@ def fault(text: str, query: str, sentences: Sequence[str]) -> str | None:
     taken = [_stem(w) for w in said if _stem(w) in told]
     if runs & set(_runs(found)) or len(set(taken)) > 1 and len(taken) > RECITED * len(said):
         return "recital"
-    if _english(words(query)) < ENGLISH:
+    if not _in_english(query):
         return None  # of another language, or too short to tell: word by word nothing can be held against it
     if len(_content(text) & asked) < min(len(asked), kept(query)):
         return "off"
@@ -88,6 +88,11 @@ def _of_sentences(sentences: tuple[str, ...]) -> tuple[frozenset[str], frozenset
     """Their stems, and the runs of words that recite them."""
     return (frozenset(stem for s in sentences for stem in _content(s)),
             frozenset(run for s in sentences for run in _runs(words(s)) if len(_content(" ".join(run)) - TASK) > 1))
+
+
+@lru_cache(maxsize=1024)
+def _in_english(query: str) -> bool:
+    return _english(words(query)) >= ENGLISH
 
 
 @lru_cache(maxsize=4096)

@@ -31,6 +31,8 @@ LONGER = ("dataclasses.replace(e, data=dataclasses.replace(e.data, train=112), t
           "learning_rate={rate}), judge=dataclasses.replace(e.judge, judges=('rule',)))")
 BLOWN = ("from torch.optim import RMSprop\nstep = RMSprop.step\n\n\ndef blown(self):\n    for group in self.param_groups:\n"
          "        group['lr'] = 1e30\n    return step(self)\n\n\nRMSprop.step = blown\n")
+ONE_FULL = ("import os, resource\nif os.environ.get('RANK') == '1':\n"
+            "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n")
 SOME = r": +\d+%\|[^|]*\| [1-9]"  # a bar that has begun to move
 
 
@@ -160,6 +162,21 @@ def printed(work: Path, rows: list[dict], say: Callable[[str], None]) -> None:
         child.send_signal(signal.SIGTERM)
         note(f"SIGTERM in training, {ranks} rank{'s' * (ranks == '2')}", child, time.monotonic(), said, lines=2)
         rows[-1]["resumed"] = finish(longer, f"term{ranks}", "--ranks", ranks)
+    # of two ranks, one that stands still for a while, and one whose files may not grow
+    child = run(longer, "slow", "--ranks", "2")
+    said = until(child, "train-1" + SOME)
+    slow = workers(work / "slow" / folder)[1]
+    os.kill(slow, signal.SIGSTOP)
+    time.sleep(10)
+    os.kill(slow, signal.SIGCONT)
+    note("rank 1 of 2 stands still for 10 s (SIGSTOP)", child, time.monotonic(), said)
+    same = [kill_study.contents(work / out / folder) for out in ("slow", "term2")]
+    rows[-1]["identical"] = same[0] == same[1]
+    (work / "small").mkdir()
+    (work / "small/sitecustomize.py").write_text(ONE_FULL)
+    child = run(longer, "one full", "--ranks", "2", PYTHONPATH=f"{work / 'small'}:{ROOT}")
+    note("rank 1 of 2 cannot write (its files may not grow beyond 4 KiB)", child, time.monotonic())
+    rows[-1]["resumed"] = finish(longer, "one full", "--ranks", "2")
     # two runs in one folder
     child = run(longer, "one")
     said = until(child, "evaluate-0")

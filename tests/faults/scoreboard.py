@@ -2,6 +2,7 @@
 
     make faults                                       # all: about half an hour, most of it the kill study
     make faults ARGS=--quick                          # a small version of each, to see that it works
+    make faults ARGS='--more 200'                     # so many kills more (by default 100), which join those of the record
     python tests/faults/scoreboard.py --figures 3 4   # some; the others keep their place in the record
 
 Each figure runs in a process and a scratch folder of its own. The record is results/reliability.json, the kill study's is
@@ -27,26 +28,31 @@ NAMES = {1: "kills survived with identical bytes", 2: "write faults survived", 3
          4: "corruptions detected before use", 5: "judge faults without a lost, wrong or doubled verdict",
          6: "budget overshoot, USD", 7: "injections that win against an admitted judge", 8: "secrets found",
          9: "determinism pairs identical", 10: "planted defects caught"}
-TARGETS = {1: "200 of 200, every stage", 2: "all", 3: "all, at least 150", 4: "all, at least 200", 5: "all, at least 300", 6: "0.00, 100 runs",
+TARGETS = {1: "1,000 of 1,000, at least 60 of every stage", 2: "all", 3: "all, at least 150", 4: "all, at least 200", 5: "all, at least 300", 6: "0.00, 100 runs",
            7: "at most 5 %, no control token", 8: "0", 9: "all, and the inverse fails", 10: "all, at least 20"}
+
+
+def more_kills(count: int, path: Path, *options: str) -> None:
+    """So many kills more, by the seed after the record's last."""
+    seed = max(kill_study.read_record(path)["seeds"], default=-1) + 1
+    subprocess.run([sys.executable, str(HERE / "kill_study.py"), "--kills", str(count), "--seed", str(seed), "--record", str(path), *options],
+                   check=True)
 
 
 def kills(work: Path, quick: bool) -> dict:
     """Figure 1, from the record of the kill study, which is made where it is missing; in the quick version, eight kills."""
     path, want = (work / "kill_study.json", 8) if quick else (kill_study.RECORD, 110)
     have = kill_study.summarise(kill_study.read_record(path))
-    if have["kills"] < want:
+    if have["kills"] < want:  # else what is there stays; `--more` adds to it
         runs = ["--runs", "brief"] if quick else []
-        subprocess.run([sys.executable, str(HERE / "kill_study.py"), "--kills", str(want - have["kills"]), "--seed",
-                        str(max(have["seeds"], default=-1) + 1), "--record", str(path), "--work", str(work), *runs], check=True)
+        more_kills(want - have["kills"], path, "--work", str(work), *runs)
     record = read_json(path)
     return {"value": record["identical"], "of": record["kills"], "detail": {s: [n, n] for s, n in record["stages"].items()},
             "redone_units": record["redone"], "torn_files": record["torn"], "seconds_lost_per_kill": record["seconds_lost_per_kill"],
             "whole_shipped_experiments": sum(len(t["kills"]) for t in record.get("whole_runs", [])),
             "counted": "children that a SIGKILL ended (return code -9) at a random moment of a random stage; then every file is the undisturbed "
                        "run's, none is torn, and no unit that was done is begun again",
-            "not_counted": f"{record['scheduled'] - record['kills']} scheduled kills that did not fire; the target of 200 a night; power loss "
-                           "(figure 2)"}
+            "not_counted": f"{record['scheduled'] - record['kills']} scheduled kills that did not fire; power loss (figure 2)"}
 
 
 def figure(number: int, work: Path, quick: bool, part: slice) -> dict:
@@ -87,11 +93,15 @@ def main() -> int:
     parser.add_argument("--figures", type=int, nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--quick", action="store_true", help="a small version of each; not recorded unless --record says where")
     parser.add_argument("--part", default="", help="of figure 10: which defects, as FROM:TO; those recorded before stay")
+    parser.add_argument("--more", type=int, nargs="?", const=100, metavar="N", help="N kills more (by default 100), and figure 1 anew; nothing else")
     parser.add_argument("--printed", action="store_true", help="what each fault of a run prints, instead of the figures")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # one figure, in a process of its own
     args = parser.parse_args()
     bounds = [int(n) if n else None for n in args.part.split(":")] if args.part else [None]
+    if args.more:
+        more_kills(args.more, kill_study.RECORD)
+        args.figures = [1]
     if args.into:
         with tempfile.TemporaryDirectory(prefix="faults-") as work:
             write_json(args.into, figure(args.figures[0], Path(work), args.quick, slice(*bounds)))
