@@ -2,11 +2,13 @@
 ends with the run. The real servers are `transformers serve` and, where $SAMI_VLLM names one, vLLM."""
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -302,6 +304,28 @@ def test_what_is_missing_is_an_error_and_what_was_answered_is_not_asked_again(ti
         again = len(server.requests)
         assert sample(run) == rows and len(server.requests) == again
     assert rows == calm
+
+
+@pytest.mark.parametrize("signalled", [SystemExit, KeyboardInterrupt])
+def test_a_signal_amid_the_requests_is_told_once_and_without_a_traceback(tiny, calm, tmp_path, monkeypatch, caplog, signalled):
+    """It is raised wherever Python is: in a request's task as often as not, whose exception asyncio then tells of."""
+    real, seen = launch.Server.wrong, []
+
+    def wrong(self, answer, request, **how):
+        seen.append(answer)
+        if len(seen) == 6:
+            raise signalled(143)
+        return real(self, answer, request, **how)
+
+    with TextServer(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)}).serve() as url:
+        run = prepared(tiny, tmp_path / "run", "vllm", sampler_url=url)
+        monkeypatch.setattr(launch.Server, "wrong", wrong)
+        with suppress(signalled):
+            sample(run)
+        gc.collect()  # a task tells of its exception when it goes, and whoever holds that exception holds the task
+        assert len(seen) >= 6 and not caplog.records
+        monkeypatch.setattr(launch.Server, "wrong", real)
+        assert sample(run) == calm
 
 
 @pytest.mark.parametrize("lists, said", [({"other": "/models/other"}, "but serves other"), (None, "but does not list it"),

@@ -73,6 +73,13 @@ async def _cut_error(response) -> None:
         response.stream = Head(response.stream)
 
 
+def _untold(loop, context: dict) -> None:
+    """A signal's exception, raised in whatever request was being looked at, ends the loop: it is no request's failure to
+    tell of, with a traceback, once the run has said that it stopped."""
+    if not isinstance(context.get("exception"), SystemExit | KeyboardInterrupt):
+        loop.default_exception_handler(context)
+
+
 class Asker:
     """Asks the calls that the ledger has no usable answer to. `usable(answer)` is False for an answer that is to be
     asked for again (with the next seed); `wrong(answer, request)` says what makes one a failure of the server, to be
@@ -104,6 +111,7 @@ class Asker:
     async def _run(self, todo: list[Call], key: str, label: str) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpx2Client
 
+        asyncio.get_running_loop().set_exception_handler(_untold)
         # openai's own client (3.52) follows 20 redirects of a POST, each a request that nobody counts
         http = http_client(DefaultAsyncHttpx2Client, trust_env=not self.endpoint.local, follow_redirects=False,
                            event_hooks={"response": [_cut_error]},

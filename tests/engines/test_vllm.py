@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch  # noqa: F401  in a run it is there before a server is
 
 from repro.base.records import UserError, read_json, read_jsonl
 from repro.models import embedded
@@ -37,8 +38,13 @@ def argv(folder: Path, engine: str = "vllm") -> list[str]:
     return [sys.executable, "-m", "repro.cli", "run", str(file), "--out", str(folder / "runs")]
 
 
+def _heed() -> None:
+    """A shell's background jobs are born deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path, engine: str = "vllm", **env) -> subprocess.Popen:
-    return subprocess.Popen(argv(folder, engine), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen(argv(folder, engine), cwd=ROOT, preexec_fn=_heed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env)
 
 
@@ -53,13 +59,24 @@ def home(folder: Path, engine: str = "vllm") -> Path:
     return folder / "runs" / f"through_{engine}" / "mini"
 
 
+MARK = "SAMI_STARTED_BY"  # in the environment of all that these tests start
+
+
+@pytest.fixture(autouse=True, scope="module")
+def marked():
+    os.environ[MARK] = str(os.getpid())
+    yield
+    del os.environ[MARK]
+
+
 def serving() -> dict[int, str]:
-    """Processes of a vLLM on this machine, by their command lines or the titles that they give themselves."""
+    """Processes of a vLLM that these tests have started, by their command lines or the titles that they give themselves."""
     found = {}
     for process in psutil.process_iter():
         try:
             line = " ".join(process.cmdline())
-            if process.status() != psutil.STATUS_ZOMBIE and (VLLM in line or line.startswith("VLLM::")):
+            ours = process.status() != psutil.STATUS_ZOMBIE and (VLLM in line or line.startswith("VLLM::"))
+            if ours and process.environ().get(MARK) == str(os.getpid()):
                 found[process.pid] = line
         except psutil.Error:
             continue
