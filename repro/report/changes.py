@@ -6,7 +6,8 @@ paired, and seeds, which share their queries, make no query count twice. No torc
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from repro.base import metrics
@@ -86,13 +87,22 @@ class Line:
     name: str
     subset: str
     rows: dict[int, list[dict]]
+    _recent: list[tuple[Measure, int, dict[str, float]]] = field(default_factory=list, repr=False, compare=False)
 
-    @property
+    @cached_property
     def last(self) -> int:
         return max(int(k) for rows in self.rows.values() for row in rows for k in row["sides"])
 
     def by_query(self, measure: Measure, iteration: int) -> dict[str, float]:
-        """Query -> the mean over seeds of the means of its values."""
+        """Query -> the mean over seeds of the means of its values. What was asked for last is kept: a value, its change and
+        whether there is one are asked for together."""
+        for of, at, known in self._recent:
+            if of is measure and at == iteration:
+                return known
+        self._recent[:] = [*self._recent[-5:], (measure, iteration, self._by_query(measure, iteration))]
+        return self._recent[-1][2]
+
+    def _by_query(self, measure: Measure, iteration: int) -> dict[str, float]:
         found: dict[str, list[float]] = {}
         for rows in self.rows.values():
             own: dict[str, list[float]] = {}
