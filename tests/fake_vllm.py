@@ -16,7 +16,9 @@ def main() -> None:
     argv, fault = sys.argv[1:], os.environ.get("FAKE_VLLM", "")
     print("argv:", *argv, flush=True)
     if fault == "dies":
-        print("ValueError: not enough memory for the KV cache", file=sys.stderr, flush=True)
+        print("INFO [a.py:1] `OSError: [Errno 24]` may come of this\n(Worker) ERROR [b.py:2]     raise ValueError(\n"
+              "(Worker) ERROR [b.py:2] ValueError: not enough memory for the KV cache\nTraceback (most recent call last):\n  File ...\n"
+              "RuntimeError: it failed; see the root cause above", file=sys.stderr, flush=True)
         raise SystemExit(1)
     worker = subprocess.Popen(["sleep", "600"])  # as vLLM's engine: a process of its own
     print("pids:", os.getpid(), worker.pid, flush=True)

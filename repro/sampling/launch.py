@@ -7,6 +7,7 @@ whatever way the run did, it ends the server and all that this one has started.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from repro.base.records import UserError, first_line, open_log
 from repro.models import decoding, load
 from repro.sampling import alike
 from repro.sampling.server import CONCURRENCY
-from repro.servers.endpoint import Endpoint, wrong_shape
+from repro.servers.endpoint import Endpoint, shown, wrong_shape
 from repro.servers.fetch import Refused, get_json
 
 HOST = "127.0.0.1"
@@ -141,7 +142,7 @@ class Server:
         """Why the server ended, if it did, to be added to a message."""
         if self.process is None or self.process.poll() is None:
             return ""
-        return f" (the server ended: {_tail(self.log, 1)}; {self.log} tells more)"
+        return f" (the server ended: {_why(self.log)}; {self.log} tells more)"
 
 
 # ---- starting, finding and stopping
@@ -160,6 +161,8 @@ def served(engine: str, model: str, *, url: str | None, dtype: str, share: int |
     argv = command(engine, place, port=port, dtype=dtype, gpus=_free_gpus(), share=share, context=context, ends=ends)
     say(f"starting {engine if engine == 'vllm' else 'transformers serve'} with {place}; its log is {log}")
     with open_log(log) as out:
+        out.write(f"{STARTED}{' '.join(argv)}\n".encode())
+        out.flush()
         process = subprocess.Popen([sys.executable, "-m", __spec__.name, *argv], stdin=subprocess.PIPE, stdout=out,
                                    stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -206,13 +209,26 @@ def _wait_until_ready(process: subprocess.Popen, health: str, log: Path, say: Ca
             say(f"waiting for the sampling server: {now - began:.0f} s; it says: {_tail(log, 1)}")
         time.sleep(0.2)
     say(_tail(log, 15))
-    raise UserError(f"the sampling server ended before it was ready (above are the last lines of {log}): {_tail(log, 1)}")
+    raise UserError(f"the sampling server ended before it was ready (above are the last lines of {log}): {_why(log)}")
+
+
+def _said(log: Path) -> list[str]:
+    """The lines of the server that was started last."""
+    text = log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
+    return [line.rstrip() for line in text.rpartition(STARTED)[2].splitlines()[STARTED in text:]
+            if line.strip() and not line.startswith(ENDED)]
 
 
 def _tail(log: Path, lines: int) -> str:
-    text = log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
-    last = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith(ENDED)]
-    return "\n".join(last[-lines:]) or "nothing"
+    return "\n".join(_said(log)[-lines:]) or "nothing"
+
+
+def _why(log: Path) -> str:
+    """What a server died of: its last line; where that is an exception, the first one, which the others (of vLLM's three
+    processes) go back to."""
+    lines = _said(log) or ["nothing"]
+    raised = [found[1] for line in lines if (found := RAISED.search(line))]
+    return shown(raised[0] if RAISED.search(lines[-1]) else lines[-1], 300)
 
 
 def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Server:
@@ -281,7 +297,8 @@ def _stop(process: subprocess.Popen) -> None:
 
 # ---- between the run and the server
 
-ENDED = "repro.sampling.launch: the server ended with "
+STARTED, ENDED = "repro.sampling.launch: starting ", "repro.sampling.launch: the server ended with "
+RAISED = re.compile(r"(?:^|\] )((?:\w+\.)*\w+(?:Error|Exception)(?:: .*)?)$")  # a traceback's last line
 
 
 def main() -> None:
