@@ -205,6 +205,17 @@ def test_the_second_run_does_nothing_and_says_so(finished):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def test_a_kill_between_a_stages_record_and_the_end_of_its_partial_file_leaves_none(finished, tmp_path):
+    """One of 622 kills came there: the stage is done, and no later command looked at the file again."""
+    experiment, folder = finished
+    other = tmp_path / experiment.path
+    shutil.copytree(folder, other)
+    for name in ("evaluation-0", "evaluation-3", "training-2"):
+        (other / f"responses/{name}.partial.jsonl").write_text("{}\n")
+    run(experiment, tmp_path, say=lambda line: None)
+    assert not list(other.rglob("*.partial.jsonl")) and contents(other) == contents(folder)
+
+
 def test_an_altered_file_is_made_again(finished, tiny, tmp_path):
     import shutil
 

@@ -163,6 +163,7 @@ class Folder:
         if done and not again and done["key"] == self.key(inputs) and list(done["outputs"]) == sorted(outputs):
             wrong = [path for path, fact in done["outputs"].items() if not self._holds(path, fact)]
             if not wrong:
+                self._without_partials(outputs)  # a kill may have come between the record and this
                 self.say(f"{name}: done before, skipped")
                 return False
             self.say(f"{name}: done again, since {', '.join(wrong)} is missing or altered")
@@ -185,6 +186,9 @@ class Folder:
             "key": self.key(inputs), "commit": commit(), "seconds": round(spent, 2), "peak_rss_gib": _peak_gib(), **facts,
             "outputs": {output: self._fact(output) for output in sorted(outputs)}}
         write_json(self.folder / "run.json", checked(self.record))
+        self._without_partials(outputs)
+
+    def _without_partials(self, outputs: list[str]) -> None:
         for output in outputs:
             self.partial(self.folder / output).unlink(missing_ok=True)
 
