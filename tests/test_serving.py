@@ -517,9 +517,9 @@ def test_a_server_that_ends_by_itself_leaves_nothing_behind():
     """vLLM's engine processes may outlive the one that was started."""
     guard = subprocess.Popen([sys.executable, "-m", "repro.sampling.launch", "sh", "-c", "sleep 300 & echo $!; exit 3"], text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT)
-    left, said = int(guard.stdout.readline()), guard.stdout.readline()
+    began, left, said = guard.stdout.readline(), int(guard.stdout.readline()), guard.stdout.readline()
     guard.stdout.close(), guard.stdin.close()
-    assert said == f"{launch.ENDED}3\n"
+    assert began.startswith(launch.STARTED) and said == f"{launch.ENDED}3\n"
     assert guard.wait(20) == -signal.SIGKILL and gone({left}, 5)
 
 

@@ -161,8 +161,6 @@ def served(engine: str, model: str, *, url: str | None, dtype: str, share: int |
     argv = command(engine, place, port=port, dtype=dtype, gpus=_free_gpus(), share=share, context=context, ends=ends)
     say(f"starting {engine if engine == 'vllm' else 'transformers serve'} with {place}; its log is {log}")
     with open_log(log) as out:
-        out.write(f"{STARTED}{' '.join(argv)}\n".encode())
-        out.flush()
         process = subprocess.Popen([sys.executable, "-m", __spec__.name, *argv], stdin=subprocess.PIPE, stdout=out,
                                    stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -304,6 +302,7 @@ RAISED = re.compile(r"(?:^|\] )((?:\w+\.)*\w+(?:Error|Exception)(?:: .*)?)$")  #
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # meant for the server; one that is ignored would be inherited
     signal.signal(signal.SIGINT, lambda *_: None)
+    print(f"{STARTED}{' '.join(sys.argv[1:])}", flush=True)
     server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 
     def heed():

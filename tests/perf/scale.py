@@ -1,4 +1,4 @@
-"""A run over 10^4 to 10^6 made queries without a model: seconds and memory of what is not the model's, by stage.
+"""A run over 10^4 to 10^6 made queries without a model: CPU seconds and memory of what is not the model's, by stage.
 
     .venv/bin/python tests/perf/scale.py [--queries 10000 100000 1000000] [--out results/bench/scale.json]
 
@@ -78,7 +78,7 @@ def stand_in(tiny: Path) -> None:
 
 
 def one(n: int, work: Path) -> dict:
-    """Stage -> {seconds, peak_mib}, of a whole run over n queries."""
+    """Stage -> {cpu_seconds, peak_mib}, of a whole run over n queries."""
     from conftest import save_tiny
     from test_experiments import small
 
@@ -96,11 +96,11 @@ def one(n: int, work: Path) -> dict:
         experiment, iterations=1, data=DataSpec(source=str(work / "queries.jsonl"), subsets=("own",), train=n, evaluation=n, scored=0),
         train=dataclasses.replace(experiment.train, batch_size=batch, batches=n // 4 // batch, batches_increment=0),
         judge=JudgeSpec(judges=("rule", "likelihood")))
-    found, state = {}, {"at": time.perf_counter(), "name": "inputs"}
+    found, state = {}, {"at": time.process_time()}
 
     def close(name: str) -> None:
-        found[name] = {"seconds": round(time.perf_counter() - state["at"], 2), "peak_mib": _peak_mib()}
-        state["at"] = time.perf_counter()
+        found[name] = {"cpu_seconds": round(time.process_time() - state["at"], 2), "peak_mib": _peak_mib()}
+        state["at"] = time.process_time()
         print(f"{n}: {name}: {found[name]}", flush=True)
 
     stage, finish = Run.stage, Run.finish
