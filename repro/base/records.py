@@ -255,7 +255,7 @@ def numbered_jsonl(path: Path, *, torn_tail: bool = False, all_checked: bool = F
 def file_facts(folder: Path, pattern: str = "*") -> dict[str, dict]:
     """Name -> size and sha256 of the files below `folder`, made durable; the marker left out."""
     paths = sorted(p for p in Path(folder).rglob(pattern) if p.is_file() and p.name != MARKER)
-    for path in (*paths, *{p.parent for p in paths}):  # names too: who wrote them may have synced neither
+    for path in (*paths, *{q for p in paths for q in p.parents if q.is_relative_to(folder)}):  # files, and names
         with _readable(path, "write"):
             _fsync(path)
     return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}

@@ -128,7 +128,7 @@ def settle(spec: JudgeSpec, judge: LLMJudge, endpoint: Endpoint, ledger: Ledger,
         return form == "text" or replace(judge, answer=form).verdict(answer) is not None
 
     form, left = agree(endpoint, ledger, build, _forms(spec), keeps, who=f"judge {judge.name}", say=say)
-    if judge.temperature:
+    if judge.temperature and form != "logprobs":  # which draws nothing
         check_draws(endpoint, ledger, left, who=f"judge {judge.name}")
     return replace(judge, answer=form, left_out=left)
 

@@ -1,14 +1,17 @@
 """Whether a server's answers are those of the run's own weights, decoded greedily: small requests, once a server.
 
-Engines leave out, without a word, what they do not know (README.md here has the table). What would change a run's numbers
-is looked for: a server of whatever weights, weights of fewer bits, answers that are drawn.
+Engines leave out, without a word, what they do not know (README.md here has the table). Three differences that would change
+a run's numbers are looked for: weights that nobody names, weights of fewer bits, answers that are drawn.
 """
 
+import math
 from collections.abc import Callable
+
+from repro.servers.endpoint import wrong_shape
 
 TOKENS = 13            # of each trial answer
 TRIALS = 3
-NOBODY = "a-model-that-nobody-serves"
+NOBODY = "/no/such/model"  # which no server looks for on a hub
 IDS = list(range(40, 52))
 TEXT = "There was once a fisher who"
 BITS = 16              # of a weight that was not quantised, at least
@@ -30,7 +33,8 @@ def _body(engine: str, model: str) -> dict:
 def _any_name(ask: Ask, engine: str) -> str | None:
     """llama.cpp answers to any name, by the one model that it has."""
     try:
-        ask(_body(engine, NOBODY))
+        if wrong_shape(ask(_body(engine, NOBODY)), chat=False):
+            return None  # an error inside a 200
     except (OSError, ValueError):
         return None
     return "it answers to any model's name and does not list this one, so whose weights answer cannot be told"
@@ -40,7 +44,7 @@ def _bits(listed: dict) -> str | None:
     """llama.cpp tells how large its model is."""
     meta = listed.get("meta")
     size, weights = (meta.get(k) for k in ("size", "n_params")) if isinstance(meta, dict) else (None, None)
-    if not all(type(n) in (int, float) and n > 0 for n in (size, weights)) or 8 * size / weights >= BITS:
+    if not all(type(n) in (int, float) and 0 < n < math.inf for n in (size, weights)) or 8 * size / weights >= BITS:
         return None
     return f"its weights are quantised to {8 * size / weights:.1f} bits each"
 

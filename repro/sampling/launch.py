@@ -72,8 +72,9 @@ def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share:
         share = share or max(1, gpus)
         copies = ["--data-parallel-size", str(gpus // share)] if gpus // share > 1 else []
         # On a CPU: no compiler is asked for, and the cache is not nine tenths of the machine's memory, less what is in use.
-        here = [] if gpus else ["--enforce-eager"]
-        cache = [] if gpus or os.environ.get(CPU_CACHE) else [f"{CPU_CACHE}={CPU_CACHE_GIB}"]
+        on_gpus = gpus or shutil.which("nvidia-smi")  # where torch here is a CPU's, vLLM's own need not be
+        here = [] if on_gpus else ["--enforce-eager"]
+        cache = [] if on_gpus or os.environ.get(CPU_CACHE) else [f"{CPU_CACHE}={CPU_CACHE_GIB}"]
         return ["env", "-u", "PYTHONPATH", *cache, _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
                 "--max-model-len", str(context), "--seed", "0", "--generation-config", "vllm", *here]
     code, device = "from repro.sampling.launch import transformers_serve; transformers_serve()", "auto" if gpus else "cpu"
@@ -196,7 +197,7 @@ def _free_gpus() -> int:
 def _wait_until_ready(process: subprocess.Popen, health: str, log: Path, say: Callable[[str], None]) -> None:
     began = said = time.monotonic()
     while process.poll() is None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if get_json(health) is not None:
                 return
         now = time.monotonic()
@@ -222,11 +223,11 @@ def _tail(log: Path, lines: int) -> str:
 
 
 def _why(log: Path) -> str:
-    """What a server died of: its last line; where that is an exception, the first one, which the others (of vLLM's three
+    """What a server died of: its last line; where an exception is near, the first one, which the others (of vLLM's three
     processes) go back to."""
     lines = _said(log) or ["nothing"]
     raised = [found[1] for line in lines if (found := RAISED.search(line))]
-    return shown(raised[0] if RAISED.search(lines[-1]) else lines[-1], 300)
+    return shown(raised[0] if any(map(RAISED.search, lines[-5:])) else lines[-1], 300)
 
 
 def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Server:
@@ -255,7 +256,7 @@ def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Serv
         return server
     serves = f"serves {', '.join(sorted(named))}" if named else "does not list it"
     start = " ".join(["vllm", "serve", place, "--dtype", dtype, "--generation-config", "vllm"] if engine == "vllm"
-                     else ["transformers", "serve", "--dtype", dtype])
+                     else ["transformers", "serve", place, "--dtype", dtype])
     raise UserError(f"{endpoint.url} must serve {place} now, but {serves} ({wrong}); serve it (`{start} ...`), then run "
                     "the same command to go on")
 

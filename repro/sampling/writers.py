@@ -85,7 +85,7 @@ class ServerWriter:
 
     def __init__(self, endpoint: Endpoint, ledger: Path, *, label: str | None = None, max_tokens: int = MAX_TOKENS,
                  temperature: float | None = None, say: Callable[[str], None] = lambda line: None):
-        self.say, self.left_out = say, endpoint.leave_out
+        self.say, self.left_out, self.draws = say, endpoint.leave_out, False
         self.endpoint, self.model, self.max_tokens, self.temperature = endpoint, endpoint.model, max_tokens, temperature
         self.name = label or re.sub(r"[^A-Za-z0-9_.-]+", "-", endpoint.model).strip("-.")
         self.ledger = Ledger(ledger, {"writer": self.name})
@@ -106,8 +106,9 @@ class ServerWriter:
 
         if self.left_out is None:
             _, self.left_out = agree(self.endpoint, self.ledger, build, ("text",), who=f"writer {self.name}", say=self.say)
-        if self.temperature:  # asked once: the ledger has its answers
+        if self.temperature and not self.draws:
             check_draws(self.endpoint, self.ledger, self.left_out, who=f"writer {self.name}")
+            self.draws = True
         call = build("text", self.left_out)
         asker = Asker(self.endpoint, self.ledger, lambda answer: bool(_content(answer).strip()))
         asker.run([call], label=f"writer {self.name}")

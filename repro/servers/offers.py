@@ -102,24 +102,24 @@ def agree(endpoint: Endpoint, ledger: Ledger, build: Build, forms: tuple[str, ..
     return read(form, left, answer)
 
 
-HOT, TEN_WORDS = 1.5, "Write down ten words that come to mind, in one line."
+HOT, SEEDS, TEN_WORDS = 1.0, (1, 2, 3), "Write down ten words that come to mind, in one line."
 
 
 def check_draws(endpoint: Endpoint, ledger: Ledger, left: tuple[str, ...], *, who: str) -> None:
-    """Raise UserError where a server that takes a temperature says the same under two seeds at HOT: it ignores it, as
-    `transformers serve` (5.23) does in its answers to what is not greedy, and what is drawn from it is one answer over and
-    over. Nothing is asked of the hosted server, or where the temperature is left out."""
+    """Raise UserError where a server that takes a temperature says the same under three seeds at HOT: it ignores it, as
+    `transformers serve` (5.23) does, and what is drawn from it is one answer over and over. Nothing is asked of the hosted
+    server, or where the temperature is left out."""
     if "temperature" in left or endpoint.url == HOSTED:
         return
     request = {"messages": [{"role": "user", "content": TEN_WORDS}], "temperature": HOT,
                "max_completion_tokens" if "max_tokens" in left else "max_tokens": 24}
     calls = [Call(key=digest(["does it draw?", who, endpoint.host, endpoint.model, k]),
                   request=request | ({} if "seed" in left else {"seed": k}),
-                  about={"item": "does it draw?", "order": None}) for k in (1, 2)]
+                  about={"item": "does it draw?", "order": None}) for k in SEEDS]
     Asker(endpoint, ledger).run(calls, label=f"{who}: does it draw?")
     said = [text_of(answers[0]).split() for call in calls if (answers := ledger.answers.get(call.key))]
-    if len(said) == 2 and said[0] == said[1] and len(said[0]) > 3:
-        raise UserError(f"{who}: {endpoint.url} ignores the temperature: one answer to two seeds at {HOT}; --leave-out "
+    if len(said) == len(SEEDS) and all(words == said[0] for words in said) and len(said[0]) > 3:
+        raise UserError(f"{who}: {endpoint.url} ignores the temperature: one answer three times at {HOT}; --leave-out "
                         "temperature goes on without it, and the record says so")
 
 

@@ -188,6 +188,12 @@ class Folder:
         write_json(self.folder / "run.json", checked(self.record))
         self._without_partials(outputs)
 
+    def sampled_by(self, facts: dict) -> None:
+        """Record which server samples, before it does: how the answers of any were others than the weights' stays."""
+        differs = {*self.record.get("sampled_by", {}).get("differs", ()), *facts.get("differs", ())}
+        self.record["sampled_by"] = facts | ({"differs": sorted(differs)} if differs else {})
+        write_json(self.folder / "run.json", checked(self.record))
+
     def _without_partials(self, outputs: list[str]) -> None:
         for output in outputs:
             self.partial(self.folder / output).unlink(missing_ok=True)

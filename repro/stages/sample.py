@@ -90,7 +90,7 @@ def _sampled_by_server(run: Run, iteration: int, texts: list[str], done: dict, n
         with launch.served(spec.engine, run.weights(iteration), url=run.sampler_url, dtype=spec.dtype, say=run.say,
                             share=run.tensor_parallel, context=max(lengths) + most, ends=ends,
                             log=run.folder / "sampler.log", as_is=run.sampler_as_is) as server:
-            run.record["sampled_by"] = server.facts()
+            run.sampled_by(server.facts())
             asker = Asker(server.endpoint, ledger, wrong=partial(server.wrong, reads=reads))
             asker.run(calls.values(), label=name)
             missing = [call for call in calls.values() if call.key not in ledger.answers]

@@ -4,7 +4,7 @@
 
 Each engine serves SmolLM2-135M on this machine's CPU: vLLM and `transformers serve` its float32 weights (and bfloat16, for
 the answers alone), llama.cpp the GGUF file that they were made of (Q4_1). A cell is what came back, in words; the last ones
-hold its greedy answers, to the same token ids, against transformers' on the float32 weights in this process.
+hold its greedy answers against transformers' in this process, from the weights in the same dtype.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def refusal(status: int, answer: dict) -> str:
     """A refusal with the server's reason."""
     why = answer.get("error") or answer.get("detail") or answer.get("text") or ""
     why = why.get("message", "") if isinstance(why, dict) else why[0].get("msg", "") if isinstance(why, list) and why else why
-    return f"refused ({status}: {' '.join(str(why).split())[:70]})"
+    why = " ".join(str(why).split()).replace(str(Path.home()), "~")
+    return f"refused ({status}: {why if len(why) <= 60 else why[:60] + '...'})"
 
 
 # ---- one row of the table each: Engine -> words
@@ -298,7 +299,7 @@ def table(record: dict) -> list[str]:
     lines = ["| asked | " + " | ".join(f"{e['name']}, {e['weights']}" for e in engines) + " |", "|---|" + "---|" * len(engines)]
     for what in (*HABITS, BEYOND):
         lines.append(f"| {what} | " + " | ".join(e["cells"][what].replace("|", "\\|") for e in engines) + " |")
-    for what, dtype in (("greedy answers that are transformers', one at a time, 16 at once", "float32"), ("the same, from bfloat16 weights", "bfloat16")):
+    for what, dtype in (("greedy answers that are transformers', one at a time, 16 at once", "float32"), ("the same, both in bfloat16", "bfloat16")):
         cells = [", ".join(f"{a['same']} of {a['of']}" for a in e["answers"][dtype]) if dtype in e["answers"] else "NOT RUN" for e in engines]
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
     if speed := record.get("speed"):
@@ -332,7 +333,7 @@ def main() -> None:
     place = str(embedded.embedded_model())
     tokenizer = load.load_tokenizer(place)
     texts = prompts(tokenizer)
-    want = here(place, "float32", texts)
+    want = {dtype: here(place, dtype, texts) for dtype in ("float32", "bfloat16")}
     record = read_json(args.out) if args.out.is_file() else {"engines": {}}
     with tempfile.TemporaryDirectory(prefix="engines-") as work:
         for kind in args.engines:
@@ -340,13 +341,13 @@ def main() -> None:
                 row = {"name": name, "ready_s": round(ready, 1), "context": CONTEXT[kind], "weights": "Q4_1" if kind == "llama" else "float32"}
                 row["cells"] = {}
                 for what, look in HABITS.items():
-                    row["cells"][what] = look(engine).replace(place, "MODEL")
+                    row["cells"][what] = look(engine)
                     print(f"{name}: {what}: {row['cells'][what]}", flush=True)
                 row["cells"][BEYOND] = too_long(engine, CONTEXT[kind])
-                row["answers"] = {"float32": [same(engine, texts, want, n) for n in (1, 16)]}
+                row["answers"] = {"float32": [same(engine, texts, want["float32"], n) for n in (1, 16)]}
             if kind == "vllm":
                 with serving(kind, "bfloat16", place, tokenizer, Path(work), CONTEXT[kind]) as (engine, *_):
-                    row["answers"]["bfloat16"] = [same(engine, texts, want, n) for n in (1, 16)]
+                    row["answers"]["bfloat16"] = [same(engine, texts, want["bfloat16"], n) for n in (1, 16)]
             print(f"{name}: {row['cells'][BEYOND]}; {row['answers']}", flush=True)
             record["engines"][kind] = row
             write_json(args.out, record)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -69,18 +70,25 @@ def marked():
     del os.environ[MARK]
 
 
+SESSIONS: set[int] = set()  # of servers that were started: a process that titles itself has no environment to be read
+
+
 def serving() -> dict[int, str]:
     """Processes of a vLLM that these tests have started, by their command lines or the titles that they give themselves."""
     found = {}
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.Error, ProcessLookupError):
             line = " ".join(process.cmdline())
-            ours = process.status() != psutil.STATUS_ZOMBIE and (VLLM in line or line.startswith("VLLM::"))
-            if ours and process.environ().get(MARK) == str(os.getpid()):
+            if process.status() != psutil.STATUS_ZOMBIE and (VLLM in line or line.startswith("VLLM::")):
                 found[process.pid] = line
-        except psutil.Error:
-            continue
-    return found
+                if process.environ().get(MARK) == str(os.getpid()):
+                    SESSIONS.add(os.getsid(process.pid))
+    return {pid: line for pid, line in found.items() if _session(pid) in SESSIONS}
+
+
+def _session(pid: int) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.getsid(pid)
 
 
 def nothing_left(patience: float = 60.0) -> bool:

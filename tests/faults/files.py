@@ -100,7 +100,7 @@ def write_faults(work: Path, quick: bool) -> dict:
         detail[f"{name}: power loss"] = [good, done]
         replays, lost = replays + done, lost + done - good
     theirs = 0
-    if shutil.which("strace"):
+    if power.usable():
         from conftest import save_tiny
 
         for what, (good, done) in power.losses(work / "q", save_tiny(work / "tiny"), every=8 if quick else 1).items():
@@ -113,7 +113,7 @@ def write_faults(work: Path, quick: bool) -> dict:
                        "with one call refused: one line, old or new state, no temporary file, and the same command ends as undisturbed",
             "not_counted": "write errors of torch.distributed.checkpoint and safetensors (C++ and Rust), which fail in tests of their own by a limit "
                            "on the size of a file; power loss under them " + (f"is in {theirs} of the replays (power.py)" if theirs
-                           else "was NOT RUN: no strace here")}
+                           else "was NOT RUN: strace is not here, or may not trace")}
 
 
 def power_losses(root: Path, want: int) -> dict[str, list[int]]:

@@ -393,6 +393,7 @@ def trial(setting: Setting, work: Path, rng: random.Random, had: dict[str, int])
             break
         else:
             break
+    faults += [f"outlived the run: process {pid}" for pid in outlived(folder)]  # of a server that had not told its own at the kill, too
     found = contents(folder) if before[-1].code == 0 else {}
     leftover = [n for n in found if n.endswith((".tmp", ".lock")) or ".partial" in n or ".steps" in n or ".job" in n]
     differ = sorted(n for n in found.keys() | setting.final.keys() if found.get(n) != setting.final.get(n))

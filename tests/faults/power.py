@@ -48,6 +48,11 @@ UNITS = {"returned step 1": "run/checkpoints/iteration-1.steps/step-000001", "re
          "returned weights": "run/checkpoints/iteration-1"}
 
 
+def usable() -> bool:
+    """Whether strace is here and may trace."""
+    return bool(shutil.which("strace")) and subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode == 0
+
+
 def traced(out: Path, place: Path) -> list[tuple]:
     """The calls by which WRITER changes `out`, in order: (what, path, ...)."""
     out.mkdir(parents=True)
@@ -77,6 +82,8 @@ def _call(text: str, root: str) -> tuple | None:
     name, arguments, result = found[1], found[2], int(found[3])
     path = next(p for p in re.findall(r'"([^"]*)"|\d+<([^>]*)>', arguments) if root in "".join(p))
     path = Path("".join(path))
+    if any(not quoted.startswith("/") for quoted in re.findall(r'"([^"]*)"', arguments)) and name != "write":
+        raise ValueError(f"strace: a path that begins at a folder's descriptor: {text[:200]}")
     if name in ("openat", "creat"):
         return ("create", path, "O_TRUNC" in arguments) if "O_CREAT" in arguments else None
     if name == "write":

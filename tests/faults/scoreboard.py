@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # one figure, in a process of its own
     args = parser.parse_args()
     bounds = [int(n) if n else None for n in args.part.split(":")] if args.part else [None]
-    if args.more:
+    if args.more is not None:
         more_kills(args.more, kill_study.RECORD)
         args.figures = [1]
     if args.into:

@@ -58,12 +58,10 @@ def test_a_power_loss_leaves_the_old_state_or_the_new_one(tmp_path):
 @pytest.fixture(scope="module")
 def their_writes(tiny, tmp_path_factory):
     """What torch and safetensors do to a folder, call by call; the folder."""
-    import shutil
-
     import power
 
-    if not shutil.which("strace"):
-        pytest.skip("NOT RUN: no strace here")
+    if not power.usable():
+        pytest.skip("NOT RUN: strace is not here, or may not trace")
     out = tmp_path_factory.mktemp("power") / "out"
     return power.traced(out, tiny), out
 

@@ -73,7 +73,7 @@ def rows() -> list[dict]:
 
 
 def append(commit: str, date: str, found: dict, old: list[dict]) -> list[dict]:
-    """`old` and the row of this commit, in the place of an earlier one of it: what was measured anew, if anything was."""
+    """`old`, less an earlier row of this commit, and its row now: what was measured anew, if anything was."""
     kept, known = [row for row in old if row["commit"] != commit], {}
     for row in kept:
         known |= row
@@ -87,17 +87,21 @@ def write(found: list[dict]) -> None:
 
 
 def update() -> None:
-    """The row of the records as they are, on the commit that is checked out."""
-    commit, date = _git("log", "-1", "--format=%h %cs").split()
-    write(append(commit, date, measured(_now), rows()))
+    """The row of the records as they are, on the commit that is checked out: the one that was measured. (`backfill` names the one
+    that holds the record.)"""
+    head = _git("log", "-1", "--format=%H %cs").split()
+    if not head:
+        print("history: no git here, no row", file=sys.stderr)
+        return
+    write(append(head[0][:7], head[1], measured(_now), rows()))
 
 
 def backfill() -> None:
     """Rows of every commit that changed a record."""
     found: list[dict] = []
-    for line in _git("log", "--reverse", "--format=%h %cs", "--", BENCH, CHECK, EXP1).splitlines():
+    for line in _git("log", "--reverse", "--format=%H %cs", "--", BENCH, CHECK, EXP1).splitlines():
         commit, date = line.split()
-        found = append(commit, date, measured(_then(commit)), found)
+        found = append(commit[:7], date, measured(_then(commit)), found)
     write(found)
 
 

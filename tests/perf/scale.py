@@ -13,6 +13,7 @@ process's, reset before each stage; that of the imports is in it. Each n in a pr
 import argparse
 import dataclasses
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -187,7 +188,7 @@ def planned(rows: dict) -> tuple[list[list[str]], dict]:
              [f"GPU dollars at {USD_A_GPU_HOUR:.2f} an hour and GPU", *(f"{f['usd']:,.0f}" for f in found)],
              ["response files, and what they are in Python's memory", *(f"{f['bytes'] / 1e9:,.1f} GB, {f['held'] / 1e9:,.0f} GB" for f in found)],
              ["an LLM judge over every response, both orders", *(f"{2 * f['responses'] * per:,.0f} USD" for f in found)]]
-    return table, {"P": P, "L": L, "found": found, "usd": per, "model": judge.model}
+    return table, {"P": P, "L": L, "found": found, "usd": per, "model": judge.model, "fraction": FRACTION}
 
 
 def page(record: dict) -> str:
@@ -202,7 +203,7 @@ def page(record: dict) -> str:
              "## Measured: what is not the model's", "",
              f"The shipped pipeline on n made queries, three quarters of which train; sampling, log-probs and training are stood in for. {record['processor']}, "
              "one thread: CPU seconds, and the most memory of the process in that stage (that of its imports, "
-             f"{first['imports_mib'] / 1024:.1f} GiB, included). Responses have {10} tokens.", "",
+             f"{first['imports_mib'] / 1024:.1f} GiB, included). Responses have 10 tokens.", "",
              "| stage | " + " | ".join(f"n = {r['queries']:,}" for r in rows) + " |", "|---|" + "---|" * len(rows)]
     for name in names:
         lines.append(f"| {name} | " + " | ".join(f"{r['stages'][name]['cpu_seconds']:,.0f} s, {r['stages'][name]['peak_mib'] / 1024:.2f} GiB" for r in rows) + " |")
@@ -211,7 +212,7 @@ def page(record: dict) -> str:
     lines += ["", f"Memory grows by {each / 1024:.1f} KiB a query in `{most}`, the stage that takes most. It is bounded by n, not by a constant: a stage reads its "
               "files whole.", "",
               f"## Computed: a million queries, {CONSTITUTIONS} constitutions, Llama-3-70B", "",
-              f"{GPUS_USED} x H100 at {0.4:.0%} of their rate (an assumption, as all of `repro plan`); prompts of {facts['P']:.0f} tokens, responses of "
+              f"{GPUS_USED} x H100 at {facts['fraction']:.0%} of their rate (an assumption, as all of `repro plan`); prompts of {facts['P']:.0f} tokens, responses of "
               f"{facts['L']:.0f}; one iteration, each query once. NOT RUN.", "",
               f"| | two of the {CONSTITUTIONS} a query | all {CONSTITUTIONS} a query |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in table), "",
               "## What breaks first, and what of the design would change", "",
@@ -257,7 +258,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for n in args.queries:
             into = Path(scratch) / f"{n}.json"
-            subprocess.run([sys.executable, __file__, "--queries", str(n), "--one", str(into)], check=True)
+            subprocess.run([sys.executable, __file__, "--queries", str(n), "--one", str(into)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             rows.append(json.loads(into.read_text()))
             args.out.write_text(json.dumps({"processor": processor(), "python": sys.version.split()[0], "commit": commit(), "rows": rows}, indent=1) + "\n")
 
