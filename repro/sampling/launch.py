@@ -30,8 +30,9 @@ from repro.servers.fetch import Refused, get_json
 
 HOST = "127.0.0.1"
 KEY = "VLLM_API_KEY"       # vLLM's own name for the key that it asks for, where it is told to ask for one
-CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's own name for the GiB of its cache on a CPU
-CPU_CACHE_GIB = 2
+# Of vLLM on a CPU: GiB of its cache, by itself nine tenths of the machine's memory less what is in use; cores left idle.
+ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+CPU_FLAGS = ["--enforce-eager", "--block-size", "32"]  # no compiler; beginnings of 32 tokens are shared, not of 128 alone
 START_S = 3600.0           # until a server must have loaded its weights, a first download included
 SAY_EVERY_S = 60.0
 DEADLINE_S = 1200.0        # one request, in which it may wait for others
@@ -71,11 +72,10 @@ def command(engine: str, model: str, *, port: int, dtype: str, gpus: int, share:
     if engine == "vllm":  # sampling defaults that came with the weights stay out of it
         share = share or max(1, gpus)
         copies = ["--data-parallel-size", str(gpus // share)] if gpus // share > 1 else []
-        # On a CPU: no compiler is asked for, and the cache is not nine tenths of the machine's memory, less what is in use.
         on_gpus = gpus or shutil.which("nvidia-smi")  # where torch here is a CPU's, vLLM's own need not be
-        here = [] if on_gpus else ["--enforce-eager"]
-        cache = [] if on_gpus or os.environ.get(CPU_CACHE) else [f"{CPU_CACHE}={CPU_CACHE_GIB}"]
-        return ["env", "-u", "PYTHONPATH", *cache, _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
+        here = [] if on_gpus else CPU_FLAGS
+        set_ = [] if on_gpus else [f"{name}={value}" for name, value in ON_CPU.items() if not os.environ.get(name)]
+        return ["env", "-u", "PYTHONPATH", *set_, _vllm(), "serve", *there, "--tensor-parallel-size", str(share), *copies,
                 "--max-model-len", str(context), "--seed", "0", "--generation-config", "vllm", *here]
     code, device = "from repro.sampling.launch import transformers_serve; transformers_serve()", "auto" if gpus else "cpu"
     return [sys.executable, "-c", code, ",".join(map(str, sorted(ends))), "serve", *there, "--device", device]

@@ -31,15 +31,17 @@ from repro.sampling import launch  # noqa: E402
 from repro.sampling.local import sample_responses  # noqa: E402
 
 TOKENS, QUERIES, ROUNDS = 48, 16, 3
+INSTALLED, ONE_IDLE = ["--block-size", "128"], {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}  # what vLLM chooses by itself, on two cores
 ARMS = {  # name -> (engine, answers at a time, its flags, its environment, dtype)
     "transformers, 32 at a time": ("here", 32, [], {}, "float32"),
     "transformers, 64 at a time": ("here", 64, [], {}, "float32"),
-    "vLLM, 32 at a time": ("vllm", 32, [], {}, "float32"),
-    "vLLM, 64 at a time": ("vllm", 64, [], {}, "float32"),
-    "vLLM, 64, no prefix caching": ("vllm", 64, ["--no-enable-prefix-caching"], {}, "float32"),
-    "vLLM, 64, blocks of 32 tokens": ("vllm", 64, ["--block-size", "32"], {}, "float32"),
-    "vLLM, 64, no core reserved": ("vllm", 64, [], {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}, "float32"),
-    "vLLM, 64, bfloat16": ("vllm", 64, [], {}, "bfloat16"),
+    "vLLM, 32 at a time": ("vllm", 32, INSTALLED, ONE_IDLE, "float32"),
+    "vLLM, 64 at a time": ("vllm", 64, INSTALLED, ONE_IDLE, "float32"),
+    "vLLM, 64, blocks of 32 tokens": ("vllm", 64, [], ONE_IDLE, "float32"),
+    "vLLM, 64, no core reserved": ("vllm", 64, INSTALLED, {}, "float32"),
+    "vLLM, 64, bfloat16": ("vllm", 64, INSTALLED, ONE_IDLE, "bfloat16"),
+    "vLLM, 64, as a run starts it": ("vllm", 64, [], {}, "float32"),
+    "vLLM, 64, as a run starts it, bfloat16": ("vllm", 64, [], {}, "bfloat16"),
 }
 
 
@@ -131,8 +133,9 @@ def main() -> None:
         row |= found
         print(f"turn {turn + 1}: {name}: {row}", flush=True)
     record = read_json(args.out) if args.out.is_file() else {}
+    rows = record.get("speed", {}).get("arms", {}) | rows
     record["speed"] = {"processor": processor(), "threads": torch.get_num_threads(), "commit": commit(), "prompts": len(parts[0]),
-                       "tokens_of_a_prompt": round(sum(len(tokenizer(t).input_ids) for p in parts for t in p) / sum(map(len, parts)), 1), "arms": rows}
+                       "tokens_of_a_prompt": round(sum(len(tokenizer(t).input_ids) for p in parts for t in p) / sum(map(len, parts)), 1), "arms": {name: rows[name] for name in ARMS if name in rows}}
     write_json(args.out, record)
 
 

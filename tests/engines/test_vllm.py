@@ -184,7 +184,7 @@ def test_a_port_that_is_taken_is_said(tmp_path, monkeypatch):
 
 
 def test_memory_that_is_not_there_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv(launch.CPU_CACHE, "4000")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4000")
     said = refused(tmp_path)
     assert "memory" in said and "4000" in said
 
