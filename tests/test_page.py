@@ -180,3 +180,15 @@ def test_nothing_is_wider_than_a_phone_and_all_is_there_without_scripts(chromium
         else:
             assert tab.locator(".answer:visible").count() == 2 * 12 * 2 * 3 and not tab.locator("form").is_visible()
         context.close()
+
+
+def test_the_page_says_which_server_sampled_and_how_it_differed():
+    from repro.report.story import _sampled
+
+    assert _sampled({}) == []
+    facts = {"engine": "vllm", "version": "0.32.0", "started_here": True}
+    assert _sampled({"sampled_by": facts}) == ["Responses were sampled by vLLM 0.32.0"]
+    assert _sampled({"sampled_by": facts | {"engine": "server", "version": None, "differs": ["its weights are quantised to 4.5 bits each"]}}) == [
+        "Responses were sampled by a server of text, taken as it is: its weights are quantised to 4.5 bits each"]
+    published = (Path(__file__).parents[1] / "results/exp1_dialogue_vllm/mini/report.html").read_text()
+    assert "Responses were sampled by vLLM 0.32.0." in published

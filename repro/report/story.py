@@ -32,6 +32,16 @@ def _told(facts: dict) -> list[str]:
     return said
 
 
+def _sampled(record: dict) -> list[str]:
+    """Which server sampled, where one did, and how its answers were others than the weights'."""
+    facts = record.get("sampled_by")
+    if not facts:
+        return []
+    name = " ".join(filter(None, ({"vllm": "vLLM"}.get(facts["engine"], "a server of text"), facts.get("version"))))
+    differs = "; ".join(facts.get("differs", ()))
+    return [f"Responses were sampled by {name}" + (f", taken as it is: {differs}" if differs else "")]
+
+
 def cut_answers(folder: Path) -> list[str]:
     """A line where most of the judged answers of the last iteration end at the cap on their length, not by themselves:
     then length, and what comes late in an answer, cannot be seen."""
@@ -156,6 +166,6 @@ def story(folder: Path) -> dict:
                 f"{record['config_hash'][:12]}",
         "not_run": f"NOT RUN: {'; '.join(record['not_run']) or 'nothing'}.",
         "worsened": [line + "." for line in worsened(folder)],
-        "notes": [line + "." for line in (*told(record), *cut_answers(folder))],
+        "notes": [line + "." for line in (*told(record), *_sampled(record), *cut_answers(folder))],
         "principles": [by, [[p.name, p.text, p.antithesis, p.rule or "none"] for p in constitutions.principles]],
         "note": note, "items": items}
