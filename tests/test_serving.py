@@ -518,6 +518,18 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tiny, tmp_path, fake, nu
     assert gone(found, 5)
 
 
+def test_what_a_server_died_of_is_read_from_its_own_lines_of_the_last_start(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(f"{launch.STARTED}vllm\nValueError: an older start\n{launch.STARTED}vllm\nshutting down{launch.ENDED}0\n")
+    assert launch._why(log) == "shutting down" and launch._tail(log, 9) == "shutting down"
+    log.write_text(f"{launch.STARTED}vllm\n(W) ERROR [a.py:1] ValueError: the cause\nRuntimeError: see above\n  warnings.warn('leaked')\n{launch.ENDED}1\n")
+    assert launch._why(log) == "ValueError: the cause"
+    log.write_text(f"{launch.STARTED}vllm\n(A) ERROR [b.py:9] vllm.v1.EngineDeadError: it died\n" + "INFO: 500\n" * 40 + f"See https://a.b{launch.ENDED}0\n")
+    assert launch._why(log) == "vllm.v1.EngineDeadError: it died"
+    log.write_text(f"{launch.STARTED}vllm\n{launch.ENDED}-9\n")
+    assert launch._why(log) == "nothing" and launch._why(tmp_path / "none") == "nothing"
+
+
 def test_a_server_that_ends_by_itself_leaves_nothing_behind():
     """vLLM's engine processes may outlive the one that was started."""
     guard = subprocess.Popen([sys.executable, "-m", "repro.sampling.launch", "sh", "-c", "sleep 300 & echo $!; exit 3"], text=True,

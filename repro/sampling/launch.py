@@ -214,8 +214,8 @@ def _wait_until_ready(process: subprocess.Popen, health: str, log: Path, say: Ca
 def _said(log: Path) -> list[str]:
     """The lines of the server that was started last."""
     text = log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
-    return [line.rstrip() for line in text.rpartition(STARTED)[2].splitlines()[STARTED in text:]
-            if line.strip() and not line.startswith(ENDED)]
+    lines = text.rpartition(STARTED)[2].splitlines()[STARTED in text:]
+    return [said for line in lines if (said := line.partition(ENDED)[0].rstrip())]  # whose last line may not have ended
 
 
 def _tail(log: Path, lines: int) -> str:
@@ -223,11 +223,11 @@ def _tail(log: Path, lines: int) -> str:
 
 
 def _why(log: Path) -> str:
-    """What a server died of: its last line; where an exception is near, the first one, which the others (of vLLM's three
-    processes) go back to."""
+    """What a server died of: the first exception near its end, which the others (of vLLM's three processes) go back to; its
+    last line where there is none."""
     lines = _said(log) or ["nothing"]
-    raised = [found[1] for line in lines if (found := RAISED.search(line))]
-    return shown(raised[0] if any(map(RAISED.search, lines[-5:])) else lines[-1], 300)
+    raised = [found[1] for line in lines[-200:] if (found := RAISED.search(line))]
+    return shown(raised[0] if raised else lines[-1], 300)
 
 
 def _identified(engine: str, place: str, endpoint: Endpoint, dtype: str) -> Server:
