@@ -109,10 +109,10 @@ def write_faults(work: Path, quick: bool) -> dict:
     whole, of, bad = _whole_runs(work, 4 if quick else 24)
     detail["whole run: ENOSPC or EIO at a random call"] = [whole, of]
     return {"value": survived + replays - lost + whole, "of": fired + replays + of, "detail": detail, "bad": bad,
-            "counted": f"{fired} of every error at every call of every writer, {replays} replays of a power loss, {of} whole runs "
+            "counted": f"{fired} of every error at every call of every writer, {replays} looks after a replayed power loss, {of} whole runs "
                        "with one call refused: one line, old or new state, no temporary file, and the same command ends as undisturbed",
             "not_counted": "write errors of torch.distributed.checkpoint and safetensors (C++ and Rust), which fail in tests of their own by a limit "
-                           "on the size of a file; power loss under them " + (f"is in {theirs} of the replays (power.py)" if theirs
+                           "on the size of a file; power loss under them " + (f"is in {theirs} of the looks (power.py)" if theirs
                            else "was NOT RUN: strace is not here, or may not trace")}
 
 
