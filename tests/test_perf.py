@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -227,3 +228,21 @@ def test_the_history_in_the_repository_is_what_its_records_say_and_is_drawn(tmp_
     monkeypatch.setattr(history, "PICTURE", tmp_path / "history")
     history.draw(rows[:2])  # with a kind that is not there yet
     assert (tmp_path / "history.png").stat().st_size > 10000
+
+
+# ---- scale
+
+def test_the_page_of_a_million_queries_is_what_its_record_says():
+    import scale
+
+    record = json.loads(scale.RECORD.read_text())
+    assert [row["queries"] for row in record["rows"]] == [10**4, 10**5, 10**6]
+    assert scale.page(record) == scale.README.read_text(), "run: .venv/bin/python tests/perf/scale.py --page"
+
+
+def test_a_run_without_its_model_goes_through_every_stage(tmp_path):
+    out = tmp_path / "scale.json"
+    subprocess.run([sys.executable, str(PERF / "scale.py"), "--queries", "400", "--out", str(out)], check=True, capture_output=True)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert list(row["stages"]) == ["inputs", "evaluate-0", "sample-1", "train-1", "evaluate-1", "judge", "metrics", "report"]
+    assert all(stage["peak_mib"] > 100 for stage in row["stages"].values())
