@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import byte_tokenizer
 from judge_server import TextServer
+from processes import left
 from test_experiments import small
 from test_judge_real import SERVING
 
@@ -455,16 +456,7 @@ def pids(log: Path, patience=20.0) -> list[int]:
 
 
 def gone(processes: list[int], patience: float) -> bool:
-    def alive(pid):
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
-
-    end = time.monotonic() + patience
-    while any(map(alive, processes)) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not any(map(alive, processes))
+    return not left(processes, patience)
 
 
 def test_the_run_starts_waits_for_and_stops_its_server(tiny, tmp_path, fake):

@@ -98,7 +98,7 @@ def arm(name: str, place: str, tokenizer, parts: list[list[str]], work: Path) ->
                 model, tokenizer, texts, max_new_tokens=TOKENS, batch_size=at_once, done={}, ends=ends) for a in answers)
 
         return {"tokens_a_second": timed(act, parts)}
-    for variable in ("VLLM_CPU_NUM_OF_RESERVED_CPU",):
+    for variable in ONE_IDLE:  # of the arm before
         os.environ.pop(variable, None)
     os.environ |= env
     plain = launch.command

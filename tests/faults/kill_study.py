@@ -39,6 +39,8 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # a forked process has
 TESTS, ROOT = Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(ROOT)]
 
+import processes  # noqa: E402
+
 from repro.base import records  # noqa: E402
 from repro.base.records import MARKER, UserError, digest, dumps, loads, read_json, read_jsonl, sealed, write_text  # noqa: E402
 
@@ -290,19 +292,7 @@ def outlived(folder: Path, patience: float = 20.0) -> list[int]:
     """The processes of servers that the run has started (as the stand-in tells them) which are there `patience` seconds later."""
     log = folder / "sampler.log"
     told = re.findall(r"^pids: (\d+) (\d+)$", log.read_text(), re.MULTILINE) if log.exists() else []
-    left, end = [int(pid) for pids in told for pid in pids], time.monotonic() + patience
-    while left := [pid for pid in left if _alive(pid)]:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.02)
-    return left
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return processes.left([int(pid) for pids in told for pid in pids], patience)
 
 
 def saved_queries(folder: Path) -> dict[str, int]:
