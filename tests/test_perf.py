@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 PERF = Path(__file__).parent / "perf"
 sys.path.insert(0, str(PERF))
@@ -141,13 +142,39 @@ def test_the_gpu_script_measures_and_tables_every_case(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--rounds", "2"])
     assert gpu.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert ": 85 of 85 right; " in lines[-1]
-    head, *cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in [lines[0], *lines[2:-1]]]
+    assert ": 86 of 86 right; " in lines[-1]
+    table = [line for line in lines if line.startswith("|")]
+    head, *cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in [table[0], *table[2:]]]
     assert {c[0].split(":")[0] for c in cells} == {"head", "loss", "step"} and {len(c) for c in cells} == {len(head)}
-    assert [c[1] for c in cells if c[0].startswith("step: tiny, ragged lengths, C=R=4")] == [
+    (of_step, *_) = steps = [[c for c in cells if c[0].startswith(f"step: tiny, {form} form, ragged lengths, C=R=4")]
+                             for form in ("plain", "chat")]
+    assert all([c[1] for c in each] == [
         "shared (ours), checkpointing", "shared (ours)", "shared (ours), SDPA under a mask", "reference, checkpointing", "reference",
-        "transformers, logits_to_keep"]
+        "transformers, logits_to_keep, checkpointing", "transformers, logits_to_keep"] for each in steps)
+    ratio = head.index("times ours [min, max]")
+    assert [c[1] for c in of_step if c[ratio] == "1.00 [1.00, 1.00]"] == ["shared (ours), checkpointing", "shared (ours)"]
+    flops = head.index("FLOPs, times ours")
+    plain, chat = (float(next(c[flops] for c in each if c[1] == "reference")) for each in steps)
+    assert 1 < plain < chat and sum("the reference takes" in line for line in lines) == 6
     assert all("(2)" in c[2] for c in cells if "NOT RUN" not in c[2])
+
+
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_what_a_gpu_case_counts_is_what_it_computes(form):
+    """Against torch's own counter, attention apart: of that, the mask's entries."""
+    model = gpu.build(gpu.SMOLLM2 | gpu.TINY)
+    case = gpu.Case(model, gpu.counted(model), form, 2, 2, "ragged", 60, 12)
+    alone = sum(case.alone)
+    for name, said in {"shared (ours)": case.counted(case.tokens, 0, case.scored), "reference": case.counted(alone, 0, alone)}.items():
+        run = case.implementations()[name]
+        with gpu.without_cuda():
+            run()  # tries the model first
+            with FlopCounterMode(display=False) as counter:
+                run()
+        assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == said, name
+    seen = int(case.packed().layout.mask().sum())
+    assert case.flops() == case.counted(case.tokens, seen, case.scored)
+    assert case.in_full(0) == case.counted(alone, sum(len(torch.ones(n, n).tril().nonzero()) for n in case.alone), 0)
 
 
 def lose_the_copies(monkeypatch):

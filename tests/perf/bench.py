@@ -78,18 +78,19 @@ def table(record: dict) -> list[str]:
 
 def gpu_table(record: dict) -> list[str]:
     """Markdown: a line an implementation of a case, of a record of gpu.py."""
-    lines = ["| case | implementation | ms p20, p50, p80 (n) | times ours [min, max] | of the floor | peak MiB | predicted MiB |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| case | implementation | ms p20, p50, p80 (n) | times ours [min, max] | FLOPs, times ours | of the floor | peak MiB | "
+             "predicted MiB |", "|---|---|---|---|---|---|---|---|"]
     for each in record["rows"]:
         for name, x in each["implementations"].items():
             start = f"| {each['what']}: {each['case']} | {name} | "
             if "not_run" in x:
-                lines.append(f"{start}NOT RUN: {x['not_run']} | | | | |")
+                lines.append(f"{start}NOT RUN: {x['not_run']} | | | | | |")
                 continue
             predicted = each.get("predicted_bytes", {}).get(name)
-            low, high = x["times_ours_min_max"]
-            lines.append(start + ", ".join(f"{ms:.3g}" for ms in x["ms"]) + f" ({x['rounds']}) | {x['times_ours']:.2f} [{low:.2f}, "
-                         f"{high:.2f}] | " + (f"{x['share_of_floor']:.0%}" if "share_of_floor" in x else "") + " | " +
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(x["times_ours"], *x["times_ours_min_max"]) if "times_ours" in x else "ours NOT RUN"
+            lines.append(start + ", ".join(f"{ms:.3g}" for ms in x["ms"]) + f" ({x['rounds']}) | {ratio} | "
+                         + (f"{x['flops_times_ours']:.2f}" if "flops_times_ours" in x else "") + " | " +
+                         (f"{x['share_of_floor']:.0%}" if "share_of_floor" in x else "") + " | " +
                          ("" if x["peak_bytes"] is None else f"{x['peak_bytes'] / 2**20:.4g}") + " | " +
                          (f"{predicted / 2**20:.4g}" if predicted else "") + " |")
     return lines

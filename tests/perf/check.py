@@ -59,8 +59,7 @@ class Case:
         rng = random.Random(C)
         self.model, self.C, self.plant = model, C, plant
         ids = min(49000, model.config.vocab_size)
-        (query,) = texts(rng, 1, COMMON, False, ids)
-        self.prompts = [query + own for own in texts(rng, C, PROMPT - COMMON, True, ids)]
+        self.prompts = texts(rng, C, PROMPT, True, ids, COMMON)
         self.responses = texts(rng, C, RESPONSE, True, ids)
         self.scored = C * sum(len(r.split()) for r in self.responses)
 

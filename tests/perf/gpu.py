@@ -1,13 +1,14 @@
 """Everything under kernels/ on a GPU, in one run: first that it is right, then how fast it is and how much memory it takes.
 
-    .venv/bin/python tests/perf/gpu.py [--only errors heads losses steps] [--models mistral-7b ...] [--rounds 50] [--minutes M]
+    .venv/bin/python tests/perf/gpu.py [--only errors steps heads losses] [--models mistral-7b ...] [--rounds 50] [--minutes M]
                                        [--anyway] [--out FOLDER] [--tiny]
 
 errors: each operation, forward and backward, against float64 (gpu_errors.py). After a fault nothing is timed, but with
-`--anyway`; exit 1. heads, losses, steps: ours and every alternative that runs, interleaved, the L2 cache flushed before each,
-by CUDA events; 20th, 50th and 80th percentile, peak bytes above what was there, and the share of the floor: the FLOPs that
-the case needs at this GPU's own rate for a large bf16 product. A step's time holds the packing of its texts by the host
-(`host_ms`). Writes FOLDER/gpu_NAME.json (results/bench) after every case, and rows of an older record of the same commit stay;
+`--anyway`; exit 1. steps, heads, losses, in the order asked for: ours and every alternative that runs, interleaved, the L2
+cache flushed before each, by CUDA events; 20th, 50th and 80th percentile, peak bytes above what was there, and the share of
+the floor: the FLOPs that the case needs at this GPU's own rate for a large bf16 product. A step's time holds the packing of
+its texts by the host (`host_ms`); each stands against ours with the same checkpointing, and beside the reference how many
+times our FLOPs it computes (`flops_times_ours`). Prompts of the plain form share nothing, of the chat form the query. Writes FOLDER/gpu_NAME.json (results/bench) after every case, and rows of an older record of the same commit stay;
 bench.py --table puts it into kernels/README.md. Prints a table last. All of it takes about 20 minutes on an H200, an estimate:
 `--minutes` begins no case after so many. Without the package installed: PYTHONPATH=. before the command.
 `--tiny` is for trying the script: small shapes, on a CPU too, with Triton's interpreter and a plain attention where CUDA's
@@ -57,7 +58,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAST, SECONDS = 3, 6.0  # rounds of a case, and how long they may take beyond these
 AHEAD = 2_000_000        # cycles that the GPU sleeps before a run, about a millisecond, in which the host gets ahead of it
 SPREAD = 0.05            # nats between the losses of one case's implementations: what is compared is one computation
-PARTS = ("errors", "heads", "losses", "steps")
+COMMON = 0.93            # of a chat prompt, what all constitutions of a query share: 345 of 371 tokens, of a TL;DR post
+PARTS = ("errors", "steps", "heads", "losses")
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "cut-cross-entropy")
 
 
@@ -115,9 +117,10 @@ def why_not(name: str, error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
 
-def interleaved(runs: dict, rounds: int, reset, inside=lambda name: nullcontext()) -> dict:
-    """`runs`: name -> callable, or why it is not run; the first is ours. Name -> what was measured, in `rounds` rounds, or
-    as many as fit into SECONDS, but at least LEAST, each run `inside` a context of its name."""
+def interleaved(runs: dict, rounds: int, reset, inside=lambda name: nullcontext(), ours=None) -> dict:
+    """`runs`: name -> callable, or why it is not run. Name -> what was measured, in `rounds` rounds, or as many as fit into
+    SECONDS, but at least LEAST, each run `inside` a context of its name. `ours`: name -> the name of ours that it is held
+    against, by default the first."""
     found, ms, flush = {}, {}, flushing()
     for name, run in runs.items():
         if not callable(run):
@@ -148,9 +151,10 @@ def interleaved(runs: dict, rounds: int, reset, inside=lambda name: nullcontext(
     reset()
     ms = {name: values for name, values in ms.items() if "not_run" not in found[name]}
     for name, values in ms.items():
-        ratios = [b / a for a, b in zip(next(iter(ms.values())), values)]
-        found[name] |= {"ms": quantiles(values), "rounds": rounds, "times_ours": statistics.median(ratios),
-                        "times_ours_min_max": [min(ratios), max(ratios)]}
+        found[name] |= {"ms": quantiles(values), "rounds": rounds}
+        if base := ms.get(ours(name) if ours else next(iter(runs))):
+            ratios = [b / a for a, b in zip(base, values)]
+            found[name] |= {"times_ours": statistics.median(ratios), "times_ours_min_max": [min(ratios), max(ratios)]}
     if CUDA and (retries := torch.cuda.memory_stats().get("num_alloc_retries", 0) - retries):
         for name in ms:
             found[name]["allocator_retries"] = retries  # memory was given back and asked for anew: times of little worth
@@ -254,14 +258,16 @@ class Case:
     """`queries` queries of C x C sequences for a model of `shape`, each implementation a forward and a backward of all;
     gradients are added to those in place, as in training."""
 
-    def __init__(self, model, shape: Shape, C: int, queries: int, lengths: str, P: int, L: int):
+    def __init__(self, model, shape: Shape, form: str, C: int, queries: int, lengths: str, P: int, L: int):
         rng = random.Random(C + queries)
         self.model, self.shape, self.tokenizer = model, shape, Ids()
-        self.prompts, self.responses = ([texts(rng, C, n, lengths == "ragged", shape.vocab_size) for _ in range(queries)]
-                                        for n in (P, L))
+        self.prompts, self.responses = (
+            [texts(rng, C, n, lengths == "ragged", shape.vocab_size, common) for _ in range(queries)]
+            for n, common in ((P, round(COMMON * P) if form == "chat" else 0), (L, 0)))
         ids = tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
         tokens, scored = list(map(tree.packed_tokens, ids)), list(map(tree.scored_tokens, ids))
         self.tokens, self.scored, self.longest = tree.packed_tokens(*ids), sum(scored), max(tokens)
+        self.alone = [len(pair.ids) for pairs in ids for group in pairs for pair in group]
 
     def packed(self) -> tree.Packed:
         return tree.pack([pair for ids in tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
@@ -286,14 +292,13 @@ class Case:
                                        backend=backend)
 
     def by_query(self, matrix):
-        """C x C sequences in full in one forward, a query after the other, as the authors ran it."""
+        """One query after the other, as the authors ran it, each sequence in full."""
         def run():
-            with mock.patch.object(logprobs, "BATCH_TOKENS", 1 << 40):
-                total = 0
-                for prompts, responses in zip(self.prompts, self.responses):
-                    loss = symmetric_infonce(matrix(prompts, responses)) / len(self.prompts)
-                    loss.backward()
-                    total += loss.detach()
+            total = 0
+            for prompts, responses in zip(self.prompts, self.responses):
+                loss = symmetric_infonce(matrix(prompts, responses)) / len(self.prompts)
+                loss.backward()
+                total += loss.detach()
             return total
         return run
 
@@ -307,7 +312,7 @@ class Case:
         runs = {"shared (ours), checkpointing": self.ours(), "shared (ours)": self.ours(),
                 "shared (ours), SDPA under a mask": self.ours(sdpa),
                 "reference, checkpointing": self.by_query(full), "reference": self.by_query(full),
-                "transformers, logits_to_keep": self.by_query(kept)}
+                "transformers, logits_to_keep, checkpointing": self.by_query(kept), "transformers, logits_to_keep": self.by_query(kept)}
         if len(self.prompts) > 1:
             runs["shared (ours), SDPA under a mask"] = "for one query alone: the mask is T x T"
         if len(self.prompts) * len(self.prompts[0]) > 8:
@@ -317,9 +322,17 @@ class Case:
 
     def flops(self) -> int:
         """That the case needs: each beginning once, only response tokens scored, nothing computed twice."""
-        s, pairs = self.shape, int((self.packed().positions + 1).sum())
+        return self.counted(self.tokens, int((self.packed().positions + 1).sum()), self.scored)
+
+    def in_full(self, logits: int) -> int:
+        """That it takes with each sequence by itself, and `logits` rows of logits."""
+        return self.counted(sum(self.alone), sum(n * (n + 1) // 2 for n in self.alone), logits)
+
+    def counted(self, tokens: int, pairs: int, logits: int) -> int:
+        """FLOPs of a forward and a backward: `pairs` of a token that looks and one that it sees."""
+        s = self.shape
         heads = s.num_hidden_layers * s.num_attention_heads * s.head_dim
-        return 6 * s.active * self.tokens + 12 * heads * pairs + 6 * s.hidden_size * s.vocab_size * self.scored
+        return 6 * s.active * tokens + 12 * heads * pairs + 6 * s.hidden_size * s.vocab_size * logits
 
     def predicted(self, checkpointing: bool) -> int:
         """Bytes above weights and gradients at the peak of ours, by the byte model of `repro plan`."""
@@ -342,6 +355,10 @@ def checkpointed(model, on: bool):
             model.disable_input_require_grads()
 
 
+CASES = (("plain", "ragged", 1), ("chat", "ragged", 1), ("plain", "equal", 1), ("plain", "ragged", 4), ("chat", "ragged", 4),
+         ("plain", "equal", 4))  # form, lengths, queries a pack
+
+
 def steps(tiny: bool, rounds: int, rate: float, models=None):
     """A whole step: log-probs, loss, backward."""
     configs = {"tiny": SMOLLM2 | TINY} if tiny else {
@@ -351,23 +368,23 @@ def steps(tiny: bool, rounds: int, rate: float, models=None):
             continue
         model = build(config)
         shape = counted(model)
-        for lengths in ("equal", "ragged"):
-            for C in (2, 4):
-                for queries in (1, 4):
-                    if queries == 4 and (tiny or (lengths == "ragged" and name != "mistral-7b")):
-                        continue
-                    yield step(name, shape, model, C, queries, lengths, tiny, rounds, rate)
+        kinds = CASES[:3] if tiny else CASES[:4] if name != "mistral-7b" else CASES
+        for (form, lengths, queries), C in itertools.product(kinds, (2, 4)):
+            yield step(name, shape, model, form, C, queries, lengths, tiny, rounds, rate)
         del model
         gc.collect()
 
 
-def step(name: str, shape: Shape, model, C: int, queries: int, lengths: str, tiny: bool, rounds: int, rate: float) -> dict:
-    case = Case(model, shape, C, queries, lengths, *((12, 4) if tiny else (600, 80)))
+def step(name: str, shape: Shape, model, form: str, C: int, queries: int, lengths: str, tiny: bool, rounds: int, rate: float) -> dict:
+    case = Case(model, shape, form, C, queries, lengths, *((12, 4) if tiny else (600, 80)))
     runs = case.implementations()
-    found = interleaved(runs, rounds, lambda: None, lambda each: checkpointed(model, "checkpointing" in each))
+    found = interleaved(runs, rounds, lambda: None, lambda each: checkpointed(model, "checkpointing" in each),
+                        lambda each: "shared (ours)" + ", checkpointing" * ("checkpointing" in each))
     model.zero_grad(set_to_none=True)
     losses = [x["loss"] for x in found.values() if "loss" in x]
-    return row("step", f"{name}, {lengths} lengths, C=R={C}, queries a pack: {queries}", found,
+    for each in ("reference, checkpointing", "reference"):
+        found[each]["flops_times_ours"] = case.in_full(logits=sum(case.alone)) / case.flops()
+    return row("step", f"{name}, {form} form, {lengths} lengths, C=R={C}, queries a pack: {queries}", found,
                dict.fromkeys(runs, case.flops()), rate) | {
         "host_ms": case.host_ms(), "spread": max(losses, default=0) - min(losses, default=0), "predicted_bytes": {
             "shared (ours), checkpointing": case.predicted(True), "shared (ours)": case.predicted(False)}}
@@ -379,6 +396,14 @@ def row(what: str, case: str, found: dict, flops: dict, rate: float) -> dict:
         if "ms" in measured and name in flops:
             measured |= {"flops": flops[name], "share_of_floor": flops[name] / rate / 1e9 / measured["ms"][1]}
     return {"what": what, "case": case, "implementations": found}
+
+
+def in_words(row: dict) -> str:
+    """Of a step, how the reference stands against ours."""
+    said = [f"{x['times_ours']:.2f} times as long as ours {how} checkpointing, for {x['flops_times_ours']:.2f} times the FLOPs"
+            for name, how in (("reference, checkpointing", "with"), ("reference", "without"))
+            if "times_ours" in (x := row["implementations"].get(name, {})) and "flops_times_ours" in x]
+    return f"{row['case']}: the reference takes " + ", ".join(said) if said else ""
 
 
 def without_cuda():
@@ -433,7 +458,7 @@ def main() -> int:
             record |= ceilings(args.tiny)
             parts = {"heads": heads, "losses": losses, "steps": functools.partial(steps, models=args.models)}
             for found in itertools.chain.from_iterable(  # one case after the other
-                    cases(args.tiny, args.rounds, record["tflops"]) for part, cases in parts.items() if part in args.only):
+                    parts[part](args.tiny, args.rounds, record["tflops"]) for part in args.only if part in parts):
                 record["rows"].append(found)
                 print(*gpu_table({"rows": [found]})[2:], sep="\n", file=sys.stderr, flush=True)
                 keep()
@@ -442,7 +467,7 @@ def main() -> int:
                     break
         keep()
     spreads = [r["case"] for r in record["rows"] if not r.get("spread", 0) < SPREAD]
-    print(*gpu_table(record), sep="\n")
+    print(*gpu_table(record), *filter(None, map(in_words, record["rows"])), sep="\n")
     for case in spreads:
         print(f"FAULT {case}: the implementations' losses are more than {SPREAD} nats apart")
     print(f"{name}: {len(record['errors']) - faults} of {len(record['errors'])} right; " +

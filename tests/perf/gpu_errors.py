@@ -146,20 +146,25 @@ def step_errors(tiny: bool):
     """A whole step of two layers at real widths: the loss and every gradient, shared against the reference path."""
     for name, config in ({"smollm2": SMOLLM2} | ({} if tiny else {"mistral-7b": MISTRAL})).items():
         model = build(config | (TINY if tiny else {"num_hidden_layers": 2}))
-        rng = random.Random(0)
-        prompts, responses = ([texts(rng, 2, n, True, model.config.vocab_size) for _ in range(2)] for n in ((9, 4) if tiny else (300, 40)))
+        P, L = (9, 4) if tiny else (300, 40)
+        cases = {}
+        for form, common in (("plain", 0), ("chat", P // 2)):
+            rng = random.Random(0)
+            cases[form] = [[texts(rng, 2, n, True, model.config.vocab_size, common) for _ in range(2)] for n, common in ((P, common), (L, 0))]
 
-        def gradients(model, backend, prompts=prompts, responses=responses):
-            loss = symmetric_infonce(logprob_matrix(model, Ids(), prompts, responses, length_normalize=True, score_eos=False,
+        def gradients(model, form, backend, cases=cases):
+            loss = symmetric_infonce(logprob_matrix(model, Ids(), *cases[form], length_normalize=True, score_eos=False,
                                                     backend=backend))
             return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
-        (loss, first), (_, again), (_, theirs) = (gradients(model, backend) for backend in ("shared", "shared", "reference"))
-        true, exact = gradients(model.double(), "reference")
-        whole = [torch.cat([x.flatten().double() for x in each]) for each in (first, theirs, exact)]
-        found = [share(*whole, 2), *(share(a, b, x, 3) for a, b, x in zip(first, theirs, exact)), abs(loss - true) / LOSS]
-        yield {"op": "a step", "case": f"{name}, 2 layers, C=R=2", "dtype": "bfloat16", "of_allowed": max(found),
-               "same_twice": all(torch.equal(a, b) for a, b in zip(first, again))}
+        found = {form: [gradients(model, form, backend) for backend in ("shared", "shared", "reference")] for form in cases}
+        model.double()
+        for form, ((loss, first), (_, again), (_, theirs)) in found.items():
+            true, exact = gradients(model, form, "reference")
+            whole = [torch.cat([x.flatten().double() for x in each]) for each in (first, theirs, exact)]
+            shares = [share(*whole, 2), *(share(a, b, x, 3) for a, b, x in zip(first, theirs, exact)), abs(loss - true) / LOSS]
+            yield {"op": "a step", "case": f"{name}, 2 layers, {form} form, C=R=2", "dtype": "bfloat16", "of_allowed": max(shares),
+                   "same_twice": all(torch.equal(a, b) for a, b in zip(first, again))}
 
 
 def errors(tiny: bool) -> list[dict]:

@@ -38,9 +38,14 @@ class Ids:
         return self
 
 
-def texts(rng, n, length, ragged, vocabulary=49000):
-    lengths = [round(length * rng.uniform(0.5, 1.5)) if ragged else length for _ in range(n)]
-    return [" " + " ".join(str(rng.randrange(10, vocabulary)) for _ in range(k)) for k in lengths]
+def texts(rng, n, length, ragged, vocabulary=49000, common=0):
+    """`n` texts of about `length` tokens, of which the first `common` are the same in all."""
+    def drawn(tokens):
+        return " " + " ".join(str(rng.randrange(10, vocabulary)) for _ in range(tokens))
+
+    beginning = drawn(common) if common else ""
+    own = [round((length - common) * rng.uniform(0.5, 1.5)) if ragged else length - common for _ in range(n)]
+    return [beginning + drawn(tokens) for tokens in own]
 
 
 def matrix_rate() -> float:
