@@ -78,26 +78,26 @@ class Varlen:
     of others, and where [n, m]."""
 
     def __init__(self, layout: Layout, device):
-        gather, own, copies = [], [], [[] for _ in range(layout.tokens)]
-        cu_q, cu_k = [0], [0]
-        for begin, end, path in layout.segments:
-            for first, last in path:
-                for token in range(first, last):
-                    copies[token].append(len(gather))
-                    gather.append(token)
-            own.extend(range(len(gather), len(gather) + end - begin))
-            gather.extend(range(begin, end))
-            cu_q.append(end)
-            cu_k.append(len(gather))
-        self.max_q = max(b - a for a, b in zip(cu_q, cu_q[1:]))
-        self.max_k = max(b - a for a, b in zip(cu_k, cu_k[1:]))
-        self.gather, self.own = (torch.tensor(x, dtype=torch.long, device=device) for x in (gather, own))
-        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (cu_q, cu_k))
+        segments = layout.segments  # a run of keys each: of its path, then of its own
+        first, end, owned = torch.tensor([(*run, own) for a, b, path in segments for run, own in
+                                          (*((run, False) for run in path), ((a, b), True))]).T
+        lengths, owned = end - first, owned.bool()
+        place = torch.arange(int(lengths.sum()))
+        gather = place + (first - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+        of_own = owned.repeat_interleave(lengths)
+        cu_q = torch.tensor([0, *(b for _, b, _ in segments)])
+        cu_k = torch.cat([cu_q[:1], lengths.cumsum(0)[owned]])
+        self.max_q, self.max_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
+        self.gather, self.own = gather.to(device), place[of_own].to(device)
+        self.cu_q, self.cu_k = (cu.to(device, torch.int32) for cu in (cu_q, cu_k))
+        # a token's copies stand together once places are sorted by it, and each token has as many of them as it is repeated
+        times = gather[~of_own].bincount(minlength=layout.tokens)
+        by_token = place[~of_own][gather[~of_own].argsort(stable=True)]
         self.repeated = []
-        for n in sorted({len(found) for found in copies} - {0}):
-            tokens = [token for token, found in enumerate(copies) if len(found) == n]
-            self.repeated.append((torch.tensor(tokens, device=device),
-                                  torch.tensor([copies[token] for token in tokens], device=device).T))
+        for n in times[times > 0].unique().tolist():
+            here = times == n
+            self.repeated.append((here.nonzero()[:, 0].to(device),
+                                  by_token[here.repeat_interleave(times)].view(-1, n).T.contiguous().to(device)))
 
     def ungather(self, grad: Tensor) -> Tensor:
         """[Tk, ...] -> [T, ...], a repeated token's gradients summed in float32, in a fixed order, without atomics."""

@@ -1,5 +1,6 @@
 """Attention over the shared-prefix layout: each path against SDPA under the T x T mask, in float64 and float32."""
 
+import itertools
 import sys
 
 import pytest
@@ -146,6 +147,26 @@ def test_varlen_segments_equal_the_reference(layout, monkeypatch):
     ours = outcome(layout, tensors, upstream, "varlen")
     for a, truth in zip(ours, outcome(layout, tensors, upstream, "reference")):
         torch.testing.assert_close(a, truth, atol=1e-6, rtol=1e-6)  # the sum over copies is float32
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_varlen_index_is_the_layout_token_by_token(seed):
+    layout = drawn(seed, 1 + seed % 23, 1 + seed)
+    index = Varlen(layout, "cpu")
+    keys, own, copies, tokens = [], [], {}, []
+    for begin, end, path in layout.segments:
+        before = [token for run in path for token in range(*run)]
+        for at, token in enumerate(before, len(keys)):
+            copies.setdefault(token, []).append(at)
+        own += range(len(keys) + len(before), len(keys) + len(before) + end - begin)
+        keys += [*before, *range(begin, end)]
+        tokens.append((end - begin, len(before) + end - begin))
+    assert index.gather.tolist() == keys and index.own.tolist() == own
+    for column, (cu, most) in enumerate(((index.cu_q, index.max_q), (index.cu_k, index.max_k))):
+        sizes = [each[column] for each in tokens]
+        assert cu.dtype == torch.int32 and cu.tolist() == [0, *itertools.accumulate(sizes)] and most == max(sizes)
+    found = [(token, places) for held, at in index.repeated for token, places in zip(held.tolist(), at.T.tolist())]
+    assert found == sorted(copies.items(), key=lambda each: (len(each[1]), each[0]))  # the order in which they are summed
 
 
 def test_copies_are_summed_in_float32():

@@ -8,7 +8,7 @@ import torch
 from test_logprobs import FAMILIES, tiny_family
 
 from repro.core import logprobs, tree
-from repro.core.tree import Scored, pack, packed_tokens, whole_tokens
+from repro.core.tree import Scored, common_prefix, pack, packed_tokens, whole_tokens
 
 
 def texts_of(seed: int, kinds: int = 3, most: int = 12, count: int = 14) -> list[Scored]:
@@ -41,6 +41,19 @@ def test_each_beginning_is_one_token_and_sees_its_own(pairs):
         assert [seen[t] for t in packed.source[a:b].tolist()] == [tuple(pair.ids[:k]) for k in range(pair.start, len(pair.ids))]
         assert packed.target[a:b].tolist() == pair.ids[pair.start:]
     assert whole_tokens([pairs]) == sum(len(p.ids) for p in pairs) >= packed_tokens([pairs])
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_common_prefix_is_where_the_first_of_them_differs(kind):
+    draw = random.Random(0)
+    for _ in range(2000):
+        begin = [draw.randrange(2) for _ in range(draw.randrange(9))]
+        texts = [begin[:draw.randrange(len(begin) + 1)] + [draw.randrange(2) for _ in range(draw.randrange(4))]
+                 for _ in range(draw.randrange(1, 5))]
+        same = 0
+        while all(len(text) > same for text in texts) and len({text[same] for text in texts}) == 1:
+            same += 1
+        assert common_prefix(list(map(kind, texts))) == same
 
 
 def test_the_first_text_stands_whole_and_others_near_to_where_they_leave_it():

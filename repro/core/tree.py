@@ -132,8 +132,15 @@ def whole_tokens(*queries: Pairs) -> int:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix."""
-    shortest, longest = min(sequences), max(sequences)  # lexicographic extremes differ first
-    return next((k for k, (a, b) in enumerate(zip(shortest, longest)) if a != b), min(len(shortest), len(longest)))
+    first, last = min(sequences), max(sequences)  # lexicographic extremes differ first
+    same, other = 0, min(len(first), len(last)) + 1  # up to where they are the same, and where they are not
+    while other - same > 1:
+        half = (same + other) // 2
+        if first[same:half] == last[same:half]:
+            same = half
+        else:
+            other = half
+    return same
 
 
 def pack(pairs: Sequence[Scored]) -> Packed:
