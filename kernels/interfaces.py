@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -35,6 +36,43 @@ def packed(layout: Layout, positions: Tensor):
         _PACKING.reset(token)
 
 
+_HIDES_NOTHING: dict[tuple, int] = {}  # a mask function -> the most places for which it was found to hide nothing
+
+
+def seen(mask_function: Callable, P: int) -> Tensor | None:
+    """What each of P places sees of those before it: bool [P, P] on the CPU, or None where that is all of them.
+
+    P x P entries at every forward are as much work for a host as the forward is for a GPU where texts are long; so what
+    was found of a function is kept (`_frozen`). Fewer places hide no more.
+    """
+    try:
+        key = _frozen(mask_function)
+    except TypeError:
+        key = None
+    if P <= _HIDES_NOTHING.get(key, 0):
+        return None
+    zero, places = torch.tensor(0), torch.arange(P)
+    sees = mask_function(zero, zero, places[:, None], places[None, :]).expand(P, P).cpu()
+    if (~sees).tril_().any():
+        return sees
+    if key is not None:
+        _HIDES_NOTHING[key] = P
+    return None
+
+
+def _frozen(x) -> tuple:
+    """One of transformers' mask functions as its code, defaults and what it closes over, if none of that can change; else
+    TypeError: of others nobody knows what they look at."""
+    if isinstance(x, FunctionType) and x.__module__ == "transformers.masking_utils":
+        closed = tuple(cell.cell_contents for cell in x.__closure__ or ())
+        return x.__code__, _frozen((x.__defaults__, *(x.__kwdefaults__ or {}).items(), closed))
+    if isinstance(x, tuple):
+        return tuple(map(_frozen, x))
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return type(x), x
+    raise TypeError(type(x))
+
+
 def mask_interface(fallback: Callable):
     """transformers' mask interface; `fallback`: its own, for a model that is called without `packed`.
 
@@ -47,11 +85,9 @@ def mask_interface(fallback: Callable):
         packing = _PACKING.get()
         if packing is None:
             return fallback(mask_function=mask_function, device=device, **options)
-        at, zero = packing.positions, torch.tensor(0)
-        P = int(at.max()) + 1
-        places = torch.arange(P)
-        sees = mask_function(zero, zero, places[:, None], places[None, :]).expand(P, P).cpu()
-        if sees[torch.ones(P, P).tril_() > 0].all():
+        at = packing.positions
+        sees = seen(mask_function, int(at.max()) + 1)
+        if sees is None:
             mask = torch.full((1, 1, 1, 1), torch.nan, device=device)
         else:
             mask = (sees[at][:, at] & packing.layout.mask())[None, None].to(device)

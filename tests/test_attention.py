@@ -1,11 +1,13 @@
 """Attention over the shared-prefix layout: each path against SDPA under the T x T mask, in float64 and float32."""
 
+import functools
 import itertools
 import sys
 
 import pytest
 import torch
 from layouts import drawn, grouped
+from transformers import masking_utils
 
 from kernels import attention, interfaces
 from kernels.attention import Layout, Varlen, shared_prefix_attention
@@ -247,3 +249,51 @@ def test_what_does_not_fit_is_refused():
     for kind in ({"sinks": torch.zeros(3)}, {"mask": layout.mask()[1:]}):
         with pytest.raises(ValueError, match="do not fit"):
             shared_prefix_attention(q, k, v, layout, scale=1.0, **kind)
+
+
+# ---- what a mask function hides, found out once
+
+
+def sliding(size):
+    return lambda batch, head, query, key: (key <= query) & (key > query - size)
+
+
+def definition(function, P):
+    """Asked of each pair of places; None where nothing before a place is hidden from it."""
+    sees = torch.tensor([[bool(function(*map(torch.tensor, (0, 0, query, key)))) for key in range(P)] for query in range(P)])
+    return None if all(sees[query, key] for query in range(P) for key in range(query + 1)) else sees
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_kept_of_a_mask_function_is_kept_of_no_other(order, monkeypatch):
+    monkeypatch.setattr(interfaces, "_HIDES_NOTHING", {})
+    own = [masking_utils.sliding_window_causal_mask_function(size) for size in (4, 9)]
+    functions = [*own, masking_utils.causal_mask_function, masking_utils.and_masks(*own), masking_utils.or_masks(*own),
+                 masking_utils.or_masks(own[0], sliding(6)), sliding(4), sliding(9), functools.partial(own[1]),
+                 masking_utils.chunked_causal_mask_function(5, torch.zeros(1, dtype=torch.long))]
+    for P in (1, 3, 4, 5, 6, 8, 9, 10, 4, 9)[::order]:
+        for function in functions:
+            ours, truth = interfaces.seen(function, P), definition(function, P)
+            assert ours is truth is None or torch.equal(ours, truth)
+    kept = {interfaces._frozen(each): most for each, most in ((own[0], 4), (own[1], 9), (functions[2], 10),
+                                                              (functions[3], 4), (functions[4], 9))}
+    assert interfaces._HIDES_NOTHING == kept
+
+
+def test_a_mask_function_that_may_change_is_asked_every_time(monkeypatch):
+    monkeypatch.setattr(interfaces, "_HIDES_NOTHING", {})
+    size = torch.tensor(9)
+    changing = [sliding(size), masking_utils.or_masks(sliding(size)), masking_utils.sliding_window_causal_mask_function(size)]
+    assert [interfaces.seen(function, 6) for function in changing] == [None] * 3 and not interfaces._HIDES_NOTHING
+    size.fill_(2)
+    assert all(interfaces.seen(function, 6) is not None for function in changing)
+
+
+def test_a_mask_function_is_asked_again_for_more_places_alone(monkeypatch):
+    monkeypatch.setattr(interfaces, "_HIDES_NOTHING", {})
+    asked, arange = [], torch.arange
+    monkeypatch.setattr(torch, "arange", lambda P: asked.append(P) or arange(P))
+    for P in (6, 5, 6, 8, 7, 9, 10, 9, 10):
+        function = masking_utils.sliding_window_causal_mask_function(9)  # made anew at every forward
+        assert (interfaces.seen(function, P) is None) == (P < 10)
+    assert asked == [6, 8, 9, 10, 10]
