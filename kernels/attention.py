@@ -73,38 +73,28 @@ class Layout:
 
 
 class Varlen:
-    """Segments as index tensors: `gather` [Tk] takes packed keys to repeated ones; back again, `own` [T] is where a token
-    is a key of its own segment, and `repeated` lists, for each number n of copies, the tokens [m] that stand in n paths
-    of others, and where [n, m]."""
+    """Segments as index tensors: `gather` [Tk] takes packed keys to repeated ones, with `cu_q` and `cu_k` [segments + 1]
+    and their largest steps as varlen kernels have them; back again, `back` [Tk] has the places of a token's copies
+    together, its own segment's first, and `copies` [T + 1] where each token's begin."""
 
     def __init__(self, layout: Layout, device):
         segments = layout.segments  # a run of keys each: of its path, then of its own
-        first, end, owned = torch.tensor([(*run, own) for a, b, path in segments for run, own in
-                                          (*((run, False) for run in path), ((a, b), True))]).T
-        lengths, owned = end - first, owned.bool()
-        place = torch.arange(int(lengths.sum()))
-        gather = place + (first - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
-        of_own = owned.repeat_interleave(lengths)
+        first, end, own = torch.tensor([(*run, own) for a, b, path in segments for run, own in
+                                        (*((run, 0) for run in path), ((a, b), 1))]).T
+        lengths = end - first
+        gather = torch.arange(int(lengths.sum())) + (first - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
         cu_q = torch.tensor([0, *(b for _, b, _ in segments)])
-        cu_k = torch.cat([cu_q[:1], lengths.cumsum(0)[owned]])
+        cu_k = torch.cat([cu_q[:1], lengths.cumsum(0)[own > 0]])
+        back = (2 * gather - own.repeat_interleave(lengths)).argsort(stable=True)
+        copies = torch.cat([cu_q[:1], gather.bincount().cumsum(0)])
         self.max_q, self.max_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
-        self.gather, self.own = gather.to(device), place[of_own].to(device)
         self.cu_q, self.cu_k = (cu.to(device, torch.int32) for cu in (cu_q, cu_k))
-        # a token's copies stand together once places are sorted by it, and each token has as many of them as it is repeated
-        times = gather[~of_own].bincount(minlength=layout.tokens)
-        by_token = place[~of_own][gather[~of_own].argsort(stable=True)]
-        self.repeated = []
-        for n in times[times > 0].unique().tolist():
-            here = times == n
-            self.repeated.append((here.nonzero()[:, 0].to(device),
-                                  by_token[here.repeat_interleave(times)].view(-1, n).T.contiguous().to(device)))
+        self.gather, self.back, self.copies = (x.to(device) for x in (gather, back, copies))
 
     def ungather(self, grad: Tensor) -> Tensor:
-        """[Tk, ...] -> [T, ...], a repeated token's gradients summed in float32, in a fixed order, without atomics."""
-        total = grad[self.own].float()
-        for tokens, copies in self.repeated:
-            total[tokens] += grad[copies].float().sum(0)
-        return total.to(grad.dtype)
+        """[Tk, ...] -> [T, ...], the gradients of a token's copies summed in float32, in a fixed order, without atomics."""
+        each = grad[self.back].flatten(1).float()
+        return torch.segment_reduce(each, "sum", offsets=self.copies, unsafe=True).view(-1, *grad.shape[1:]).to(grad.dtype)
 
 
 def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float,

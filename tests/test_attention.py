@@ -155,20 +155,22 @@ def test_varlen_segments_equal_the_reference(layout, monkeypatch):
 def test_varlen_index_is_the_layout_token_by_token(seed):
     layout = drawn(seed, 1 + seed % 23, 1 + seed)
     index = Varlen(layout, "cpu")
-    keys, own, copies, tokens = [], [], {}, []
+    keys, copies, sizes = [], [[] for _ in range(layout.tokens)], []
     for begin, end, path in layout.segments:
         before = [token for run in path for token in range(*run)]
         for at, token in enumerate(before, len(keys)):
-            copies.setdefault(token, []).append(at)
-        own += range(len(keys) + len(before), len(keys) + len(before) + end - begin)
+            copies[token].append(at)
+        for at, token in enumerate(range(begin, end), len(keys) + len(before)):
+            copies[token].insert(0, at)
         keys += [*before, *range(begin, end)]
-        tokens.append((end - begin, len(before) + end - begin))
-    assert index.gather.tolist() == keys and index.own.tolist() == own
-    for column, (cu, most) in enumerate(((index.cu_q, index.max_q), (index.cu_k, index.max_k))):
-        sizes = [each[column] for each in tokens]
-        assert cu.dtype == torch.int32 and cu.tolist() == [0, *itertools.accumulate(sizes)] and most == max(sizes)
-    found = [(token, places) for held, at in index.repeated for token, places in zip(held.tolist(), at.T.tolist())]
-    assert found == sorted(copies.items(), key=lambda each: (len(each[1]), each[0]))  # the order in which they are summed
+        sizes.append((end - begin, len(before) + end - begin))
+    assert index.gather.tolist() == keys
+    for cu, most, each in zip((index.cu_q, index.cu_k), (index.max_q, index.max_k), zip(*sizes)):
+        assert cu.dtype == torch.int32 and cu.tolist() == [0, *itertools.accumulate(each)] and most == max(each)
+    assert [index.back[a:b].tolist() for a, b in itertools.pairwise(index.copies.tolist())] == copies  # as they are summed
+    grad = torch.randn(len(keys), 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(index.ungather(grad), torch.zeros(layout.tokens, 3, 2).double().index_add_(0, index.gather, grad),
+                               atol=1e-5, rtol=1e-5)
 
 
 def test_copies_are_summed_in_float32():
