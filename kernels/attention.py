@@ -85,7 +85,7 @@ class Varlen:
         gather = torch.arange(int(lengths.sum())) + (first - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
         cu_q = torch.tensor([0, *(b for _, b, _ in segments)])
         cu_k = torch.cat([cu_q[:1], lengths.cumsum(0)[own > 0]])
-        back = (2 * gather - own.repeat_interleave(lengths)).argsort(stable=True)
+        back = gather.argsort(stable=True)  # a branch's own tokens stand before those that go on from it
         copies = torch.cat([cu_q[:1], gather.bincount().cumsum(0)])
         self.max_q, self.max_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
         self.cu_q, self.cu_k = (cu.to(device, torch.int32) for cu in (cu_q, cu_k))

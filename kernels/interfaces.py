@@ -42,8 +42,8 @@ _HIDES_NOTHING: dict[tuple, int] = {}  # a mask function -> the most places for 
 def seen(mask_function: Callable, P: int) -> Tensor | None:
     """What each of P places sees of those before it: bool [P, P] on the CPU, or None where that is all of them.
 
-    P x P entries at every forward are as much work for a host as the forward is for a GPU where texts are long; so what
-    was found of a function is kept (`_frozen`). Fewer places hide no more.
+    P x P entries at every forward are as much work for a host as the forward is for a GPU where texts are long; so that a
+    function hides nothing is remembered (`_frozen`). Fewer places hide no more.
     """
     try:
         key = _frozen(mask_function)
@@ -63,7 +63,7 @@ def seen(mask_function: Callable, P: int) -> Tensor | None:
 def _frozen(x) -> tuple:
     """One of transformers' mask functions as its code, defaults and what it closes over, if none of that can change; else
     TypeError: of others nobody knows what they look at."""
-    if isinstance(x, FunctionType) and x.__module__ == "transformers.masking_utils":
+    if isinstance(x, FunctionType) and x.__globals__.get("__name__") == "transformers.masking_utils":
         closed = tuple(cell.cell_contents for cell in x.__closure__ or ())
         return x.__code__, _frozen((x.__defaults__, *(x.__kwdefaults__ or {}).items(), closed))
     if isinstance(x, tuple):

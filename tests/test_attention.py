@@ -289,6 +289,12 @@ def test_a_mask_function_that_may_change_is_asked_every_time(monkeypatch):
     assert [interfaces.seen(function, 6) for function in changing] == [None] * 3 and not interfaces._HIDES_NOTHING
     size.fill_(2)
     assert all(interfaces.seen(function, 6) is not None for function in changing)
+    reads = {"W": 9}
+    exec("def of_another_module(b, h, query, key): return (key <= query) & (key > query - W)", reads)  # noqa: S102
+    wrapped = functools.wraps(masking_utils.causal_mask_function)(reads["of_another_module"])  # names its module
+    assert interfaces.seen(wrapped, 6) is None
+    reads["W"] = 2
+    assert interfaces.seen(wrapped, 6) is not None
 
 
 def test_a_mask_function_is_asked_again_for_more_places_alone(monkeypatch):

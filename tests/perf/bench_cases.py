@@ -16,7 +16,7 @@ from kernels.infonce import symmetric_infonce
 from kernels.linear_nll import linear_nll
 from repro.core.engines import matmul_precision
 from repro.core.logprobs import logprob_matrix
-from repro.core.tree import tokenize_pair
+from repro.core.tree import tokenised
 
 QUICK = os.environ.get("BENCH_QUICK") == "1"
 ROUNDS = 2 if QUICK else 3
@@ -58,9 +58,10 @@ def model():
     return smollm2(LAYERS)
 
 
-def with_logits_to_keep(model, prompts, responses):
-    """transformers alone: full sequences, padded, logits for the last tokens of the batch that hold every response."""
-    pairs = [tokenize_pair(Ids(), p, r, score_eos=False) for p in prompts for r in responses]
+def with_logits_to_keep(model, query):
+    """transformers alone, of one query's pairs [C][R]: full sequences, padded, logits for the last tokens of the batch that
+    hold every response."""
+    pairs = [pair for group in query for pair in group]
     longest = max(len(p.ids) for p in pairs)
     keep = longest - min(p.start for p in pairs) + 1
     ids = torch.tensor([p.ids + [0] * (longest - len(p.ids)) for p in pairs], device=model.device)
@@ -69,7 +70,7 @@ def with_logits_to_keep(model, prompts, responses):
     first = longest - keep + 1  # the position that the first kept logits predict
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, first:].flatten(), reduction="none").view(len(pairs), -1)
     values = [-nll[k, p.start - first: len(p.ids) - first].mean() for k, p in enumerate(pairs)]
-    return torch.stack(values).view(len(prompts), len(responses))
+    return torch.stack(values).view(len(query), -1)
 
 
 @pytest.mark.parametrize("queries", [1, 4])
@@ -89,7 +90,8 @@ def test_step(benchmark, model, lengths, C, queries):
         return loss.item()
 
     def transformers():
-        loss = symmetric_infonce(torch.stack([with_logits_to_keep(model, p, r) for p, r in zip(prompts, responses)]))
+        queries = tokenised(Ids(), prompts, responses, score_eos=False)
+        loss = symmetric_infonce(torch.stack([with_logits_to_keep(model, query) for query in queries]))
         loss.backward()
         return loss.item()
 

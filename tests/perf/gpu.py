@@ -7,9 +7,10 @@ errors: each operation, forward and backward, against float64 (gpu_errors.py). A
 `--anyway`; exit 1. steps, heads, losses, in the order asked for: ours and every alternative that runs, interleaved, the L2
 cache flushed before each, by CUDA events; 20th, 50th and 80th percentile, peak bytes above what was there, and the share of
 the floor: the FLOPs that the case needs at this GPU's own rate for a large bf16 product. A step's time holds the packing of
-its texts by the host (`host_ms`); each stands against ours with the same checkpointing, and beside the reference how many
-times our FLOPs it computes (`flops_times_ours`). Prompts of the plain form share nothing, of the chat form the query. Writes FOLDER/gpu_NAME.json (results/bench) after every case, and rows of an older record of the same commit stay;
-bench.py --table puts it into kernels/README.md. Prints a table last. All of it takes about 20 minutes on an H200, an estimate:
+its ids by the host (`host_ms`); each stands against ours with the same checkpointing, and beside the reference how many
+times our FLOPs it needs (`flops_times_ours`; nothing twice). Prompts of the plain form share nothing, of the chat form the query. Writes
+FOLDER/gpu_NAME.json (results/bench) after every case, and rows of an older record of the same commit stay; bench.py --table
+puts it into kernels/README.md. Prints a table last. All of it takes about half an hour on an H200, an estimate:
 `--minutes` begins no case after so many. Without the package installed: PYTHONPATH=. before the command.
 `--tiny` is for trying the script: small shapes, on a CPU too, with Triton's interpreter and a plain attention where CUDA's
 kernels would be; it writes nothing, and its times mean nothing.
@@ -45,7 +46,7 @@ from bench_cases import alternatives, with_logits_to_keep  # noqa: E402
 from gpu_errors import CUDA, DEVICE, LLAMA_70B, MISTRAL, SMOLLM2, TINY, build, errors, leaf, seeded  # noqa: E402
 from step import Ids, texts  # noqa: E402
 
-from kernels import attention, linear_nll, reference  # noqa: E402
+from kernels import attention, interfaces, linear_nll, reference  # noqa: E402
 from kernels import modes as head_modes  # noqa: E402
 from kernels.infonce import symmetric_infonce  # noqa: E402
 from repro.base.identity import commit  # noqa: E402
@@ -260,73 +261,71 @@ class Case:
 
     def __init__(self, model, shape: Shape, form: str, C: int, queries: int, lengths: str, P: int, L: int):
         rng = random.Random(C + queries)
-        self.model, self.shape, self.tokenizer = model, shape, Ids()
-        self.prompts, self.responses = (
-            [texts(rng, C, n, lengths == "ragged", shape.vocab_size, common) for _ in range(queries)]
-            for n, common in ((P, round(COMMON * P) if form == "chat" else 0), (L, 0)))
-        ids = tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
-        tokens, scored = list(map(tree.packed_tokens, ids)), list(map(tree.scored_tokens, ids))
-        self.tokens, self.scored, self.longest = tree.packed_tokens(*ids), sum(scored), max(tokens)
-        self.alone = [len(pair.ids) for pairs in ids for group in pairs for pair in group]
+        self.model, self.shape = model, shape
+        prompts, responses = ([texts(rng, C, n, lengths == "ragged", shape.vocab_size, common) for _ in range(queries)]
+                              for n, common in ((P, round(COMMON * P) if form == "chat" else 0), (L, 0)))
+        self.ids = tree.tokenised(Ids(), prompts, responses, score_eos=False)
+        tokens, scored = list(map(tree.packed_tokens, self.ids)), list(map(tree.scored_tokens, self.ids))
+        self.tokens, self.scored, self.longest = tree.packed_tokens(*self.ids), sum(scored), max(tokens)
+        self.alone = [len(pair.ids) for pair in self.pairs()]
+        self.ways = {backend: logprobs.settled(model, backend) for backend in ("shared", "reference")}  # as a run does: once
 
-    def packed(self) -> tree.Packed:
-        return tree.pack([pair for ids in tree.tokenised(self.tokenizer, self.prompts, self.responses, score_eos=False)
-                          for group in ids for pair in group])
+    def pairs(self) -> list[tree.Scored]:
+        return [pair for pairs in self.ids for group in pairs for pair in group]
 
     def host_ms(self) -> float:
-        """What the host does before the GPU begins: token ids, the packed sequence, the attention's index tensors."""
+        """What the host does before the GPU begins: the packed sequence, the attention's index tensors."""
         start = time.perf_counter()
-        self.packed().layout.varlen(torch.device("cpu"))
+        tree.pack(self.pairs()).layout.varlen(torch.device("cpu"))
         return (time.perf_counter() - start) * 1e3
+
+    def matrix(self, backend: str, ids) -> torch.Tensor:
+        return logprobs.matrix_of(self.ways[backend], self.model, ids, length_normalize=True)
 
     def ours(self, attend=None):
         def run():
-            with mock.patch.object(attention, "shared_prefix_attention", attend or attention.shared_prefix_attention):
-                loss = symmetric_infonce(self.matrix(self.prompts, self.responses, "shared"))
+            with mock.patch.object(interfaces, "shared_prefix_attention", attend) if attend else nullcontext():
+                loss = symmetric_infonce(self.matrix("shared", self.ids))
                 loss.backward()
             return loss.detach()
         return run
-
-    def matrix(self, prompts, responses, backend):
-        return logprobs.logprob_matrix(self.model, self.tokenizer, prompts, responses, length_normalize=True, score_eos=False,
-                                       backend=backend)
 
     def by_query(self, matrix):
         """One query after the other, as the authors ran it, each sequence in full."""
         def run():
             total = 0
-            for prompts, responses in zip(self.prompts, self.responses):
-                loss = symmetric_infonce(matrix(prompts, responses)) / len(self.prompts)
+            for query in range(len(self.ids)):
+                loss = symmetric_infonce(matrix(query)) / len(self.ids)
                 loss.backward()
                 total += loss.detach()
             return total
         return run
 
     def implementations(self) -> dict:
-        def full(prompts, responses):
-            return self.matrix([prompts], [responses], "reference")
+        def full(query):
+            return self.matrix("reference", self.ids[query:query + 1])
 
-        def kept(prompts, responses):
-            return with_logits_to_keep(self.model, prompts, responses).unsqueeze(0)
+        def kept(query):
+            return with_logits_to_keep(self.model, self.ids[query]).unsqueeze(0)
 
         runs = {"shared (ours), checkpointing": self.ours(), "shared (ours)": self.ours(),
                 "shared (ours), SDPA under a mask": self.ours(sdpa),
                 "reference, checkpointing": self.by_query(full), "reference": self.by_query(full),
                 "transformers, logits_to_keep, checkpointing": self.by_query(kept), "transformers, logits_to_keep": self.by_query(kept)}
-        if len(self.prompts) > 1:
+        if len(self.ids) > 1:
             runs["shared (ours), SDPA under a mask"] = "for one query alone: the mask is T x T"
-        if len(self.prompts) * len(self.prompts[0]) > 8:
-            again = f"goes query by query: {len(self.prompts)} times the case of one"
+        if len(self.ids) * len(self.ids[0]) > 8:
+            again = f"goes query by query: {len(self.ids)} times the case of one"
             runs |= {name: again for name in runs if "(ours)" not in name}
         return runs
 
     def flops(self) -> int:
         """That the case needs: each beginning once, only response tokens scored, nothing computed twice."""
-        return self.counted(self.tokens, int((self.packed().positions + 1).sum()), self.scored)
+        return self.counted(self.tokens, int((tree.pack(self.pairs()).positions + 1).sum()), self.scored)
 
-    def in_full(self, logits: int) -> int:
-        """That it takes with each sequence by itself, and `logits` rows of logits."""
-        return self.counted(sum(self.alone), sum(n * (n + 1) // 2 for n in self.alone), logits)
+    def in_full(self) -> int:
+        """The same for the reference: each sequence by itself, with logits for every token."""
+        return self.counted(sum(self.alone), sum(n * (n + 1) // 2 for n in self.alone), sum(self.alone))
 
     def counted(self, tokens: int, pairs: int, logits: int) -> int:
         """FLOPs of a forward and a backward: `pairs` of a token that looks and one that it sees."""
@@ -383,7 +382,7 @@ def step(name: str, shape: Shape, model, form: str, C: int, queries: int, length
     model.zero_grad(set_to_none=True)
     losses = [x["loss"] for x in found.values() if "loss" in x]
     for each in ("reference, checkpointing", "reference"):
-        found[each]["flops_times_ours"] = case.in_full(logits=sum(case.alone)) / case.flops()
+        found[each]["flops_times_ours"] = case.in_full() / case.flops()
     return row("step", f"{name}, {form} form, {lengths} lengths, C=R={C}, queries a pack: {queries}", found,
                dict.fromkeys(runs, case.flops()), rate) | {
         "host_ms": case.host_ms(), "spread": max(losses, default=0) - min(losses, default=0), "predicted_bytes": {
@@ -458,7 +457,7 @@ def main() -> int:
             record |= ceilings(args.tiny)
             parts = {"heads": heads, "losses": losses, "steps": functools.partial(steps, models=args.models)}
             for found in itertools.chain.from_iterable(  # one case after the other
-                    parts[part](args.tiny, args.rounds, record["tflops"]) for part in args.only if part in parts):
+                    parts[part](args.tiny, args.rounds, record["tflops"]) for part in dict.fromkeys(args.only) if part in parts):
                 record["rows"].append(found)
                 print(*gpu_table({"rows": [found]})[2:], sep="\n", file=sys.stderr, flush=True)
                 keep()
