@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -201,6 +202,8 @@ def test_its_values_are_those_of_its_files(compared):
                      for c, r in zip(item.constitutions, rows[q * C: (q + 1) * C])]
             assert values["steerability"][q] == pytest.approx(np.mean([np.mean(s) for s in sides]))
             assert values["following"][q] == pytest.approx(np.mean(sides[0]))
+            assert values["answers"][q] == np.mean([fault(r["text"], item.query.text, c.statements()) is None
+                                                    for c, r in zip(item.constitutions, rows[q * C: (q + 1) * C])])
             m = np.array(scored[q]["logprobs"]) / np.array(scored[q]["tokens"])
             assert values["bound"][q] == pytest.approx(metrics.infonce(m[None])[0])
             assert values["initial_logprob"][q] == pytest.approx(np.mean([s / n for s, n in zip(bare[q]["logprobs"], bare[q]["tokens"])]))
@@ -211,6 +214,53 @@ def test_its_values_are_those_of_its_files(compared):
     assert read_jsonl(folder / "logprobs/bare-1.jsonl")[0]["logprobs"][0] == pytest.approx(given.item(), rel=5e-3)  # bf16 products
     contrary = draws.prompt(shared.voice, item.constitutions[0], item.query, draws.EVALUATION_ORDER, sample=True, last="No.")
     assert contrary.index("No.") > max(contrary.index(s) for s in item.constitutions[0].statements())
+
+
+def recorded(steerability, answers, seed=0):
+    """A record of which only these are looked at: [objective][query]; the initial model's first."""
+    values = [{"steerability": s, "answers": a} for s, a in zip(steerability, answers)]
+    return {"seed": seed, "initial": values[0], "objectives": {name: {"values": v} for name, v in zip(("sami", "mipo"), values[1:])}}
+
+
+def test_following_among_answers_by_hand():
+    """Two seeds of three queries, and one whose principles no rule knows: sides and answers are summed before they are divided."""
+    records = [recorded([[0.5, 0.25, 0.0, None], [1.0, 0.25, 0.25, None]], [[1.0, 0.5, 0.0, 0.7], [1.0, 0.5, 0.5, 0.1]]),
+               recorded([[0.5, 0.25, 0.5, None], [0.5, 0.25, 0.25, None]], [[0.5, 0.5, 1.0, 0.2], [1.0, 0.5, 0.5, 1.0]], 1)]
+    before, after = (comparison.estimate("among", comparison._values(records, label, "among")) for label in ("initial", "sami"))
+    assert (before.value, before.n) == (pytest.approx(2.0 / 3.5), 3) and after.value == pytest.approx(2.5 / 4)
+    assert comparison._difference(records, "sami", "among", "initial").value == pytest.approx(2.5 / 4 - 2 / 3.5)
+    draw = np.random.default_rng(0)  # the linearised interval against a bootstrap of the ratio itself
+    answers = draw.integers(0, 5, 200) / 4
+    sides = answers * draw.uniform(0, 1, 200)
+    (linear,) = comparison._values([recorded([sides.tolist()], [answers.tolist()])], "initial", "among")
+    found = comparison.estimate("among", [linear])
+    ratios = [sides[i].sum() / answers[i].sum() for i in (draw.integers(0, 200, 200) for _ in range(2000))]
+    assert found.value == pytest.approx(sides.sum() / answers.sum())
+    np.testing.assert_allclose(found.ci95, np.quantile(ratios, [0.025, 0.975]), atol=0.006)
+
+
+def test_where_nothing_answers_there_is_no_share_of_it():
+    records = [recorded([[0.5, 0.5], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]])]
+    assert comparison._cell(records, "sami", "among") == comparison._cell(records, "sami", "among", "initial") == "none answers"
+    assert comparison._cell(records, "initial", "among").startswith("0.50")
+    assert comparison._apart(records, ["sami"], "among", "initial").endswith("differs for none by more than its 95 % interval.")
+
+
+def test_values_of_an_older_version_are_counted_anew_from_its_files(compared, tmp_path, monkeypatch):
+    experiment, path = compared
+    work = shutil.copytree(path.parent, tmp_path / "out") / "work"
+    for older in work.glob("*/held_out/*/values.json"):
+        older.write_text(json.dumps({k: v for k, v in read_json(older).items() if k != "answers"}))
+    mine = tmp_path / "out" / path.name
+    record = read_json(path)
+    for values in (record["initial"], *(found["values"] for found in record["objectives"].values())):
+        del values["answers"]
+    mine.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="seed 0, initial: an older version left it without answers; the same `repro compare` adds that"):
+        comparison.write_page(tmp_path / "out", "exp2_tldr-hand")
+    monkeypatch.setattr(module, "_trained", lambda *given: pytest.fail("trained again"))
+    assert numbers(compare(experiment, tmp_path / "out", objectives=CHOSEN, rates=RATES, path=True, say=print)) == numbers(path)
+    comparison.write_page(tmp_path / "out", "exp2_tldr-hand")
 
 
 @pytest.mark.parametrize("function, nth", [("evaluate", 4), ("ask_otherwise", 3), ("remove_folder", 3)])

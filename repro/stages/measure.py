@@ -247,6 +247,8 @@ def _texts(run: Run, iteration: int) -> dict[str, list[float]]:
         "steerability": [steerability(run, item, rows) for item, rows in groups],
         "following": [rule.sides_followed(rows[0]["text"], item.constitutions[0], run.asked(item))
                       for item, rows in groups],
+        "answers": [sum(fault(r["text"], item.query.text, c.statements()) is None for r, c in zip(rows, item.constitutions))
+                    / len(rows) for item, rows in groups],
         "initial_logprob": [float(np.mean(np.divide(r["logprobs"], r["tokens"]))) for r in bare],
         "length": [sum(r["tokens"] for r in rows) / len(rows) for _, rows in groups],
         "distinct_words": over(lambda text, item: len(set(words(text))) / len(words(text)) if words(text) else 0.0),

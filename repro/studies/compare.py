@@ -230,6 +230,7 @@ def _held_out(dev: Run, test: Run, folder: Path, label: str, spec) -> dict:
         evaluate(final, last)
         score_bare(final, last)
         ask_otherwise(final, last)
+    if not done.is_file() or read_json(done).keys() != comparison.MEASURES.keys():  # of a version with other measures
         write_json(done, held_out_values(final, last))
     for run in (trial, final):
         remove_folder((run.folder / checkpoint(1)).parent)

@@ -17,6 +17,7 @@ from repro.report import look
 MEASURES = {  # name -> what it is, in words; the least and the most that a query's value can be
     "bound": ("InfoNCE bound on the mutual information of constitution and response, nats", None),
     "steerability": ("sides of the constitutions followed, by rule, over all constitutions, 0 to 1", (0, 1)),
+    "answers": ("responses that answer, over all constitutions, 0 to 1", (0, 1)),
     "following": ("sides followed under the all-positive constitution, 0 to 1", (0, 1)),
     "following_bare": ("the same sides followed without a constitution in the prompt, 0 to 1", (0, 1)),
     "following_contrary": ("the same, under it, where the user's last sentence asks for the opposite, 0 to 1", (0, 1)),
@@ -25,12 +26,15 @@ MEASURES = {  # name -> what it is, in words; the least and the most that a quer
     "distinct_words": ("different words among the words of a response, 0 to 1", (0, 1)),
     "repetition": ("repeated word trigrams among those of a response, 0 to 1", (0, 1)),
     "query_words": ("words taken from the query among the content words of a response, 0 to 1", (0, 1))}
-SHOWN = {"bound": "bound, nats", "steerability": "steerability", "following": "followed", "following_bare": "without it",
+AMONG = "sides followed by a response that answers, on average, 0 to 1: steerability divided by answers"
+SHOWN = {"bound": "bound, nats", "steerability": "steerability", "among": "among answers", "answers": "answers",
+         "following": "followed", "following_bare": "without it",
          "following_contrary": "against the user", "initial_logprob": "log-prob, initial model", "length": "tokens",
          "distinct_words": "distinct words", "repetition": "repetition", "query_words": "words of the query"}
 BASE = "sami"
 SPEAKS = 0.75  # of the share of a query's words in the initial model's answers: with less, answers say nothing of it
-TOLD = {"steerability": "steerability", "following_bare": "following without a constitution",
+TOLD = {"steerability": "steerability", "among": "following among responses that answer",
+        "following_bare": "following without a constitution",
         "initial_logprob": "log-prob under the initial model", "query_words": "the share of the query's words"}
 
 
@@ -43,6 +47,20 @@ def read(folder: Path, stem: str) -> list[dict]:
     for record in found[1:]:
         _alike(found[0], record, folder)
     return found
+
+
+def _whole(records: list[dict], folder: Path) -> None:
+    """Raise UserError where a record lacks a measure, as one of an older version does."""
+    for record in records:
+        for label in ("initial", *record["objectives"]):
+            if missing := MEASURES.keys() - _of(record, label).keys():
+                raise UserError(f"{folder}: seed {record['seed']}, {label}: an older version left it without "
+                                f"{', '.join(sorted(missing))}; the same `repro compare` adds that from what is there")
+
+
+def _of(record: dict, label: str) -> dict[str, list[float | None]]:
+    """Measure -> a value a query; `initial`: of the initial model."""
+    return record["initial"] if label == "initial" else record["objectives"][label]["values"]
 
 
 def check(folder: Path, about: dict) -> None:
@@ -62,7 +80,9 @@ def _alike(record: dict, other: dict, folder: Path) -> None:
 def estimate(name: str, values: Sequence[Sequence[float]]) -> Estimate:
     """Of one measure the mean over seeds and queries [seed][query]; its interval is about the queries, over whose seeds the
     values are averaged first."""
-    return metrics.share(_over_seeds(values)) if MEASURES[name][1] else metrics.mean(_over_seeds(values))
+    if name in MEASURES and MEASURES[name][1]:
+        return metrics.share(_over_seeds(values))
+    return metrics.mean(_over_seeds(values), most=1 if name == "among" else np.inf)
 
 
 def difference(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]], *, draws: int = 2000) -> Estimate:
@@ -77,12 +97,33 @@ def _over_seeds(values: Sequence[Sequence[float | None]]) -> np.ndarray:
 
 
 def _values(records: list[dict], label: str, name: str) -> list[list[float]]:
-    """[seed][query]; `initial`: the initial model."""
-    return [(r["initial"] if label == "initial" else r["objectives"][label]["values"])[name] for r in records]
+    """[seed][query]. "among", a ratio of two means, as values whose mean it is, with the spread that it has (linearised);
+    none where no response answers."""
+    found = [_of(record, label) for record in records]
+    if name != "among":
+        return [values[name] for values in found]
+    ruled = [q for q, of in enumerate(zip(*(values["steerability"] for values in found))) if None not in of]
+    followed, answered = (np.mean([[values[of][q] for q in ruled] for values in found], axis=0)
+                          for of in ("steerability", "answers"))
+    if not answered.any():
+        return []
+    ratio = followed.mean() / answered.mean()
+    return [(ratio + (followed - ratio * answered) / answered.mean()).tolist()]
 
 
-def _difference(records: list[dict], label: str, name: str, base: str = BASE) -> Estimate:
-    return difference(_values(records, label, name), _values(records, base, name))
+def _difference(records: list[dict], label: str, name: str, base: str = BASE) -> Estimate | None:
+    """None where one of the two has no value."""
+    ours, theirs = (_values(records, each, name) for each in (label, base))
+    return difference(ours, theirs) if ours and theirs else None
+
+
+def _cell(records: list[dict], label: str, name: str, base: str | None = None) -> str:
+    """A value, or its difference to that of `base`, with its interval."""
+    values, digits = _values(records, label, name), 1 if name == "length" else 2
+    if base is None:
+        return look.said(estimate(name, values), digits) if values else "none answers"
+    apart = _difference(records, label, name, base)
+    return look.said(apart, digits, "+") if apart else "none answers"
 
 
 def _labels(records: list[dict]) -> list[str]:
@@ -97,7 +138,7 @@ def _labels(records: list[dict]) -> list[str]:
 def _apart(records: list[dict], labels: list[str], name: str, base: str) -> str:
     """Of which objectives a measure differs from `base`'s, in words."""
     found = {label: _difference(records, label, name, base) for label in labels}
-    found = {label: d for label, d in found.items() if not d.ci95[0] <= 0 <= d.ci95[1]}
+    found = {label: d for label, d in found.items() if d and not d.ci95[0] <= 0 <= d.ci95[1]}
     ups, downs = (", ".join(f"{label} ({d.value:+.2f})" for label, d in found.items() if (d.value > 0) == up)
                   for up in (True, False))
     said = [f"{word} for {which}" for word, which in (("rises", ups), ("falls", downs)) if which]
@@ -121,12 +162,10 @@ def in_words(records: list[dict]) -> str:
 def write_page(folder: Path, stem: str) -> Path:
     """`folder`/<stem>.md and its figures, of all seeds there."""
     records = read(folder, stem)
+    _whole(records, folder)
     first, labels = records[0], _labels(records)
-    rows = [[label,
-             *(look.said(estimate(name, _values(records, label, name)), 1 if name == "length" else 2) for name in SHOWN)]
-            for label in ("initial", *labels)]
-    apart = {base: [[label, *(look.said(_difference(records, label, name, base), 1 if name == "length" else 2, "+")
-                              for name in SHOWN)] for label in labels if label != base]
+    rows = [[label, *(_cell(records, label, name) for name in SHOWN)] for label in ("initial", *labels)]
+    apart = {base: [[label, *(_cell(records, label, name, base) for name in SHOWN)] for label in labels if label != base]
              for base in ("initial", BASE) if base in ("initial", *labels)}
     tries = [[label, f"{rate:g}", *(", ".join("failed" if t is None else f"{t[name]:.2f}"
                                               for t in _tries(records, label, rate)) for name in TRIED),
@@ -157,7 +196,8 @@ are averaged first. What counts: {first.get('counted', 'sides followed by rule a
 Model {first['model']}, profile {first['profile']}.
 
 """ + look.table(["objective", *SHOWN.values()], rows) + """
-""" + "".join(f"- {SHOWN[name]}: {MEASURES[name][0]}\n" for name in SHOWN) + "".join(f"""
+""" + "".join(
+        f"- {SHOWN[name]}: {MEASURES[name][0] if name in MEASURES else AMONG}\n" for name in SHOWN) + "".join(f"""
 ## Differences to {"the initial model" if base == "initial" else base}
 
 On the same queries and seeds, by paired bootstrap over queries; no correction for the number of comparisons.
