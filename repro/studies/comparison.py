@@ -185,8 +185,8 @@ def write_page(folder: Path, stem: str) -> Path:
 
 {in_words(records)}
 
-![Steerability against the log-prob of the text under the initial model; following without a constitution, and against the
-user]({stem}.png)
+![Steerability against the log-prob of the text under the initial model; following among responses that answer against how
+many do; following against the user against following without a constitution]({stem}.png)
 
 Seeds: {seeds}. Held-out queries: {queries}, under {constitutions} constitutions. Iterations: {first['iterations']}.
 All objectives train on the same sampled pairs{own}, from the same weights, for the same steps. The learning rate
@@ -261,21 +261,26 @@ def _marks(labels: list[str]) -> dict[str, dict]:
 
 DRAWN = {"bound": "bound (nats)", "steerability": "steerability",
          "initial_logprob": "log-prob a token,\ninitial model (nats)", "following_bare": "followed without a constitution",
-         "following_contrary": "followed against the user"}
+         "following_contrary": "followed against the user", "answers": "responses that answer",
+         "among": "followed, of responses that answer"}
 
 
 @look.style()
 def _overview(records: list[dict]):
     labels = _labels(records)
-    figure, panels = look.subplots(1, 2, (7.6, 4.0))
-    for axes, (x, y) in zip(panels, (("initial_logprob", "steerability"), ("following_bare", "following_contrary"))):
+    figure, ((text, answers), (asked, corner)) = look.subplots(2, 2, (7.6, 6.4))
+    for axes, (x, y) in ((text, ("initial_logprob", "steerability")), (answers, ("answers", "among")),
+                         (asked, ("following_bare", "following_contrary"))):
         for label, mark in ({"initial": {"color": look.GREY, "marker": "o"}} | _marks(labels)).items():
+            if not all(_values(records, label, name) for name in (x, y)):
+                continue
             a, b = (estimate(name, _values(records, label, name)) for name in (x, y))
             bars = [None if e.ci95 is None else [[e.value - e.ci95[0]], [e.ci95[1] - e.value]] for e in (a, b)]
             axes.errorbar([a.value], [b.value], xerr=bars[0], yerr=bars[1], **mark | {"linestyle": "", "elinewidth": 0.6},
                           label="initial model" if label == "initial" else label, capsize=0)
         axes.set(xlabel=DRAWN[x], ylabel=DRAWN[y])
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    corner.axis("off")
+    corner.legend(*text.get_legend_handles_labels(), loc="center", ncols=1 + (len(labels) > 6), fontsize=8)
     figure.suptitle(f"bars: 95 % intervals over {len(records[0]['queries'])} held-out queries; seeds averaged: "
                     f"{len(records)}", fontsize=9)
     return figure
