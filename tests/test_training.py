@@ -233,6 +233,25 @@ def test_a_run_with_dropout_goes_on_with_the_same_bytes(tmp_path, dropout):
     assert on[0] == whole[0] and all(map(torch.equal, on[1], whole[1]))
 
 
+@pytest.mark.parametrize("raised", [SystemExit(143), KeyboardInterrupt()], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_while_a_checkpoint_is_written_is_no_failure_to_write(raised, tmp_path, monkeypatch):
+    """The second signal acts at once; torch wraps what is raised in its writer as a failure of that rank. The same call goes on."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from repro.core.checkpoints import StepCheckpoints
+
+    def interrupted(*given):
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", interrupted)
+        with pytest.raises(type(raised)) as found:
+            trained_with("gpt2", SPEC, steps=StepCheckpoints(tmp_path, "key", worth=0))
+        assert found.value.args == raised.args
+    whole, on = (trained_with("gpt2", SPEC, steps=steps) for steps in (None, StepCheckpoints(tmp_path, "key", worth=0)))
+    assert on[0] == whole[0] and all(map(torch.equal, on[1], whole[1]))
+
+
 @pytest.mark.parametrize("dropout", ["off", "drawn"])
 def test_checkpointed_layers_drop_what_they_dropped(monkeypatch, dropout):
     """transformers checkpoints in training alone; here it does at rest too, and the numbers are those without. Each layer

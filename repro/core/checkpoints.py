@@ -125,5 +125,7 @@ def _io(doing: str, act, state: dict, folder: Path) -> None:
             act(state, checkpoint_id=folder)
     except (checkpoint.CheckpointException, OSError, RuntimeError) as e:
         rank, (error, _) = min((getattr(e, "failures", None) or {0: (e, None)}).items(), key=lambda item: item[0])
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):  # a signal's, which torch has wrapped as a failure
+            raise error from None
         raise UserError(f"cannot {doing} checkpoint {folder} (rank {rank}): {first_line(error)}; "
                         f"{disk_usage(folder).free / 2**20:.0f} MiB are free there") from e
