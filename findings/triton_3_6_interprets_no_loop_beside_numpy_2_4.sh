@@ -19,6 +19,8 @@ python3 -m venv "$folder/venv"
 cat > "$folder/sum.py" <<'PYTHON'
 import sys
 
+sys.path[:0] = sys.argv[2:]  # another NumPy
+
 import torch
 import triton
 import triton.language as tl
@@ -50,9 +52,9 @@ try:
 except Exception as error:
     print(type(error).__name__)
 PYTHON
-run() { TRITON_INTERPRET=1 "$folder/venv/bin/python" "$folder/sum.py" "$1" 2> /dev/null; }
+run() { TRITON_INTERPRET=1 "$folder/venv/bin/python" "$folder/sum.py" "$@" 2> /dev/null; }
 constant=$(run constant)
 argument=$(run argument)
-older=$(PYTHONPATH="$folder/older" run argument)
+older=$(run argument "$folder/older")
 echo "NumPy 2.4.6, bound known: $constant; NumPy 2.4.6, bound an argument: $argument; NumPy 2.3.5, bound an argument: $older"
 [[ "$constant $argument $older" == "10.0 InterpreterError 10.0" ]]

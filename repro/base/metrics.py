@@ -106,6 +106,14 @@ def change(values) -> Estimate:
     return replace(shifted, value=shifted.value - 1, ci95=tuple(end - 1 for end in shifted.ci95))
 
 
+def of_ratio(tops, bottoms) -> np.ndarray:
+    """`[N]` values whose mean is that of `tops` divided by that of `bottoms`, with the spread that this ratio of means has
+    (linearised): for `mean`, or differences of it. The bottoms' mean is not 0."""
+    tops, bottoms = _vector(tops, "tops"), _vector(bottoms, "bottoms")
+    ratio = tops.mean() / bottoms.mean()
+    return ratio + (tops - ratio * bottoms) / bottoms.mean()
+
+
 # ---- mutual information: logprobs [N, C, C] -> [N]
 
 def _matrices(logprobs) -> np.ndarray:

@@ -113,18 +113,16 @@ class Line:
                     found.setdefault(query, []).append(sum(values) / len(values))
         return {query: sum(values) / len(values) for query, values in found.items()}
 
-    def _ratios(self, measure: Measure, iteration: int, queries: list[str]) -> tuple[float, list[float]]:
-        """The mean over queries divided by that of what it is over, and what each query adds to it (linearised)."""
+    def _ratios(self, measure: Measure, iteration: int, queries: list[str]) -> list[float]:
+        """A value a query, whose mean is the mean over queries divided by that of what it is over."""
         tops, bottoms = (self.by_query(m, iteration) for m in (measure, measure.over))
-        mean = sum(bottoms[q] for q in queries) / len(queries)
-        ratio = sum(tops[q] for q in queries) / len(queries) / mean
-        return ratio, [ratio + (tops[q] - ratio * bottoms[q]) / mean for q in queries]
+        return metrics.of_ratio([tops[q] for q in queries], [bottoms[q] for q in queries]).tolist()
 
     def value(self, measure: Measure, iteration: int = 0) -> Estimate:
         """The mean over queries at an iteration, by default of the initial model."""
         found = self.by_query(measure, iteration)
         if measure.over:
-            return metrics.mean(self._ratios(measure, iteration, list(found))[1])
+            return metrics.mean(self._ratios(measure, iteration, list(found)))
         return (metrics.share if measure.share else metrics.mean)(list(found.values()))
 
     def change(self, measure: Measure) -> Estimate:
@@ -132,7 +130,7 @@ class Line:
         first, last = self.by_query(measure, 0), self.by_query(measure, self.last)
         queries = [q for q in first if q in last]
         if measure.over:
-            (_, before), (_, after) = (self._ratios(measure, k, queries) for k in (0, self.last))
+            before, after = (self._ratios(measure, k, queries) for k in (0, self.last))
             return metrics.mean([b - a for a, b in zip(before, after)])
         return (metrics.change if measure.share else metrics.mean)([last[q] - first[q] for q in queries])
 

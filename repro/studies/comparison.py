@@ -97,18 +97,14 @@ def _over_seeds(values: Sequence[Sequence[float | None]]) -> np.ndarray:
 
 
 def _values(records: list[dict], label: str, name: str) -> list[list[float]]:
-    """[seed][query]. "among", a ratio of two means, as values whose mean it is, with the spread that it has (linearised);
-    none where no response answers."""
+    """[seed][query]. "among", a ratio of two means, as values whose mean it is; none where no response answers."""
     found = [_of(record, label) for record in records]
     if name != "among":
         return [values[name] for values in found]
     ruled = [q for q, of in enumerate(zip(*(values["steerability"] for values in found))) if None not in of]
     followed, answered = (np.mean([[values[of][q] for q in ruled] for values in found], axis=0)
                           for of in ("steerability", "answers"))
-    if not answered.any():
-        return []
-    ratio = followed.mean() / answered.mean()
-    return [(ratio + (followed - ratio * answered) / answered.mean()).tolist()]
+    return [metrics.of_ratio(followed, answered).tolist()] if answered.any() else []
 
 
 def _difference(records: list[dict], label: str, name: str, base: str = BASE) -> Estimate | None:

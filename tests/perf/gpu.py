@@ -8,9 +8,9 @@ errors: each operation, forward and backward, against float64 (gpu_errors.py). A
 cache flushed before each, by CUDA events; 20th, 50th and 80th percentile, peak bytes above what was there, and the share of
 the floor: the FLOPs that the case needs at this GPU's own rate for a large bf16 product. A step's time holds the packing of
 its ids by the host (`host_ms`); each stands against ours with the same checkpointing, and beside the reference how many
-times our FLOPs it needs (`flops_times_ours`; nothing twice). Prompts of the plain form share nothing, of the chat form the query. Writes
-FOLDER/gpu_NAME.json (results/bench) after every case, and rows of an older record of the same commit stay; bench.py --table
-puts it into kernels/README.md. Prints a table last. All of it takes about half an hour on an H200, an estimate:
+times our FLOPs it needs (`flops_times_ours`; nothing twice). Prompts of the plain form share nothing, of the chat form the
+query. Writes FOLDER/gpu_NAME.json (results/bench) after every case, and rows of an older record of the same commit stay;
+bench.py --table puts it into kernels/README.md. Prints a table last. All of it takes about half an hour on an H200, an estimate:
 `--minutes` begins no case after so many. Without the package installed: PYTHONPATH=. before the command.
 `--tiny` is for trying the script: small shapes, on a CPU too, with Triton's interpreter and a plain attention where CUDA's
 kernels would be; it writes nothing, and its times mean nothing.
